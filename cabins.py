@@ -1,0 +1,885 @@
+"""CaBins: CLIP-based Adaptive Bins for Monocular Depth Estimation, in the order of the paper.
+
+One RGB image in, metres per pixel out. CLIP's image encoder predicts 256 depth bins for the image
+(Eq. 1), which are condensed to 8 distances, the CaBins (Eq. 2). Each is written as a number into a
+text prompt for CLIP's frozen text encoder; the text embeddings look at the image once (Eq. 3) and
+are compared with every place in it (Eq. 4). A decoder turns the similarities and the image
+features into a probability over the bins at every pixel, and depth is its mean (Eq. 5).
+
+Read downwards: each part uses only what stands above it; `CaBins.forward` is Figure 2.
+
+    code           paper         shape                 what                               section
+    image          I             (B, 3, H, W)          normalised RGB
+    pyramid        {x_i}         [x1, x2, x3, x4]      features at stride 4, 8, 16, 32    3.2.1
+    z_bar          z̄             (B, D)                global image embedding             3.2.1
+    z              z             (B, D, h, w)          dense image embedding, stride 32   3.2.1
+    b              b             (B, n_bins)           bin widths, sum 1                  3.2.1
+    c, centers     c(b)          (B, n_bins)           bin centres, m                     3.2.1
+    e, cabins      {e_k}         (B, K)                CaBins: the distance classes, m    3.2.2
+    m, w           m_k, w_i      (B, K, 1), (B, K, n)  group means, weights in a group    3.2.2
+    prompts        p             (N, 512)              learnable context of each text     3.2.3
+    t              t             (B, K, D)             text embeddings                    3.2.3
+    v_post, gamma  v_post, γ     (B, K, D), (D,)       what the image tells the text      3.2.3
+    s, similarity  s             (B, K, h, w)          cosine of z and t                  3.2.4
+    p              p             (B, n_bins, H/2, W/2) probability of each bin            3.2.4
+    d, depth       d             (B, 1, H, W)          depth, m                           3.2.4
+    g              g_i           (B, 1, H, W)          log d - log d*                     3.3
+    target         d*, X         (B, 1, H, W)          ground truth, m; 0 is none         3.3
+
+D is CLIP's joint width (1024 for RN50, 512 for RN101), K = N = 8, n_bins = 256.
+NOTE(differs) marks each place where the paper, the authors' code and this file are not the same;
+the README's ledger lists them all.
+"""
+
+import dataclasses
+import os
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip_tokenizer import EOT, SOT, tokenize
+
+# ------------------------------------------------------------------------------------------------
+# Configuration
+# ------------------------------------------------------------------------------------------------
+
+
+class Architecture(NamedTuple):
+    """The sizes of one CLIP. They are read off its tensors, so they cannot disagree with them."""
+
+    embed_dim: int  # D
+    layers: tuple[int, ...]  # ResNet blocks in each of the four stages
+    width: int  # channels of the first stage's bottleneck; the pyramid has 4, 8, 16, 32 times that
+    grid: int  # side of the square of positions that the attention pool was trained with
+    text_width: int
+    text_layers: int
+    context_length: int  # the longest text, in tokens
+    vocab_size: int
+
+
+BACKBONES = {
+    "RN50": Architecture(1024, (3, 4, 6, 3), 64, 7, 512, 12, 77, 49408),
+    "RN101": Architecture(512, (3, 4, 23, 3), 64, 7, 512, 12, 77, 49408),
+    "tiny": Architecture(64, (1, 1, 1, 1), 10, 4, 64, 2, 77, 49408),  # for the demo and the tests
+}
+DISTANCE_CLASSES = ("cabins", "median", "mean", "semantic")  # the rows of Table 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that decides what the network computes; each checkpoint carries its own.
+
+    Depths are in metres. Raises ValueError for a value that no network could have.
+    """
+
+    backbone: str = "RN101"
+    distance_class: str = "cabins"
+    n_bins: int = 256
+    n_cabins: int = 8  # K
+    n_prompts: int = 8  # N
+    min_depth: float = 1e-3  # d_min
+    max_depth: float = 10.0  # d_max
+    # NOTE(differs): the paper does not say; the released code normalises as for ImageNet, not CLIP
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self):
+        for field, allowed in (("backbone", BACKBONES), ("distance_class", DISTANCE_CLASSES)):
+            if (value := getattr(self, field)) not in allowed:
+                raise ValueError(f"{field} is {value!r}; it must be one of {', '.join(allowed)}")
+        for field, least in (("n_bins", 2), ("n_cabins", 1), ("n_prompts", 0)):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{field} is {value!r}; it must be an integer of at least {least}")
+        if self.n_bins % self.n_cabins:
+            raise ValueError(
+                f"n_cabins is {self.n_cabins}; it must divide n_bins, which is {self.n_bins}"
+            )
+        if not 0 < self.min_depth < self.max_depth < 10_000:
+            raise ValueError(
+                f"min_depth is {self.min_depth} and max_depth {self.max_depth}; "
+                "they must satisfy 0 < min_depth < max_depth < 10000 metres"
+            )
+        if self.distance_class == "semantic" and self.n_cabins != len(SEMANTIC_BINS):
+            raise ValueError(
+                f"n_cabins is {self.n_cabins}; with distance_class 'semantic' it must be "
+                f"{len(SEMANTIC_BINS)}, one for each phrase"
+            )
+
+
+# ------------------------------------------------------------------------------------------------
+# Sec. 3.1  CLIP. Parameters have the names that CLIP's own files give them.
+# ------------------------------------------------------------------------------------------------
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, is_causal: bool = False) -> Tensor:
+    """Multi-head attention of queries (B, Lq, C) to keys and values (B, Lk, C): (B, Lq, C)."""
+    q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, n, L, C/n)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    return out.transpose(1, 2).flatten(2)  # (B, Lq, C)
+
+
+class Bottleneck(nn.Module):
+    """CLIP's residual block: all convolutions have stride 1, an average pool does the striding."""
+
+    def __init__(self, in_channels: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.downsample = None
+        if stride > 1 or in_channels != 4 * width:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(self.pool(out)))  # (B, 4 width, h / stride, w / stride)
+        shortcut = x if self.downsample is None else self.downsample(self.pool(x))
+        return F.relu(out + shortcut)
+
+
+class AttentionPool(nn.Module):
+    """CLIP's MHA module, in which here *every* token attends and not only the mean (Sec. 3.2.1).
+
+    The mean's own output does not depend on the other queries: it is CLIP's image embedding.
+    """
+
+    def __init__(self, channels: int, embed_dim: int, grid: int):
+        super().__init__()
+        self.n_heads = channels // 64
+        self.positional_embedding = nn.Parameter(torch.randn(grid**2 + 1, channels) / channels**0.5)
+        self.q_proj = nn.Linear(channels, channels)
+        self.k_proj = nn.Linear(channels, channels)
+        self.v_proj = nn.Linear(channels, channels)
+        self.c_proj = nn.Linear(channels, embed_dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h, w = x.shape[-2:]
+        tokens = x.flatten(2).transpose(1, 2)  # (B, hw, C)
+        tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)  # [x̄, x]: (B, 1 + hw, C)
+        tokens = tokens + resize_positions(self.positional_embedding, h, w)
+        q, k, v = self.q_proj(tokens), self.k_proj(tokens), self.v_proj(tokens)
+        out = self.c_proj(attend(q, k, v, self.n_heads))  # [z̄, z]: (B, 1 + hw, D)
+        return out[:, 0], out[:, 1:].transpose(1, 2).unflatten(2, (h, w))  # (B, D), (B, D, h, w)
+
+
+def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
+    """Positions of a global token and a square grid (1 + n², C), for a grid of h x w."""
+    side = round((len(positions) - 1) ** 0.5)
+    grid = positions[1:].T.unflatten(1, (side, side))[None]  # (1, C, side, side)
+    grid = F.interpolate(grid, size=(h, w), mode="bilinear")
+    return torch.cat([positions[:1], grid[0].flatten(1).T])  # (1 + hw, C)
+
+
+class ImageEncoder(nn.Module):
+    """CLIP's modified ResNet, which returns all of its stages (Sec. 3.2.1).
+
+    (B, 3, H, W) -> pyramid [x1..x4], z_bar (B, D), z (B, D, h, w), h and w being H/32 and W/32.
+    """
+
+    def __init__(self, layers: tuple[int, ...], width: int, embed_dim: int, grid: int):
+        super().__init__()
+        # the stem: three convolutions and an average pool, in place of ResNet's one and max pool
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        channels = width
+        for i, n_blocks in enumerate(layers):
+            stage = []
+            for block in range(n_blocks):
+                stride = 2 if i > 0 and block == 0 else 1
+                stage.append(Bottleneck(channels, width * 2**i, stride))
+                channels = 4 * width * 2**i
+            setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
+        self.attnpool = AttentionPool(channels, embed_dim, grid)
+        self.channels = [4 * width * 2**i for i in range(len(layers))]  # of x1..x4
+
+    def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        x = F.relu(self.bn1(self.conv1(image)))  # (B, width / 2, H/2, W/2)
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn3(self.conv3(x)))  # (B, width, H/2, W/2)
+        x = F.avg_pool2d(x, 2)  # (B, width, H/4, W/4)
+        x1 = self.layer1(x)  # (B, 4 width, H/4, W/4)
+        x2 = self.layer2(x1)  # (B, 8 width, H/8, W/8)
+        x3 = self.layer3(x2)  # (B, 16 width, H/16, W/16)
+        x4 = self.layer4(x3)  # (B, 32 width, H/32, W/32)
+        z_bar, z = self.attnpool(x4)
+        return [x1, x2, x3, x4], z_bar, z
+
+
+class QuickGELU(nn.Module):
+    """The approximation of GELU that CLIP was trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention whose three projections are one matrix, as CLIP's files have it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.n_heads = width // 64
+        self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) / width**0.5)
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, is_causal: bool) -> Tensor:
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        return self.out_proj(attend(q, k, v, self.n_heads, is_causal))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = SelfAttention(width)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
+        self.mlp.add_module("gelu", QuickGELU())
+        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, is_causal: bool) -> Tensor:
+        x = x + self.attn(self.ln_1(x), is_causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width: int, n_layers: int):
+        super().__init__()
+        self.resblocks = nn.ModuleList(TransformerBlock(width) for _ in range(n_layers))
+
+    def forward(self, x: Tensor, is_causal: bool = False) -> Tensor:
+        for block in self.resblocks:
+            x = block(x, is_causal)
+        return x
+
+
+class CLIP(nn.Module):
+    """CLIP's two encoders. The text encoder is frozen (Sec. 3.2.3), the image encoder is not."""
+
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        a = self.architecture = architecture
+        self.visual = ImageEncoder(a.layers, a.width, a.embed_dim, a.grid)
+        self.token_embedding = nn.Embedding(a.vocab_size, a.text_width)
+        self.positional_embedding = nn.Parameter(torch.randn(a.context_length, a.text_width) * 0.01)
+        self.transformer = Transformer(a.text_width, a.text_layers)
+        self.ln_final = nn.LayerNorm(a.text_width)
+        self.text_projection = nn.Parameter(
+            torch.randn(a.text_width, a.embed_dim) / a.text_width**0.5
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith("visual."))
+
+    def encode_text(self, ids: Tensor, prompts: Tensor | None = None) -> Tensor:
+        """Text embeddings (L, D) of token ids (L, T), each a text from start to end token.
+
+        `prompts` (N, text_width), where given, are put between the start token and the text, as in
+        CoOp. The encoder is causal, and a text's embedding is its end token's: what comes after
+        the end token changes nothing, so T need only be as long as the longest text.
+        """
+        x = self.token_embedding(ids)  # (L, T, text_width)
+        end = ids.argmax(-1)  # (L,); the end token has the highest id
+        if prompts is not None:
+            x = torch.cat(
+                [x[:, :1], prompts.expand(len(x), -1, -1), x[:, 1:]], dim=1
+            )  # (L, N + T, …)
+            end = end + len(prompts)
+        x = x + self.positional_embedding[: x.shape[1]]
+        x = self.ln_final(self.transformer(x, is_causal=True))
+        index = end[:, None, None].expand(-1, 1, x.shape[2])
+        return x.gather(1, index)[:, 0] @ self.text_projection  # (L, D)
+
+
+# ------------------------------------------------------------------------------------------------
+# CLIP's weights
+# ------------------------------------------------------------------------------------------------
+
+CLIP_URL = "https://openaipublic.azureedge.net/clip/models/{sha256}/{name}.pt"
+CLIP_SHA256 = {
+    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
+    "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
+}
+
+
+def load_clip(name_or_path: str | Path) -> CLIP:
+    """CLIP with OpenAI's weights, in float32, by name ("RN50", "RN101") or from a file.
+
+    A name is downloaded once, to torch.hub's cache, and its hash is checked. A file may be OpenAI's
+    TorchScript archive or a plain state dict of the same names. The architecture is read off the
+    tensors. Raises FileNotFoundError or ValueError, saying what was found and what was expected.
+    """
+    path = Path(name_or_path)
+    if str(name_or_path) in CLIP_SHA256:
+        sha256 = CLIP_SHA256[name_or_path]
+        path = Path(torch.hub.get_dir()) / "checkpoints" / f"clip-{name_or_path}-{sha256[:8]}.pt"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            url = CLIP_URL.format(sha256=sha256, name=name_or_path)
+            print(f"downloading CLIP {name_or_path} to {path}")
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+    elif not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such file, and no CLIP of that name; known are {', '.join(CLIP_SHA256)}"
+        )
+    state = read_tensors(path, "a CLIP file: OpenAI's TorchScript archive, or a state dict of it")
+    sizes_only = ("input_resolution", "context_length", "vocab_size")  # not weights
+    state = {k: v.float() for k, v in state.items() if k not in sizes_only}
+    clip = CLIP(read_architecture(state, path))
+    load_strictly(clip, state, path)
+    return clip
+
+
+def read_tensors(path: Path, expected: str) -> dict:
+    """The dictionary that a file of PyTorch's holds. Nothing in the file is executed."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected {expected}")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; expected {expected}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            is_torchscript = any(n.endswith("/constants.pkl") for n in archive.namelist())
+        if is_torchscript:
+            content = torch.jit.load(path, map_location="cpu").state_dict()
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        size = path.stat().st_size
+        raise ValueError(
+            f"{path} ({size} bytes) is damaged, cut off, or of another kind; expected {expected}"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected {expected}")
+    return content
+
+
+def read_architecture(state: dict[str, Tensor], source: object) -> Architecture:
+    """The sizes of the CLIP whose tensors these are."""
+    try:
+        prefixes = {k.rpartition(".conv1.")[0] for k in state if k.startswith("visual.layer")}
+        text = {k.split(".")[2] for k in state if k.startswith("transformer.resblocks.")}
+        return Architecture(
+            embed_dim=state["text_projection"].shape[1],
+            layers=tuple(
+                sum(p.startswith(f"visual.layer{i}.") for p in prefixes) for i in (1, 2, 3, 4)
+            ),
+            width=state["visual.layer1.0.conv1.weight"].shape[0],
+            grid=round((len(state["visual.attnpool.positional_embedding"]) - 1) ** 0.5),
+            text_width=len(state["ln_final.weight"]),
+            text_layers=len(text),
+            context_length=len(state["positional_embedding"]),
+            vocab_size=len(state["token_embedding.weight"]),
+        )
+    except KeyError as error:
+        raise ValueError(
+            f"{source} has no tensor {error}, so it is not a CLIP ResNet with its text encoder; "
+            f"it holds {len(state)} entries, such as {', '.join(list(state)[:3]) or 'none'}"
+        ) from None
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
+    """Load a state dict that must fit exactly, or raise one ValueError that says what does not."""
+    expected = module.state_dict()
+    misfits = {
+        "missing": [k for k in expected if k not in state],
+        "unknown": [k for k in state if k not in expected],
+        "of another shape": [
+            f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
+            for k, v in expected.items()
+            if k in state and state[k].shape != v.shape
+        ],
+    }
+    found = [f"{len(names)} {what} ({names[0]}, …)" for what, names in misfits.items() if names]
+    if found:
+        raise ValueError(f"{source} does not fit the network: tensors " + ", ".join(found))
+    module.load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------------------------
+# Sec. 3.2.1  Adaptive bins
+# ------------------------------------------------------------------------------------------------
+
+
+class AdaptiveBins(nn.Module):
+    """Bin widths b (B, n_bins), positive and of sum 1, from the global embedding z̄ (B, D)."""
+
+    def __init__(self, embed_dim: int, n_bins: int):
+        super().__init__()
+        # NOTE(differs): the paper says "MLP with ReLU". The released one has LeakyReLU between its
+        # layers, and ReLU + 0.1 at its end, which keeps every bin open; so does this.
+        self.mlp = nn.Sequential(
+            nn.Linear(embed_dim, 512),
+            nn.LeakyReLU(),
+            nn.Linear(512, 256),
+            nn.LeakyReLU(),
+            nn.Linear(256, n_bins),
+        )
+
+    def forward(self, z_bar: Tensor) -> Tensor:
+        b = F.relu(self.mlp(z_bar)) + 0.1  # b'
+        return b / b.sum(1, keepdim=True)
+
+
+def bin_centers(widths: Tensor, min_depth: float, max_depth: float) -> Tensor:
+    """Depth at the centre of each bin, in metres: (B, n_bins) from widths (B, n_bins) of sum 1."""
+    # Eq. 1:  c(b_i) = d_min + (d_max - d_min) (b_i / 2 + Σ_{j<i} b_j)
+    return min_depth + (max_depth - min_depth) * (widths.cumsum(1) - widths / 2)
+
+
+# ------------------------------------------------------------------------------------------------
+# Sec. 3.2.2  CaBins
+# ------------------------------------------------------------------------------------------------
+
+
+def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Tensor:
+    """One distance for each group of adjacent bins: (B, K) metres from centres (B, n_bins).
+
+    `kind` is a row of Table 3: "cabins" (Eq. 2), "median" (the lower one, a real bin centre) or
+    "mean". The row "semantic" has phrases in place of distances. Raises ValueError.
+    """
+    if centers.shape[1] % n_groups:
+        raise ValueError(f"{centers.shape[1]} bins cannot be shared out among {n_groups} groups")
+    c = centers.unflatten(1, (n_groups, -1))  # (B, K, n_g)
+    m = c.mean(2, keepdim=True)  # (B, K, 1)
+    if kind == "mean":
+        return m.squeeze(2)
+    if kind == "median":
+        return c.median(2).values
+    if kind != "cabins":
+        raise ValueError(f"kind is {kind!r}; it must be one of cabins, median, mean")
+    # Eq. 2:  e_k = Σ_i w_i c_k(b_i),  w_i = softmax(1 / (|c_k(b_i) - m_k| + ε)),  ε = 1e-4
+    w = torch.softmax(1 / ((c - m).abs() + 1e-4), dim=2)  # (B, K, n_g)
+    return (w * c).sum(2)  # (B, K)
+
+
+# ------------------------------------------------------------------------------------------------
+# Sec. 3.2.3  Text encoder: prompts, and Eq. 3
+# ------------------------------------------------------------------------------------------------
+
+SEMANTIC_BINS = [  # Sec. 4.6, in the paper's order
+    "giant",
+    "extremely close",
+    "close",
+    "not in distance",
+    "a little remote",
+    "far",
+    "farthest",
+    "unseen",
+]
+DIGIT_0, POINT = 271, 269  # CLIP's ids of "0" to "9" are 271 to 280, that of "." is 269
+DECIMALS = 4
+
+
+def number_tokens(depths: Tensor, integer_digits: int = 4) -> Tensor:
+    """CLIP's token ids of depths in metres, written as Python prints them rounded to 4 decimals.
+
+    (…,) -> (…, T) from start to end token, padded with zeros, T = integer_digits + 7; for depths of
+    at least 0 and below 10^integer_digits. CLIP splits a number into single digits, so its ids are
+    look-ups of its digits: no string is made, and nothing leaves the depths' device.
+
+    >>> number_tokens(torch.tensor([2.5, 0.81961]), integer_digits=1)
+    tensor([[49406,   273,   269,   276, 49407,     0,     0,     0],
+            [49406,   271,   269,   279,   272,   280,   277, 49407]])
+    """
+    device = depths.device
+    # MPS has no float64, in which alone the product is exact: there, and only there, ask the CPU
+    exact = depths.detach().cpu() if device.type == "mps" else depths.detach()
+    number = (exact.double() * 10**DECIMALS).round().long().to(device)[..., None]  # (…, 1)
+    powers = 10 ** torch.arange(integer_digits + DECIMALS - 1, -1, -1, device=device)
+    digits = number // powers % 10 + DIGIT_0  # (…, integer_digits + 4)
+
+    whole, decimals = powers[:integer_digits], powers[integer_digits:]
+    keep_whole = (number >= whole) | (whole == 10**DECIMALS)  # no leading zeros, but "0.5"
+    keep_decimal = (number % (10 * decimals) > 0) | (
+        decimals == 10 ** (DECIMALS - 1)
+    )  # nor trailing
+
+    always = torch.ones_like(number)
+    ids = [SOT * always, digits[..., :integer_digits], POINT * always]
+    ids = torch.cat([*ids, digits[..., integer_digits:], EOT * always], -1)  # (…, T)
+    keep = torch.cat([always, keep_whole, always, keep_decimal, always], -1).bool()
+    order = torch.argsort(keep, dim=-1, descending=True, stable=True)  # what is kept, to the left
+    return (ids * keep).gather(-1, order)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with separate projections without bias, as in DenseCLIP."""
+
+    def __init__(self, width: int, n_heads: int, dropout: float):
+        super().__init__()
+        self.n_heads = n_heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.proj = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        q, k, v = self.q_proj(x), self.k_proj(memory), self.v_proj(memory)
+        return self.dropout(self.proj(attend(q, k, v, self.n_heads)))
+
+
+class ContextLayer(nn.Module):
+    """A pre-norm transformer decoder layer: the texts look at each other, then at the image."""
+
+    def __init__(self, width: int, n_heads: int, dropout: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.self_attn = Attention(width, n_heads, dropout)
+        self.norm2 = nn.LayerNorm(width)
+        self.cross_attn = Attention(width, n_heads, dropout)
+        self.norm3 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.self_attn(y, y)
+        x = x + self.cross_attn(self.norm2(x), memory)
+        return x + self.dropout(self.mlp(self.norm3(x)))
+
+
+class ContextDecoder(nn.Module):
+    """TransDecoder of Eq. 3: texts (B, K, D) as query, image (B, 1 + hw, D) as key and value."""
+
+    def __init__(self, embed_dim: int, width: int = 256, n_heads: int = 4, n_layers: int = 6):
+        super().__init__()
+        self.memory_proj = nn.Sequential(
+            nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width), nn.LayerNorm(width)
+        )
+        self.text_proj = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width))
+        self.layers = nn.ModuleList(ContextLayer(width, n_heads, 0.1) for _ in range(n_layers))
+        self.out_proj = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, embed_dim))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, t: Tensor, image: Tensor) -> Tensor:
+        memory = self.memory_proj(image)  # (B, 1 + hw, width)
+        x = self.text_proj(t)  # (B, K, width)
+        for layer in self.layers:
+            x = layer(x, memory)
+        return self.out_proj(x)  # (B, K, D)
+
+
+# ------------------------------------------------------------------------------------------------
+# Sec. 3.2.4  Depth prediction
+# ------------------------------------------------------------------------------------------------
+
+
+def cosine_similarity(z: Tensor, t: Tensor) -> Tensor:
+    """Cosine of every place in the image z (B, D, h, w) and every text t (B, K, D): (B, K, h, w)."""
+    # Eq. 4:  s = ẑ · t̂
+    return torch.einsum("bdhw,bkd->bkhw", F.normalize(z, dim=1), F.normalize(t, dim=2))
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, corner pixels on corner pixels: (B, C, h, w) -> (B, C, *size)."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+class DepthDecoder(nn.Module):
+    """Probability p (B, n_bins, H/2, W/2) of every bin, from the pyramid and s (B, K, h, w)."""
+
+    def __init__(self, channels: list[int], n_cabins: int, n_bins: int):
+        super().__init__()
+        *skips, last = channels  # of x1, x2, x3; of x4
+        # NOTE(differs): the padding puts a ring of one pixel, of bias alone, around the map at
+        # stride 32. The paper does not say; the released code has it.
+        self.reduce = nn.Conv2d(last + n_cabins, last, 1, padding=1)
+        self.up = nn.ModuleList()
+        for skip in reversed(skips):  # x3, x2, x1
+            self.up.append(
+                nn.Sequential(
+                    nn.Conv2d(last + skip, last // 2, 3, padding=1),
+                    nn.BatchNorm2d(last // 2),
+                    nn.LeakyReLU(),
+                    nn.Conv2d(last // 2, last // 2, 3, padding=1),
+                    nn.BatchNorm2d(last // 2),
+                    nn.LeakyReLU(),
+                )
+            )
+            last //= 2
+        self.features = nn.Conv2d(last, n_bins, 3, padding=1)
+        self.logits = nn.Conv2d(n_bins, n_bins, 1)
+
+    def forward(self, pyramid: list[Tensor], s: Tensor) -> Tensor:
+        *skips, x4 = pyramid
+        x = self.reduce(torch.cat([x4, s], dim=1))  # (B, 32 width, h + 2, w + 2)
+        for up, skip in zip(self.up, reversed(skips)):
+            x = torch.cat([resize(x, skip.shape[-2:]), skip], dim=1)
+            x = up(x)  # half the channels, at the skip's size
+        x = resize(x, (2 * x.shape[-2], 2 * x.shape[-1]))  # (B, 4 width, H/2, W/2)
+        return self.logits(self.features(x)).softmax(dim=1)  # (B, n_bins, H/2, W/2)
+
+
+def expected_depth(centers: Tensor, p: Tensor) -> Tensor:
+    """Depth (B, 1, h, w) in metres of centres (B, n_bins) with probabilities p (B, n_bins, h, w)."""
+    # Eq. 5:  d_i = Σ_k c(b_k) p_ik
+    return torch.einsum("bn,bnhw->bhw", centers, p)[:, None]
+
+
+# ------------------------------------------------------------------------------------------------
+# Figure 2: the network
+# ------------------------------------------------------------------------------------------------
+
+
+class Prediction(NamedTuple):
+    """What CaBins says of a batch of images."""
+
+    depth: Tensor  # (B, 1, H, W) metres
+    centers: Tensor  # (B, n_bins) metres, increasing
+    cabins: Tensor  # (B, K) metres; with semantic prompts too, though those do not contain them
+    similarity: Tensor  # (B, K, h, w), from -1 to 1
+
+
+class CaBins(nn.Module):
+    """The network of Figure 2. `clip` is what `load_clip` returns; without it, weights are random.
+
+    Raises ValueError if `clip` is not the backbone that the config names.
+    """
+
+    def __init__(self, config: Config, clip: CLIP | None = None):
+        super().__init__()
+        expected = BACKBONES[config.backbone]
+        if clip is None:
+            clip = CLIP(expected)
+            if config.backbone != "tiny":
+                warnings.warn(
+                    f"CLIP {config.backbone} has random weights: depths mean nothing until trained",
+                    stacklevel=2,
+                )
+        # a text may be cut to fewer positions than CLIP's 77, as the authors' checkpoints are
+        found = clip.architecture._replace(context_length=expected.context_length)
+        if found != expected:
+            raise ValueError(f"backbone is {config.backbone}, {expected}, but the CLIP has {found}")
+        self.config = config
+        self.clip = clip
+        embed_dim, text_width = expected.embed_dim, expected.text_width
+        self.bins = AdaptiveBins(embed_dim, config.n_bins)
+        self.prompts = nn.Parameter(torch.empty(config.n_prompts, text_width))
+        nn.init.trunc_normal_(self.prompts, std=0.02)
+        sizes = {"width": 64, "n_layers": 2} if config.backbone == "tiny" else {}
+        self.context_decoder = ContextDecoder(embed_dim, **sizes)
+        self.gamma = nn.Parameter(torch.full((embed_dim,), 1e-4))
+        self.depth_decoder = DepthDecoder(clip.visual.channels, config.n_cabins, config.n_bins)
+        if config.distance_class == "semantic":
+            self.register_buffer("phrases", tokenize(SEMANTIC_BINS, 5), persistent=False)
+
+    def encode_prompts(self, e: Tensor) -> Tensor:
+        """Text embeddings t (B, K, D) of the distances e (B, K), or of the phrases of Table 3."""
+        if self.config.distance_class == "semantic":
+            t = self.clip.encode_text(self.phrases, self.prompts)  # (K, D), of any image
+            return t.expand(len(e), -1, -1)
+        integer_digits = len(f"{self.config.max_depth:.0f}")
+        ids = number_tokens(e, integer_digits).flatten(0, 1)  # (BK, T), T = 9 up to 99 m
+        return self.clip.encode_text(ids, self.prompts).unflatten(0, e.shape)
+
+    def forward(self, image: Tensor, upsample: bool = True) -> Prediction:
+        """Depth of normalised images (B, 3, H, W), H and W at least 64 and otherwise of any size.
+
+        Without `upsample`, depth stays at the decoder's size, about H/2 x W/2.
+        """
+        if image.ndim != 4 or image.shape[1] != 3 or min(image.shape[2:]) < 64:
+            raise ValueError(
+                f"image has shape {tuple(image.shape)}; it must be (B, 3, H, W), H and W at least 64"
+            )
+        config = self.config
+        # image encoder and bins (Sec. 3.2.1)
+        pyramid, z_bar, z = self.clip.visual(image)
+        b = self.bins(z_bar)  # (B, n_bins)
+        c = bin_centers(b, config.min_depth, config.max_depth)  # (B, n_bins)
+        # CaBins (Sec. 3.2.2)
+        kind = "cabins" if config.distance_class == "semantic" else config.distance_class
+        e = distance_classes(c, config.n_cabins, kind)  # (B, K)
+        # text encoder (Sec. 3.2.3)
+        t = self.encode_prompts(e)  # (B, K, D)
+        # Eq. 3:  t ← t + γ v_post,  v_post = TransDecoder(t, [z̄, z])
+        v_post = self.context_decoder(t, torch.cat([z_bar[:, :, None], z.flatten(2)], 2).mT)
+        t = t + self.gamma * v_post  # (B, K, D)
+        # depth (Sec. 3.2.4)
+        s = cosine_similarity(z, t)  # (B, K, h, w)
+        p = self.depth_decoder(pyramid, s)  # (B, n_bins, H/2, W/2)
+        d = expected_depth(c, p)  # (B, 1, H/2, W/2)
+        if upsample:
+            d = resize(d, image.shape[-2:])  # (B, 1, H, W)
+        return Prediction(d, c, e, s)
+
+
+# ------------------------------------------------------------------------------------------------
+# Sec. 3.3  Training loss. A mask (B, 1, H, W) says where ground truth is valid.
+# ------------------------------------------------------------------------------------------------
+
+LAMBDA, ALPHA, BETA = 0.85, 10.0, 0.1
+
+
+def silog_loss(depth: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Scale-invariant logarithmic loss over all valid pixels of the batch; 0 if there are none."""
+    n = mask.sum().clamp(min=1)
+    g = torch.where(mask, depth.log() - torch.where(mask, target, 1).log(), 0)
+    # Eq. 6:  L_pixel = α √( 1/n Σ g_i² - λ/n² (Σ g_i)² )
+    square = g.square().sum() / n - LAMBDA * (g.sum() / n).square()
+    return ALPHA * square.clamp(min=1e-12).sqrt()  # the clamp keeps the gradient finite at 0
+
+
+def nearest(queries: Tensor, values: Tensor) -> Tensor:
+    """Index (B, Q) of the value nearest to each query (B, Q); values (B, V) must be sorted."""
+    above = torch.searchsorted(values, queries)
+    below = (above - 1).clamp(min=0)
+    above = above.clamp(max=values.shape[1] - 1)
+    is_below = queries - values.gather(1, below) <= values.gather(1, above) - queries
+    return torch.where(is_below, below, above)
+
+
+def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Bi-directional chamfer distance of bin centres (B, n_bins) and the depths X of each image.
+
+    Squared metres; the mean over each set, summed, and the mean over the batch, to which an image
+    without valid pixels adds 0. In one dimension the nearest neighbour is next to where a value
+    would be sorted in, so no table of pixels x centres is needed.
+    """
+    c, x, valid = centers, target.flatten(1), mask.flatten(1)  # (B, n_bins), (B, HW), (B, HW)
+    n = valid.sum(1)  # (B,)
+    # Eq. 7:  L_bins = chamfer(X, c(b)) + chamfer(c(b), X)
+    to_centers = (x - c.gather(1, nearest(x, c.detach()))).square()  # (B, HW)
+    to_centers = torch.where(valid, to_centers, 0).sum(1) / n.clamp(min=1)
+    x = x.masked_fill(~valid, torch.inf).sort(1).values
+    x = x.gather(1, nearest(c.detach(), x))  # (B, n_bins): the depth nearest to each centre
+    to_pixels = (c - torch.where(n[:, None] > 0, x, c.detach())).square().mean(1)
+    return (to_centers + to_pixels).mean()
+
+
+def total_loss(prediction: Prediction, target: Tensor, min_depth: float) -> Tensor:
+    """The training loss against ground truth (B, 1, H, W) in metres, valid above `min_depth`."""
+    mask = target > min_depth
+    pixel = silog_loss(resize(prediction.depth, target.shape[-2:]), target, mask)
+    # Eq. 8:  L_total = L_pixel + β L_bins
+    return pixel + BETA * chamfer_loss(prediction.centers, target, mask)
+
+
+# ------------------------------------------------------------------------------------------------
+# Sec. 4.3  Evaluation metrics
+# ------------------------------------------------------------------------------------------------
+
+
+def depth_metrics(depth: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """The metrics of one image, from the predicted and true depths (n,) of its valid pixels, in m.
+
+    Raises ValueError if there are none, or not as many of the one as of the other.
+    """
+    if depth.shape != target.shape or depth.ndim != 1 or not len(depth):
+        raise ValueError(
+            f"depth has shape {tuple(depth.shape)} and target {tuple(target.shape)}; "
+            "they must be the same (n,), of the valid pixels, of which there must be one at least"
+        )
+    error = depth - target
+    log_error = depth.log() - target.log()
+    delta = torch.maximum(depth / target, target / depth)
+    return {
+        "abs_rel": (error.abs() / target).mean(),
+        "sq_rel": (error.square() / target).mean(),
+        "rmse": error.square().mean().sqrt(),
+        "rmse_log": log_error.square().mean().sqrt(),
+        "log10": (depth.log10() - target.log10()).abs().mean(),
+        "d1": (delta < 1.25).float().mean(),
+        "d2": (delta < 1.25**2).float().mean(),
+        "d3": (delta < 1.25**3).float().mean(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints
+# ------------------------------------------------------------------------------------------------
+
+RELEASED_NAMES = {  # how names in the authors' checkpoints begin, and ours
+    "contexts": "prompts",
+    "clip_model.": "clip.",
+    "computeAdaptiveBin.regressor.": "bins.mlp.",
+    "context_decoder.decoder.": "context_decoder.layers.",
+    "decoder.conv2.": "depth_decoder.reduce.",
+    "decoder.up1._net.": "depth_decoder.up.0.",
+    "decoder.up2._net.": "depth_decoder.up.1.",
+    "decoder.up3._net.": "depth_decoder.up.2.",
+    "decoder.conv3.": "depth_decoder.features.",
+    "predict_D.conv_out.0.": "depth_decoder.logits.",
+}
+
+
+def our_name(name: str) -> str:
+    """Our name of a tensor of the authors' checkpoints."""
+    name = name.removeprefix("module.")
+    for theirs, ours in RELEASED_NAMES.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def save_checkpoint(path: str | Path, model: CaBins, **state) -> None:
+    """Write the model, its config and `state` (tensors and plain values) whole, or not at all."""
+    content = {"config": dataclasses.asdict(model.config), "model": model.state_dict(), **state}
+    partial = Path(f"{path}.partial")
+    try:
+        torch.save(content, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(
+    path: str | Path, max_depth: float | None = None, map_location: str | torch.device = "cpu"
+) -> CaBins:
+    """The network of a checkpoint, in eval mode; its `config` says what it is.
+
+    Reads ours and the authors'. Theirs do not say their range, so `max_depth` must: 10 m for NYU,
+    80 m for KITTI. Every tensor is used. Raises FileNotFoundError or ValueError.
+    """
+    content = read_tensors(Path(path), "a checkpoint of train.py or of the authors")
+    state = content.get("model")
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"{path} is no checkpoint of CaBins: it has no 'model', but "
+            f"{', '.join(map(str, list(content)[:3])) or 'nothing'}, …"
+        )
+    released = "config" not in content
+    if released:
+        state = {our_name(name): tensor for name, tensor in state.items()}
+    clip_state = {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
+    architecture = read_architecture(clip_state, path)
+    if released:
+        if max_depth is None:
+            raise ValueError(
+                f"{path} is a checkpoint of the authors, which does not say its depth range: "
+                "give max_depth, 10 for NYU or 80 for KITTI"
+            )
+        state["prompts"] = state["prompts"].squeeze(0)
+        config = Config(max_depth=max_depth)
+    else:
+        config = Config(**content["config"])
+        if max_depth not in (None, config.max_depth):
+            raise ValueError(f"{path} was trained for {config.max_depth} m, not for {max_depth}")
+    model = CaBins(config, CLIP(architecture))
+    load_strictly(model, state, path)
+    return model.to(map_location).eval()
