@@ -367,8 +367,10 @@ def read_tensors(path: Path, expected: str) -> dict:
         raise ValueError(
             f"{path} ({size} bytes) is damaged, cut off, or of another kind; expected {expected}"
         ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected {expected}")
+    if not (isinstance(content, dict) and content):
+        raise ValueError(
+            f"{path} holds {type(content).__name__} {content!r:.40}; expected {expected}"
+        )
     return content
 
 
@@ -848,6 +850,40 @@ def save_checkpoint(path: str | Path, model: CaBins, **state) -> None:
         partial.unlink(missing_ok=True)
 
 
+def read_checkpoint(path: str | Path) -> dict:
+    """All that a checkpoint holds: "model", and in ours "config" and what training needs."""
+    content = read_tensors(Path(path), "a checkpoint of train.py or of the authors")
+    if not (content.get("model") and isinstance(content["model"], dict)):
+        found = ", ".join(map(str, list(content)[:3]))
+        raise ValueError(f"{path} is no checkpoint of CaBins: it has no 'model', but {found}, …")
+    return content
+
+
+def restore(content: dict, source: object, max_depth: float | None = None) -> CaBins:
+    """The network of what `read_checkpoint` read from `source`."""
+    state = content["model"]
+    if released := "config" not in content:
+        state = {our_name(name): tensor for name, tensor in state.items()}
+    clip_state = {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
+    clip = CLIP(read_architecture(clip_state, source))
+    if not released:
+        config = Config(**content["config"])
+        if max_depth not in (None, config.max_depth):
+            raise ValueError(f"{source} is for depths to {config.max_depth} m, not to {max_depth}")
+    elif max_depth is None:
+        raise ValueError(
+            f"{source} is a checkpoint of the authors, which does not say its depth range: "
+            "give max_depth, 10 for NYU or 80 for KITTI"
+        )
+    else:
+        config = Config(max_depth=max_depth)
+        if "prompts" in state:
+            state["prompts"] = state["prompts"].squeeze(0)  # theirs is (1, N, 512)
+    model = CaBins(config, clip)
+    load_strictly(model, state, source)
+    return model.eval()
+
+
 def load_checkpoint(
     path: str | Path, max_depth: float | None = None, map_location: str | torch.device = "cpu"
 ) -> CaBins:
@@ -856,30 +892,4 @@ def load_checkpoint(
     Reads ours and the authors'. Theirs do not say their range, so `max_depth` must: 10 m for NYU,
     80 m for KITTI. Every tensor is used. Raises FileNotFoundError or ValueError.
     """
-    content = read_tensors(Path(path), "a checkpoint of train.py or of the authors")
-    state = content.get("model")
-    if not isinstance(state, dict):
-        raise ValueError(
-            f"{path} is no checkpoint of CaBins: it has no 'model', but "
-            f"{', '.join(map(str, list(content)[:3])) or 'nothing'}, …"
-        )
-    released = "config" not in content
-    if released:
-        state = {our_name(name): tensor for name, tensor in state.items()}
-    clip_state = {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
-    architecture = read_architecture(clip_state, path)
-    if released:
-        if max_depth is None:
-            raise ValueError(
-                f"{path} is a checkpoint of the authors, which does not say its depth range: "
-                "give max_depth, 10 for NYU or 80 for KITTI"
-            )
-        state["prompts"] = state["prompts"].squeeze(0)
-        config = Config(max_depth=max_depth)
-    else:
-        config = Config(**content["config"])
-        if max_depth not in (None, config.max_depth):
-            raise ValueError(f"{path} was trained for {config.max_depth} m, not for {max_depth}")
-    model = CaBins(config, CLIP(architecture))
-    load_strictly(model, state, path)
-    return model.to(map_location).eval()
+    return restore(read_checkpoint(path), path, max_depth).to(map_location)

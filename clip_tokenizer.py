@@ -20,6 +20,7 @@ OpenAI published it with CLIP (MIT licence, see LICENSE).
 import functools
 import gzip
 import html
+import itertools
 from pathlib import Path
 
 import torch
@@ -82,12 +83,12 @@ def merge(word: str) -> tuple[str, ...]:
     >>> merge("farthest")
     ('far', 'thest</w>')
     """
-    ids, ranks = vocabulary()
+    _, ranks = vocabulary()
     if word in ("<|startoftext|>", "<|endoftext|>"):
         return (word,)
     pieces = [*word[:-1], word[-1] + "</w>"]
     while len(pieces) > 1:
-        pair = min(zip(pieces, pieces[1:]), key=lambda pair: ranks.get(pair, N_MERGES))
+        pair = min(itertools.pairwise(pieces), key=lambda pair: ranks.get(pair, N_MERGES))
         if pair not in ranks:
             break
         merged, i = [], 0

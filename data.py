@@ -1,0 +1,420 @@
+"""The data of CaBins (Sec. 4.2): NYU-Depth V2, KITTI's Eigen split, and rooms drawn here.
+
+A sample is an RGB image and its depth in metres, 0 where nothing was measured. Training reads
+are cheap: a worker only decodes a pair and cuts its fixed crop; `augment` then turns, cuts, flips
+and recolours the whole batch on the training device. Nothing random happens in a worker.
+"""
+
+import math
+import sys
+import urllib.error
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cabins import Config
+
+# ------------------------------------------------------------------------------------------------
+# The recipe (Sec. 4.1 and 4.2; what the paper leaves open is the released code's)
+# ------------------------------------------------------------------------------------------------
+
+
+class Recipe(NamedTuple):
+    """All that sets one data set apart from another."""
+
+    max_depth: float  # metres; min_depth is 1e-3 throughout
+    crop: tuple[int, int]  # rows and columns of the random crop
+    rotation: float  # degrees, to either side
+    brightness: float  # factor from 1 - this to 1 + this; likewise for gamma and colour
+    depth_scale: float = 1.0  # value of a depth PNG's pixel at 1 m
+    image_folders: tuple[str, ...] = ("",)  # where, below the root, the lists' paths may begin
+    depth_folders: tuple[str, ...] = ("",)
+    lists: dict[str, tuple[str, str]] | None = (
+        None  # train, test: name and sha256 of the split list
+    )
+    gamma: float = 0.1
+    colour: float = 0.1
+
+
+NYU_FOLDERS = ("", "sync", "train", "official_splits/test", "test")
+KITTI_DEPTH = ("", "gts", "gt_depth", "data_depth_annotated", "depth", "depth_annotated")
+DATASETS = {
+    "nyu": Recipe(
+        max_depth=10.0,
+        crop=(416, 544),
+        rotation=2.5,
+        brightness=0.25,
+        depth_scale=1000.0,
+        image_folders=NYU_FOLDERS,
+        depth_folders=NYU_FOLDERS,
+        lists={
+            "train": (
+                "nyudepthv2_train_files_with_gt.txt",
+                "66e2beb718a58c5c946c169f6e70cc6ae166ddd19f5618266fff52ff7443e0e9",
+            ),
+            "test": (
+                "nyudepthv2_test_files_with_gt.txt",
+                "e92c191d5835a22589b843c11b80cd7235d5bd0d4136e42a6debcea4511bf906",
+            ),
+        },
+    ),
+    "kitti": Recipe(
+        max_depth=80.0,
+        crop=(352, 704),
+        rotation=1.0,
+        brightness=0.1,
+        depth_scale=256.0,
+        image_folders=("", "raw", "raw_data", "kitti_raw"),
+        depth_folders=tuple(  # KITTI's ground truth unzips into train/ and val/
+            f"{folder}/{part}".strip("/")
+            for folder in KITTI_DEPTH
+            for part in ("", "train", "val", "total")
+        ),
+        lists={
+            "train": (
+                "kitti_eigen_train_files_with_gt.txt",
+                "dd5e51c2df33d4c53c1d4dd01726326e7c3ac087cff165b1007738c5c8a06aca",
+            ),
+            "test": (
+                "kitti_eigen_test_files_with_gt.txt",
+                "1a631c1bc0d40f5580f8363bffe0ffcc9524e5ecdd56765aebfffc3dce162201",
+            ),
+        },
+    ),
+    "toy": Recipe(max_depth=10.0, crop=(96, 128), rotation=0.0, brightness=0.1),
+}
+LIST_URL = (
+    "https://raw.githubusercontent.com/EunjinSon1/CaBins/"
+    "4e9c9a03d16da42e65c67f5bb7911397726ade6c/train_test_inputs/"
+)
+TOY_ROOMS = {"train": range(768), "test": range(1_000_000, 1_000_064)}
+
+
+def fixed_crop(name: str, height: int, width: int, train: bool) -> tuple[int, int, int, int]:
+    """Rows from, to and columns from, to that are kept of every frame, before anything else."""
+    if name == "nyu" and train:
+        return 45, 472, 43, 608  # without the white frame of the aligned images
+    if name == "kitti":  # "KB": what lies below the sky
+        top, left = height - 352, (width - 1216) // 2
+        return top, top + 352, left, left + 1216
+    return 0, height, 0, width
+
+
+def test_windows(name: str, height: int, width: int) -> dict[str, tuple[slice, slice]]:
+    """Rows and columns of a test image in which depth is measured, by the window's name.
+
+    The first is the paper's. `height` and `width` are the whole frame's. KITTI's fractions (Garg)
+    are taken of the cropped frame ("nested", as the authors do) or of the whole one ("full").
+    """
+    if name == "nyu":
+        return {"eigen": (slice(45, 471), slice(41, 601))}
+    if name == "kitti":
+        top, _, left, _ = fixed_crop(name, height, width, train=False)
+        nested, full = garg(352, 1216), garg(height, width)
+        full = [slice(s.start - o, s.stop - o) for s, o in zip(full, (top, left))]
+        return {"nested": nested, "full": tuple(full)}
+    return {"whole": (slice(0, height), slice(0, width))}
+
+
+def garg(height: int, width: int) -> tuple[slice, slice]:
+    rows = slice(int(0.40810811 * height), int(0.99189189 * height))
+    return rows, slice(int(0.03594771 * width), int(0.96405229 * width))
+
+
+# ------------------------------------------------------------------------------------------------
+# Samples
+# ------------------------------------------------------------------------------------------------
+
+
+class DepthDataset(Dataset):
+    """Pairs of `name` ("nyu", "kitti" or "toy") below the folder `root`.
+
+    `split` is a list file with a line `image depth focal` for each pair; without it the authors'
+    own list is fetched once. [i] gives {"image": (3, h, w), "depth": (1, h, w) in metres, 0 being
+    none, "path": str, "size": (2,) rows and columns of the whole frame}; the image is normalised,
+    or uint8 with `train`, for `augment`. Pairs without ground truth are left out; `n_left_out`
+    counts them. Raises FileNotFoundError or ValueError, naming what is missing, at construction.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str | Path | None = None,
+        split: str | Path | None = None,
+        train: bool = False,
+    ):
+        if name not in DATASETS:
+            raise ValueError(f"data is {name!r}; it must be one of {', '.join(DATASETS)}")
+        self.name, self.train, self.recipe = name, train, DATASETS[name]
+        self.n_left_out = 0
+        if name == "toy":
+            self.pairs = [(f"room {i}", i) for i in TOY_ROOMS["train" if train else "test"]]
+            return
+        if root is None:
+            raise ValueError(f"data {name!r} needs --root, the folder that holds it")
+        if not Path(root).is_dir():
+            raise FileNotFoundError(f"{root}: no such folder; --root must be where {name} lies")
+        self.pairs = self.find_pairs(Path(root), Path(split) if split else self.fetch_list())
+
+    def fetch_list(self) -> Path:
+        """The authors' split list, downloaded once; it has no licence, so it is not shipped."""
+        file, sha256 = self.recipe.lists["train" if self.train else "test"]
+        path = Path(torch.hub.get_dir()) / "checkpoints" / file
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(LIST_URL + file, str(path), sha256, progress=False)
+            except (urllib.error.URLError, RuntimeError) as error:
+                raise FileNotFoundError(
+                    f"{LIST_URL + file} could not be fetched ({error}); "
+                    f"put it at {path}, or give a list of your own"
+                ) from None
+        return path
+
+    def find_pairs(self, root: Path, split: Path) -> list[tuple[str, str]]:
+        """Paths of image and depth of each line of `split` that has ground truth."""
+        if not split.is_file():
+            raise FileNotFoundError(f"{split}: no such split list")
+        pairs, missing = [], []
+        lines = split.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            fields = line.split()
+            if len(fields) not in (2, 3):
+                raise ValueError(f"{split}, line {number}: {line!r} is not 'image depth focal'")
+            if fields[1] == "None":
+                self.n_left_out += 1
+                continue
+            image = find(root, self.recipe.image_folders, fields[0], (".png", ".jpg", ".jpeg"))
+            depth = find(root, self.recipe.depth_folders, fields[1], (".png",))
+            missing += [f for f, path in zip(fields, (image, depth)) if path is None]
+            pairs.append((image, depth))
+        if not pairs:
+            raise ValueError(f"{split} names no pair of image and depth")
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of the {2 * len(pairs)} files that {split} names are not below "
+                f"{root}, the first being {', '.join(missing[:3])}; "
+                "the README shows the folders that are searched"
+            )
+        return pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> dict:
+        path, depth_path = self.pairs[i]
+        if self.name == "toy":
+            image, depth = draw_room(depth_path)
+        else:
+            image, depth = read_image(path), read_depth(depth_path) / self.recipe.depth_scale
+        if image.shape[:2] != depth.shape:
+            raise ValueError(f"{path} has {image.shape[:2]} pixels, {depth_path} {depth.shape}")
+        height, width = depth.shape
+        top, bottom, left, right = fixed_crop(self.name, height, width, self.train)
+        if not (0 <= top and bottom <= height and 0 <= left and right <= width):
+            raise ValueError(
+                f"{path} has {height} x {width} pixels; {self.name} needs at least "
+                f"{bottom - min(top, 0)} x {right - min(left, 0)}"
+            )
+        image = torch.from_numpy(image[top:bottom, left:right].copy()).permute(2, 0, 1)  # (3, h, w)
+        depth = torch.from_numpy(depth[top:bottom, left:right].copy())[None]  # (1, h, w)
+        return {
+            "image": image if self.train else normalize(image / 255),
+            "depth": depth,
+            "path": str(path),
+            "size": torch.tensor([height, width]),
+        }
+
+
+def find(root: Path, folders: tuple[str, ...], name: str, suffixes: tuple[str, ...]) -> str | None:
+    """The file `name` in one of the folders below root, with its own suffix or another."""
+    relative = Path(name.lstrip("/"))
+    for folder in folders:
+        path = root / folder / relative
+        for candidate in (path, *(path.with_suffix(suffix) for suffix in suffixes)):
+            if candidate.is_file():
+                return str(candidate)
+    return None
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """(H, W, 3) uint8."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from None
+
+
+def read_depth(path: str | Path) -> np.ndarray:
+    """(H, W) float32, in the file's own units."""
+    try:
+        with Image.open(path) as image:
+            if not image.mode.startswith("I"):
+                raise ValueError(
+                    f"{path} is no depth map: its mode is {image.mode}, not 16-bit grey"
+                )
+            return np.asarray(image).astype(np.float32)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as a depth map: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# Augmentation, on the batch
+# ------------------------------------------------------------------------------------------------
+
+
+def normalize(image: Tensor) -> Tensor:
+    """Images (…, 3, H, W) from 0..1 to what the network takes."""
+    mean, std = (
+        torch.tensor(v, device=image.device) for v in (Config.image_mean, Config.image_std)
+    )
+    return (image - mean[:, None, None]) / std[:, None, None]
+
+
+def augment(
+    image: Tensor,
+    depth: Tensor,
+    dataset: str | DepthDataset,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Random rotation, crop, flip and colour of a batch, by the recipe of `dataset`.
+
+    image uint8 (B, 3, h, w), depth (B, 1, h, w) in metres -> image normalised (B, 3, H, W), depth
+    (B, 1, H, W), on the inputs' device. `generator` is on the CPU and decides everything.
+    """
+    recipe = DATASETS[dataset] if isinstance(dataset, str) else dataset.recipe
+    n, _, h, w = image.shape
+    rows, columns = recipe.crop
+    if rows > h or columns > w:
+        raise ValueError(
+            f"images of {h} x {w} pixels are too small for crops of {rows} x {columns}"
+        )
+    u = torch.rand(n, 10, generator=generator).to(image.device)
+    angle, top, left, flip, recolour = u[:, :5].unbind(1)  # (B,) each
+
+    # where each output pixel comes from, in input pixels: unflip, uncrop, turn about the centre
+    x = torch.arange(columns, device=image.device) - (columns - 1) / 2
+    y = torch.arange(rows, device=image.device) - (rows - 1) / 2
+    x = torch.where(flip < 0.5, -1, 1)[:, None] * x + (columns - 1) / 2  # (B, W)
+    x = x + (left * (w - columns + 1)).floor()[:, None] - (w - 1) / 2
+    y = y + (rows - 1) / 2 + (top * (h - rows + 1)).floor()[:, None] - (h - 1) / 2  # (B, H)
+    x, y = x[:, None, :], y[:, :, None]  # (B, 1, W), (B, H, 1)
+    angle = math.radians(recipe.rotation) * (2 * angle - 1)[:, None, None]
+    source_x = angle.cos() * x - angle.sin() * y  # (B, H, W), from the centre
+    source_y = angle.sin() * x + angle.cos() * y
+    grid = torch.stack([source_x * 2 / (w - 1), source_y * 2 / (h - 1)], dim=-1)  # (B, H, W, 2)
+    image = F.grid_sample(image / 255, grid, "bilinear", align_corners=True)  # zeros outside
+    depth = F.grid_sample(depth, grid, "nearest", align_corners=True)
+
+    def factor(columns: slice, spread: float) -> Tensor:  # from 1 - spread to 1 + spread
+        return 1 + spread * (2 * u[:, columns, None, None] - 1)
+
+    coloured = image ** factor(slice(5, 6), recipe.gamma)
+    coloured = coloured * factor(slice(6, 7), recipe.brightness)
+    coloured = (coloured * factor(slice(7, 10), recipe.colour)).clamp(0, 1)
+    image = torch.where(recolour[:, None, None, None] < 0.5, coloured, image)
+    return normalize(image), depth
+
+
+# ------------------------------------------------------------------------------------------------
+# Toy rooms: a data set that needs no download
+# ------------------------------------------------------------------------------------------------
+
+TOY_SIZE, TOY_FOCAL = (96, 128), 100.0  # pixels; about 65 degrees from left to right
+
+
+def draw_room(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A furnished room: (96, 128, 3) uint8 and its exact depth (96, 128) in metres.
+
+    One ray through each pixel is cut with the walls from inside, and with boxes and spheres from
+    outside; the nearest hit is textured and lit. A ray's direction has length 1 along the optical
+    axis, so the ray's parameter at the hit is the depth. Axes: x right, y down, z ahead.
+    """
+    rng = np.random.default_rng(seed)
+    height, width = TOY_SIZE
+    v, u = np.mgrid[:height, :width].reshape(2, -1).astype(np.float32)
+    rays = np.stack([(u - width / 2 + 0.5), (v - height / 2 + 0.5), np.full_like(u, TOY_FOCAL)])
+    rays = turn(
+        turn(rays / TOY_FOCAL, 1, 2, rng.uniform(-0.05, 0.25)), 0, 2, rng.uniform(-0.5, 0.5)
+    )
+
+    # the room: its corners as seen from the camera, at the origin
+    floor, size = rng.uniform(1.2, 1.7), rng.uniform((3, 2.4, 3.5), (6, 3.0, 8.5))
+    side, behind = rng.uniform(0.25, 0.75) * size[0], rng.uniform(0.05, 0.2) * size[2]
+    low = np.array([-side, floor - size[1], -behind], np.float32)[:, None]
+    high = low + size[:, None].astype(np.float32)
+    walls = np.where(rays > 0, high, low) / rays  # (3, HW)
+    axis = walls.argmin(0)
+    depth = walls.min(0)
+    hit = rays * depth
+    colours = rng.uniform(0.35, 0.95, (3, 2, 3))  # of each pair of opposite walls
+    positive = (np.take_along_axis(rays, axis[None], 0)[0] > 0).astype(int)
+    colour = colours[axis, positive].T * tiles(hit - low, axis, 0.5)  # (3, HW)
+    normal = np.where(np.arange(3)[:, None] == axis, -np.sign(rays), 0)
+
+    for _ in range(rng.integers(2, 6)):  # furniture
+        radius = rng.uniform(0.2, 0.6)
+        place = rng.uniform(low[:, 0] + radius, high[:, 0] - radius)
+        place[2] = rng.uniform(1.2, max(high[2, 0] - radius, 1.3))
+        if rng.random() < 0.5:  # a box on the floor, turned about the vertical
+            half = np.array([radius, rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.6)])[:, None]
+            place[1] = floor - half[1, 0]
+            angle = rng.uniform(0, np.pi)
+            origin, local = turn(-place[:, None], 0, 2, angle), turn(rays, 0, 2, angle)
+            faces = np.sort(np.stack([(-half - origin) / local, (half - origin) / local]), axis=0)
+            axis, near, far = faces[0].argmax(0), faces[0].max(0), faces[1].min(0)
+            found = (near < far) & (near > 0.3)
+            face = np.where(np.arange(3)[:, None] == axis, -np.sign(local), 0)
+            texture, face = tiles(origin + local * near, axis, 0.25), turn(face, 0, 2, -angle)
+        else:  # a ball, on the floor or in the air
+            a, b = (rays**2).sum(0), place @ rays
+            root = b**2 - a * (place @ place - radius**2)
+            near = (b - np.sqrt(np.maximum(root, 0))) / a
+            found = (root > 0) & (near > 0.3)
+            face = (rays * near - place[:, None]) / radius
+            texture = 1 - 0.3 * (np.sin(12 * face[1]) > 0)
+        found &= near < depth
+        depth = np.where(found, near, depth)
+        colour = np.where(found, rng.uniform(0.2, 1, (3, 1)) * texture, colour)
+        normal = np.where(found, face, normal)
+
+    lamp = (low + high) / 2 * [[1], [0], [1]] + [[0], [low[1, 0] + 0.3], [0]]
+    light = lamp - rays * depth
+    distance = np.sqrt((light**2).sum(0))
+    lit = np.maximum((normal * light).sum(0) / distance, 0) / (1 + 0.05 * distance**2)
+    image = colour * (0.35 + 0.75 * lit) + rng.normal(0, 0.01, colour.shape)
+    image = (255 * image.clip(0, 1)).astype(np.uint8).T.reshape(height, width, 3)
+    return image, depth.astype(np.float32).reshape(height, width)
+
+
+def turn(vectors: np.ndarray, i: int, j: int, angle: float) -> np.ndarray:
+    """Vectors (3, …) turned in the plane of the axes i and j."""
+    turned = np.array(vectors)
+    turned[i] = np.cos(angle) * vectors[i] + np.sin(angle) * vectors[j]
+    turned[j] = np.cos(angle) * vectors[j] - np.sin(angle) * vectors[i]
+    return turned
+
+
+def tiles(points: np.ndarray, axis: np.ndarray, size: float) -> np.ndarray:
+    """Brightness (HW,) of a chequered surface, at points (3, HW) on a plane across `axis`."""
+    squares = np.floor(points / size)
+    squares[axis, np.arange(points.shape[1])] = 0
+    return 1 - 0.3 * (squares.sum(0) % 2)
+
+
+def run_command(main) -> None:
+    """Run a script's `main`; what is wrong with its input is one sentence on standard error."""
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sentence = str(error).strip().splitlines()[-1]  # of a worker's error, its last line
+        sys.exit(f"error: {sentence.removeprefix('ValueError: ').removeprefix('OSError: ')}")

@@ -1,0 +1,282 @@
+"""Train CaBins by the paper's recipe (Sec. 4.1): python train.py --data nyu --root DIR
+
+Without arguments, trains a tiny network on rooms drawn on the fly, in about two minutes of a
+laptop's CPU, and shows what it has learnt under runs/toy/.
+"""
+
+import argparse
+import csv
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from cabins import BACKBONES, DISTANCE_CLASSES, CaBins, Config
+from cabins import chamfer_loss, load_clip, read_checkpoint, restore, save_checkpoint, total_loss
+from data import DATASETS, DepthDataset, augment, run_command
+from eval import default_device, default_workers, draw, evaluate, evaluate_windows
+from eval import format_table, predictor, protocol
+
+RECIPE = {  # Sec. 4.1
+    "backbone": "RN101",
+    "distance_class": "cabins",
+    "epochs": 25,
+    "batch_size": 8,
+    "lr": 3.57e-5,
+    "seed": 0,
+}
+TOY_RECIPE = RECIPE | {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # from random weights
+CLIP_NORM = 0.1
+LOG_EVERY = 10  # steps
+
+
+def parameter_groups(model: CaBins) -> list[dict]:
+    """All that is trained, each tensor in exactly one group; all groups learn at the same rate."""
+    groups = {"image encoder": [], "prompts and gamma": [], "bins and decoders": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("clip."):
+            groups["image encoder"].append(parameter)
+        elif name in ("prompts", "gamma"):
+            groups["prompts and gamma"].append(parameter)
+        else:
+            groups["bins and decoders"].append(parameter)
+    return [{"name": name, "params": parameters} for name, parameters in groups.items()]
+
+
+def seed_of(seed: int, number: int) -> int:
+    """One seed out of two numbers. All that is random in a step follows from (seed, step)."""
+    return (seed << 32) + number
+
+
+def batches(n: int, batch_size: int, seed: int, steps: range) -> Iterator[list[int]]:
+    """Indices of the batch of each step, of n pairs that are shuffled anew in each epoch."""
+    per_epoch = n // batch_size
+    for step in steps:
+        epoch, batch = divmod(step, per_epoch)
+        if batch == 0 or step == steps.start:
+            generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+            order = torch.randperm(n, generator=generator).tolist()
+        yield order[batch * batch_size : (batch + 1) * batch_size]
+
+
+def append_row(path: Path, row: dict) -> None:
+    """Add a row to a CSV file, which begins with the names of its columns."""
+    is_new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Cut off the rows that a resumed run will write again."""
+    if path.exists():
+        header, *rows = path.read_text().splitlines(keepends=True)
+        path.write_text("".join([header, *(r for r in rows if int(r.split(",")[0]) <= step)]))
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train from args.resume or from the start, to the last epoch."""
+    device, out = default_device(), Path(args.out)
+    dataset = DepthDataset(args.data, args.root, args.train_split, train=True)
+    test_set = DepthDataset(args.data, args.root, args.test_split)
+    per_epoch = len(dataset) // args.batch_size
+    if per_epoch == 0:
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(dataset)} pairs")
+    n_steps = args.epochs * per_epoch
+
+    saved = read_checkpoint(args.resume) if args.resume else {"step": 0, "best": math.inf}
+    if args.resume:
+        model = restore(saved, args.resume)
+    else:
+        torch.manual_seed(args.seed)
+        config = Config(args.backbone, args.distance_class, max_depth=dataset.recipe.max_depth)
+        model = CaBins(config, None if args.clip == "none" else load_clip(args.clip))
+    model = model.to(device)
+    groups = parameter_groups(model)
+    optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=0.1)
+    scheduler = OneCycleLR(
+        optimizer,
+        max_lr=args.lr,
+        total_steps=n_steps,
+        div_factor=25,
+        final_div_factor=100,
+        base_momentum=0.85,
+        max_momentum=0.95,
+    )
+    if args.resume:
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+    first, best = saved["step"], saved["best"]
+
+    print(f"{args.data}: {len(dataset)} training pairs, {len(test_set)} test pairs; {device}")
+    for group in groups:
+        n = sum(p.numel() for p in group["params"])
+        print(f"trained  {group['name']:18} {n:>12,} parameters in {len(group['params'])} tensors")
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    print(f"frozen   {'text encoder':18} {sum(p.numel() for p in frozen):>12,} parameters")
+
+    out.mkdir(parents=True, exist_ok=True)
+    log, metrics_log = out / "log.csv", out / "metrics.csv"
+    for path in (log, metrics_log):
+        drop_rows_after(path, first)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches(len(dataset), args.batch_size, args.seed, range(first, n_steps)),
+        num_workers=default_workers(),
+        pin_memory=device.type == "cuda",
+    )
+    bar = tqdm(
+        initial=first * args.batch_size,
+        total=n_steps * args.batch_size,
+        unit="image",
+        disable=None,
+    )
+    predict = predictor(model)
+    model.train()
+    for step, batch in enumerate(loader, first + 1):
+        torch.manual_seed(seed_of(args.seed, step))  # of the augmentation and of dropout
+        image, depth = (batch[k].to(device, non_blocking=True) for k in ("image", "depth"))
+        image, depth = augment(image, depth, dataset)
+        prediction = model(image)
+        loss = total_loss(prediction, depth, model.config.min_depth)
+        if not math.isfinite(loss.item()):
+            raise ValueError(
+                f"the loss is {loss.item()} at step {step}, of the images "
+                f"{', '.join(batch['path'])}; checkpoints in {out} are from before"
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        lr = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        bar.update(args.batch_size)
+
+        if step % LOG_EVERY == 0 or step == n_steps:
+            with torch.no_grad():
+                mask = depth > model.config.min_depth
+                bins = chamfer_loss(prediction.centers, depth, mask).item()
+            row = {"loss": loss.item(), "bins": bins, "lr": lr}
+            bar.set_postfix({k: f"{v:.3g}" for k, v in row.items()})
+            append_row(log, {"step": step, "epoch": step / per_epoch, **row})
+        if step % per_epoch == 0:
+            row = evaluate(predict, test_set)
+            model.train()
+            append_row(metrics_log, {"step": step, "epoch": step // per_epoch, **row})
+            epoch = f"epoch {step // per_epoch}/{args.epochs}"
+            bar.write(f"{epoch}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))
+            state = {
+                "args": vars(args),
+                "step": step,
+                "best": min(best, row["abs_rel"]),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+            }
+            save_checkpoint(out / "last.pt", model, **state)
+            if row["abs_rel"] < best:
+                best = row["abs_rel"]
+                save_checkpoint(out / "best.pt", model, **state)
+    bar.close()
+    report(out, dataset, test_set, predict)
+
+
+def report(
+    out: Path,
+    dataset: DepthDataset,
+    test_set: DepthDataset,
+    predict: Callable[[Tensor], Tensor],
+) -> None:
+    """Print the paper's table of the trained network, and draw its first test images."""
+    windows = evaluate_windows(predict, test_set, progress=True)
+    rows = {f"last.pt, {window}": row for window, row in windows.items()}
+    if test_set.name == "toy":
+        rows |= baselines(dataset, test_set)
+    for window in windows:
+        print(protocol(test_set, window, flip=True))
+    print(format_table(test_set.name, rows))
+    draw(out / "figure.png", [test_set[i] for i in range(min(4, len(test_set)))], predict)
+    print(
+        f"{out} has last.pt; best.pt, chosen by AbsRel on these very test images; "
+        "log.csv; metrics.csv; figure.png"
+    )
+
+
+def baselines(dataset: DepthDataset, test_set: DepthDataset) -> dict[str, dict[str, float]]:
+    """What is reached without looking at the image, if every pixel of every image has depth."""
+    depths = torch.cat([test_set[i]["depth"].flatten() for i in range(len(test_set))]).sort().values
+    weights = (1 / depths).cumsum(0)  # Σ |c - d*| / d* is least at the median weighted with 1 / d*
+    constant = depths[torch.searchsorted(weights, weights[-1] / 2)]
+    mean = torch.stack([dataset[i]["depth"] for i in range(256)]).mean(0, keepdim=True)
+    return {
+        f"best constant, {constant:.2f} m": evaluate(
+            lambda _: constant.expand(mean.shape), test_set
+        ),
+        "mean of 256 training rooms": evaluate(lambda _: mean, test_set),
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Options, completed by the data set's recipe, or with --resume by the checkpoint's own."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="Without arguments: a tiny network on rooms drawn on the fly.",
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("--data", choices=DATASETS, help="default: toy")
+    add("--root", metavar="DIR", help="folder of the data set")
+    add("--train-split", metavar="FILE", help="list of training pairs; default: the authors'")
+    add("--test-split", metavar="FILE", help="list of test pairs; default: the authors'")
+    add("--backbone", choices=BACKBONES, help="default: RN101; toy: tiny")
+    add("--clip", metavar="NAME|FILE|none", help="CLIP's weights; default: the backbone's own")
+    add("--distance-class", choices=DISTANCE_CLASSES, help="row of Table 3; default: cabins")
+    add("--epochs", type=int, help="default: 25; toy: 3")
+    add("--batch-size", type=int, help="default: 8")
+    add("--lr", type=float, help="highest learning rate; default: 3.57e-5; toy: 2e-3")
+    add("--seed", type=int, help="default: 0")
+    add("--out", metavar="DIR", help="default: runs/DATA")
+    add("--resume", nargs="?", const="", metavar="CKPT", help="go on; default: OUT/last.pt")
+    given = vars(parser.parse_args(argv))
+    for name in ("epochs", "batch_size", "lr"):
+        if given.get(name, 1) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {given[name]}; it must be positive")
+
+    data = given.get("data", "toy")
+    out = given.get("out", f"runs/{data}")
+    resume = given.pop("resume", None)
+    if resume is not None:
+        resume = resume or str(Path(out) / "last.pt")
+        args = read_checkpoint(resume).get("args")
+        if args is None:
+            raise ValueError(f"{resume} was not written by train.py: it cannot be resumed")
+        movable = ("root", "out", "train_split", "test_split")  # may have another place by now
+        changed = [k for k in given if k not in movable and given[k] != args[k]]
+        if changed:
+            raise ValueError(
+                f"{resume} was trained with "
+                + ", ".join(f"{k} {args[k]}, not {given[k]}" for k in changed)
+                + ": leave these options out, or start another run"
+            )
+        return argparse.Namespace(**args | given | {"resume": resume})
+    places = {"data": data, "root": None, "train_split": None, "test_split": None, "out": out}
+    args = places | (TOY_RECIPE if data == "toy" else RECIPE) | given
+    args.setdefault("clip", "none" if args["backbone"] == "tiny" else args["backbone"])
+    return argparse.Namespace(**args, resume=None)
+
+
+if __name__ == "__main__":
+    run_command(lambda: train(parse_args()))
