@@ -36,6 +36,7 @@ import os
 import pickle
 import warnings
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,9 +46,7 @@ from torch import Tensor, nn
 
 from clip_tokenizer import EOT, SOT, tokenize
 
-# ------------------------------------------------------------------------------------------------
-# Configuration
-# ------------------------------------------------------------------------------------------------
+# ---- Configuration -------------------------------------------------------------------------------
 
 
 class Architecture(NamedTuple):
@@ -113,9 +112,7 @@ class Config:
             )
 
 
-# ------------------------------------------------------------------------------------------------
-# Sec. 3.1  CLIP. Parameters have the names that CLIP's own files give them.
-# ------------------------------------------------------------------------------------------------
+# ---- Sec. 3.1  CLIP. Parameters have the names that CLIP's own files give them. ------------------
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, is_causal: bool = False) -> Tensor:
@@ -251,10 +248,8 @@ class TransformerBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = SelfAttention(width)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", QuickGELU())
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        c_fc, c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=QuickGELU(), c_proj=c_proj))
 
     def forward(self, x: Tensor, is_causal: bool) -> Tensor:
         x = x + self.attn(self.ln_1(x), is_causal)
@@ -283,9 +278,8 @@ class CLIP(nn.Module):
         self.positional_embedding = nn.Parameter(torch.randn(a.context_length, a.text_width) * 0.01)
         self.transformer = Transformer(a.text_width, a.text_layers)
         self.ln_final = nn.LayerNorm(a.text_width)
-        self.text_projection = nn.Parameter(
-            torch.randn(a.text_width, a.embed_dim) / a.text_width**0.5
-        )
+        projection = torch.randn(a.text_width, a.embed_dim) / a.text_width**0.5
+        self.text_projection = nn.Parameter(projection)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith("visual."))
@@ -300,19 +294,16 @@ class CLIP(nn.Module):
         x = self.token_embedding(ids)  # (L, T, text_width)
         end = ids.argmax(-1)  # (L,); the end token has the highest id
         if prompts is not None:
-            x = torch.cat(
-                [x[:, :1], prompts.expand(len(x), -1, -1), x[:, 1:]], dim=1
-            )  # (L, N + T, …)
-            end = end + len(prompts)
+            prompts = prompts.expand(len(x), -1, -1)  # (L, N, text_width)
+            x = torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1)  # (L, N + T, text_width)
+            end = end + prompts.shape[1]
         x = x + self.positional_embedding[: x.shape[1]]
         x = self.ln_final(self.transformer(x, is_causal=True))
         index = end[:, None, None].expand(-1, 1, x.shape[2])
         return x.gather(1, index)[:, 0] @ self.text_projection  # (L, D)
 
 
-# ------------------------------------------------------------------------------------------------
-# CLIP's weights
-# ------------------------------------------------------------------------------------------------
+# ---- CLIP's weights ------------------------------------------------------------------------------
 
 CLIP_URL = "https://openaipublic.azureedge.net/clip/models/{sha256}/{name}.pt"
 CLIP_SHA256 = {
@@ -324,53 +315,59 @@ CLIP_SHA256 = {
 def load_clip(name_or_path: str | Path) -> CLIP:
     """CLIP with OpenAI's weights, in float32, by name ("RN50", "RN101") or from a file.
 
-    A name is downloaded once, to torch.hub's cache, and its hash is checked. A file may be OpenAI's
-    TorchScript archive or a plain state dict of the same names. The architecture is read off the
-    tensors. Raises FileNotFoundError or ValueError, saying what was found and what was expected.
+    A name is downloaded once. A file may be OpenAI's TorchScript archive or a plain state dict of
+    the same names. The architecture is read off the tensors. Raises FileNotFoundError or
+    ValueError, saying what was found and what was expected.
     """
     path = Path(name_or_path)
-    if str(name_or_path) in CLIP_SHA256:
-        sha256 = CLIP_SHA256[name_or_path]
-        path = Path(torch.hub.get_dir()) / "checkpoints" / f"clip-{name_or_path}-{sha256[:8]}.pt"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            url = CLIP_URL.format(sha256=sha256, name=name_or_path)
-            print(f"downloading CLIP {name_or_path} to {path}")
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+    if sha256 := CLIP_SHA256.get(str(name_or_path)):
+        url = CLIP_URL.format(sha256=sha256, name=name_or_path)
+        path = download(url, f"clip-{name_or_path}.pt", sha256)
     elif not path.exists():
         raise FileNotFoundError(
             f"{path}: no such file, and no CLIP of that name; known are {', '.join(CLIP_SHA256)}"
         )
     state = read_tensors(path, "a CLIP file: OpenAI's TorchScript archive, or a state dict of it")
-    sizes_only = ("input_resolution", "context_length", "vocab_size")  # not weights
-    state = {k: v.float() for k, v in state.items() if k not in sizes_only}
+    sizes = ("input_resolution", "context_length", "vocab_size")  # entries that are no weights
+    state = {k: v.float() for k, v in state.items() if k not in sizes and torch.is_tensor(v)}
     clip = CLIP(read_architecture(state, path))
     load_strictly(clip, state, path)
     return clip
 
 
-def read_tensors(path: Path, expected: str) -> dict:
-    """The dictionary that a file of PyTorch's holds. Nothing in the file is executed."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; expected {expected}")
+def download(url: str, file: str, sha256: str) -> Path:
+    """The path of `file` in torch.hub's cache, where it is put if its hash is right."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; expected {expected}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"{url} could not be fetched ({error}); put the file at {path}, or name one of yours"
+            ) from None
+    return path
+
+
+def read_tensors(path: Path, expected: str) -> dict:
+    """The dictionary that a file of PyTorch's holds."""
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: {what}; expected {expected}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            is_torchscript = any(n.endswith("/constants.pkl") for n in archive.namelist())
-        if is_torchscript:
+        if zipfile.is_zipfile(path) and any(
+            name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()
+        ):
             content = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         size = path.stat().st_size
         raise ValueError(
-            f"{path} ({size} bytes) is damaged, cut off, or of another kind; expected {expected}"
+            f"{path} ({size} bytes) is cut off, damaged or of another kind; expected {expected}"
         ) from error
     if not (isinstance(content, dict) and content):
-        raise ValueError(
-            f"{path} holds {type(content).__name__} {content!r:.40}; expected {expected}"
-        )
+        raise ValueError(f"{path} holds {str(content)[:40]!r}; expected {expected}")
     return content
 
 
@@ -393,8 +390,8 @@ def read_architecture(state: dict[str, Tensor], source: object) -> Architecture:
         )
     except KeyError as error:
         raise ValueError(
-            f"{source} has no tensor {error}, so it is not a CLIP ResNet with its text encoder; "
-            f"it holds {len(state)} entries, such as {', '.join(list(state)[:3]) or 'none'}"
+            f"{source} has no tensor {error}, so it is no CLIP ResNet with its text encoder; "
+            f"it has {len(state)} tensors: {', '.join(list(state)[:3])}, …"
         ) from None
 
 
@@ -416,9 +413,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -
     module.load_state_dict(state)
 
 
-# ------------------------------------------------------------------------------------------------
-# Sec. 3.2.1  Adaptive bins
-# ------------------------------------------------------------------------------------------------
+# ---- Sec. 3.2.1  Adaptive bins -------------------------------------------------------------------
 
 
 class AdaptiveBins(nn.Module):
@@ -447,9 +442,7 @@ def bin_centers(widths: Tensor, min_depth: float, max_depth: float) -> Tensor:
     return min_depth + (max_depth - min_depth) * (widths.cumsum(1) - widths / 2)
 
 
-# ------------------------------------------------------------------------------------------------
-# Sec. 3.2.2  CaBins
-# ------------------------------------------------------------------------------------------------
+# ---- Sec. 3.2.2  CaBins --------------------------------------------------------------------------
 
 
 def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Tensor:
@@ -473,20 +466,11 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
     return (w * c).sum(2)  # (B, K)
 
 
-# ------------------------------------------------------------------------------------------------
-# Sec. 3.2.3  Text encoder: prompts, and Eq. 3
-# ------------------------------------------------------------------------------------------------
+# ---- Sec. 3.2.3  Text encoder: prompts, and Eq. 3 ------------------------------------------------
 
-SEMANTIC_BINS = [  # Sec. 4.6, in the paper's order
-    "giant",
-    "extremely close",
-    "close",
-    "not in distance",
-    "a little remote",
-    "far",
-    "farthest",
-    "unseen",
-]
+# Sec. 4.6, in the paper's order
+SEMANTIC_BINS = "giant,extremely close,close,not in distance,a little remote,far,farthest,unseen"
+SEMANTIC_BINS = SEMANTIC_BINS.split(",")
 DIGIT_0, POINT = 271, 269  # CLIP's ids of "0" to "9" are 271 to 280, that of "." is 269
 DECIMALS = 4
 
@@ -506,20 +490,19 @@ def number_tokens(depths: Tensor, integer_digits: int = 4) -> Tensor:
     # MPS has no float64, in which alone the product is exact: there, and only there, ask the CPU
     exact = depths.detach().cpu() if device.type == "mps" else depths.detach()
     number = (exact.double() * 10**DECIMALS).round().long().to(device)[..., None]  # (…, 1)
-    powers = 10 ** torch.arange(integer_digits + DECIMALS - 1, -1, -1, device=device)
-    digits = number // powers % 10 + DIGIT_0  # (…, integer_digits + 4)
+    places = 10 ** torch.arange(integer_digits + DECIMALS - 1, -1, -1, device=device)
+    digits = number // places % 10 + DIGIT_0  # (…, integer_digits + 4)
+    # leading and trailing zeros are not written, but one digit on either side of the point is
+    unit = 10**DECIMALS
+    keep = torch.where(places >= unit, number >= places, number % (10 * places) > 0)
+    keep = keep | (places == unit) | (places == unit // 10)
 
-    whole, decimals = powers[:integer_digits], powers[integer_digits:]
-    keep_whole = (number >= whole) | (whole == 10**DECIMALS)  # no leading zeros, but "0.5"
-    keep_decimal = (number % (10 * decimals) > 0) | (
-        decimals == 10 ** (DECIMALS - 1)
-    )  # nor trailing
-
-    always = torch.ones_like(number)
-    ids = [SOT * always, digits[..., :integer_digits], POINT * always]
-    ids = torch.cat([*ids, digits[..., integer_digits:], EOT * always], -1)  # (…, T)
-    keep = torch.cat([always, keep_whole, always, keep_decimal, always], -1).bool()
-    order = torch.argsort(keep, dim=-1, descending=True, stable=True)  # what is kept, to the left
+    whole, decimals = digits.split((integer_digits, DECIMALS), -1)
+    keep_whole, keep_decimals = keep.split((integer_digits, DECIMALS), -1)
+    one = torch.ones_like(number)
+    ids = torch.cat([SOT * one, whole, POINT * one, decimals, EOT * one], -1)  # (…, T)
+    keep = torch.cat([one, keep_whole, one, keep_decimals, one], -1)  # (…, T)
+    order = keep.argsort(dim=-1, descending=True, stable=True)  # what is kept, to the left
     return (ids * keep).gather(-1, order)
 
 
@@ -563,7 +546,10 @@ class ContextLayer(nn.Module):
 
 
 class ContextDecoder(nn.Module):
-    """TransDecoder of Eq. 3: texts (B, K, D) as query, image (B, 1 + hw, D) as key and value."""
+    """Texts t (B, K, D), updated by what they find in the image: z_bar (B, D), z (B, D, h, w).
+
+    TransDecoder, of which the paper says no more, is DenseCLIP's.
+    """
 
     def __init__(self, embed_dim: int, width: int = 256, n_heads: int = 4, n_layers: int = 6):
         super().__init__()
@@ -578,18 +564,20 @@ class ContextDecoder(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        self.gamma = nn.Parameter(torch.full((embed_dim,), 1e-4))
 
-    def forward(self, t: Tensor, image: Tensor) -> Tensor:
+    def forward(self, t: Tensor, z_bar: Tensor, z: Tensor) -> Tensor:
+        image = torch.cat([z_bar[:, :, None], z.flatten(2)], dim=2).mT  # [z̄, z]: (B, 1 + hw, D)
         memory = self.memory_proj(image)  # (B, 1 + hw, width)
-        x = self.text_proj(t)  # (B, K, width)
+        v = self.text_proj(t)  # (B, K, width)
         for layer in self.layers:
-            x = layer(x, memory)
-        return self.out_proj(x)  # (B, K, D)
+            v = layer(v, memory)
+        v_post = self.out_proj(v)  # (B, K, D)
+        # Eq. 3:  t ← t + γ v_post,  v_post = TransDecoder(t, [z̄, z])
+        return t + self.gamma * v_post
 
 
-# ------------------------------------------------------------------------------------------------
-# Sec. 3.2.4  Depth prediction
-# ------------------------------------------------------------------------------------------------
+# ---- Sec. 3.2.4  Depth prediction ----------------------------------------------------------------
 
 
 def cosine_similarity(z: Tensor, t: Tensor) -> Tensor:
@@ -644,9 +632,7 @@ def expected_depth(centers: Tensor, p: Tensor) -> Tensor:
     return torch.einsum("bn,bnhw->bhw", centers, p)[:, None]
 
 
-# ------------------------------------------------------------------------------------------------
-# Figure 2: the network
-# ------------------------------------------------------------------------------------------------
+# ---- Figure 2: the network -----------------------------------------------------------------------
 
 
 class Prediction(NamedTuple):
@@ -686,7 +672,6 @@ class CaBins(nn.Module):
         nn.init.trunc_normal_(self.prompts, std=0.02)
         sizes = {"width": 64, "n_layers": 2} if config.backbone == "tiny" else {}
         self.context_decoder = ContextDecoder(embed_dim, **sizes)
-        self.gamma = nn.Parameter(torch.full((embed_dim,), 1e-4))
         self.depth_decoder = DepthDecoder(clip.visual.channels, config.n_cabins, config.n_bins)
         if config.distance_class == "semantic":
             self.register_buffer("phrases", tokenize(SEMANTIC_BINS, 5), persistent=False)
@@ -719,9 +704,7 @@ class CaBins(nn.Module):
         e = distance_classes(c, config.n_cabins, kind)  # (B, K)
         # text encoder (Sec. 3.2.3)
         t = self.encode_prompts(e)  # (B, K, D)
-        # Eq. 3:  t ← t + γ v_post,  v_post = TransDecoder(t, [z̄, z])
-        v_post = self.context_decoder(t, torch.cat([z_bar[:, :, None], z.flatten(2)], 2).mT)
-        t = t + self.gamma * v_post  # (B, K, D)
+        t = self.context_decoder(t, z_bar, z)  # (B, K, D)
         # depth (Sec. 3.2.4)
         s = cosine_similarity(z, t)  # (B, K, h, w)
         p = self.depth_decoder(pyramid, s)  # (B, n_bins, H/2, W/2)
@@ -731,9 +714,7 @@ class CaBins(nn.Module):
         return Prediction(d, c, e, s)
 
 
-# ------------------------------------------------------------------------------------------------
-# Sec. 3.3  Training loss. A mask (B, 1, H, W) says where ground truth is valid.
-# ------------------------------------------------------------------------------------------------
+# ---- Sec. 3.3  Training loss. A mask (B, 1, H, W) says where ground truth is valid. --------------
 
 LAMBDA, ALPHA, BETA = 0.85, 10.0, 0.1
 
@@ -741,12 +722,13 @@ LAMBDA, ALPHA, BETA = 0.85, 10.0, 0.1
 def silog_loss(depth: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Scale-invariant logarithmic loss over all valid pixels of the batch; 0 if there are none."""
     n = mask.sum().clamp(min=1)
-    g = torch.where(mask, depth.log() - torch.where(mask, target, 1).log(), 0)
+    g = torch.where(mask, depth, 1).log() - torch.where(mask, target, 1).log()  # 0 if not valid
     # Eq. 6:  L_pixel = α √( 1/n Σ g_i² - λ/n² (Σ g_i)² )
     square = g.square().sum() / n - LAMBDA * (g.sum() / n).square()
     return ALPHA * square.clamp(min=1e-12).sqrt()  # the clamp keeps the gradient finite at 0
 
 
+@torch.no_grad()
 def nearest(queries: Tensor, values: Tensor) -> Tensor:
     """Index (B, Q) of the value nearest to each query (B, Q); values (B, V) must be sorted."""
     above = torch.searchsorted(values, queries)
@@ -766,10 +748,10 @@ def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     c, x, valid = centers, target.flatten(1), mask.flatten(1)  # (B, n_bins), (B, HW), (B, HW)
     n = valid.sum(1)  # (B,)
     # Eq. 7:  L_bins = chamfer(X, c(b)) + chamfer(c(b), X)
-    to_centers = (x - c.gather(1, nearest(x, c.detach()))).square()  # (B, HW)
+    to_centers = (x - c.gather(1, nearest(x, c))).square()  # (B, HW)
     to_centers = torch.where(valid, to_centers, 0).sum(1) / n.clamp(min=1)
     x = x.masked_fill(~valid, torch.inf).sort(1).values
-    x = x.gather(1, nearest(c.detach(), x))  # (B, n_bins): the depth nearest to each centre
+    x = x.gather(1, nearest(c, x))  # (B, n_bins): the depth nearest to each centre
     to_pixels = (c - torch.where(n[:, None] > 0, x, c.detach())).square().mean(1)
     return (to_centers + to_pixels).mean()
 
@@ -782,9 +764,7 @@ def total_loss(prediction: Prediction, target: Tensor, min_depth: float) -> Tens
     return pixel + BETA * chamfer_loss(prediction.centers, target, mask)
 
 
-# ------------------------------------------------------------------------------------------------
-# Sec. 4.3  Evaluation metrics
-# ------------------------------------------------------------------------------------------------
+# ---- Sec. 4.3  Evaluation metrics ----------------------------------------------------------------
 
 
 def depth_metrics(depth: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -812,12 +792,11 @@ def depth_metrics(depth: Tensor, target: Tensor) -> dict[str, Tensor]:
     }
 
 
-# ------------------------------------------------------------------------------------------------
-# Checkpoints
-# ------------------------------------------------------------------------------------------------
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 RELEASED_NAMES = {  # how names in the authors' checkpoints begin, and ours
     "contexts": "prompts",
+    "gamma": "context_decoder.gamma",
     "clip_model.": "clip.",
     "computeAdaptiveBin.regressor.": "bins.mlp.",
     "context_decoder.decoder.": "context_decoder.layers.",

@@ -7,7 +7,6 @@ and recolours the whole batch on the training device. Nothing random happens in 
 
 import math
 import sys
-import urllib.error
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +17,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cabins import Config
+from cabins import Config, download
 
-# ------------------------------------------------------------------------------------------------
-# The recipe (Sec. 4.1 and 4.2; what the paper leaves open is the released code's)
-# ------------------------------------------------------------------------------------------------
+# ---- The recipe (Sec. 4.1 and 4.2; what the paper leaves open is the released code's) ------------
 
 
 class Recipe(NamedTuple):
@@ -127,9 +124,7 @@ def garg(height: int, width: int) -> tuple[slice, slice]:
     return rows, slice(int(0.03594771 * width), int(0.96405229 * width))
 
 
-# ------------------------------------------------------------------------------------------------
-# Samples
-# ------------------------------------------------------------------------------------------------
+# ---- Samples -------------------------------------------------------------------------------------
 
 
 class DepthDataset(Dataset):
@@ -160,22 +155,10 @@ class DepthDataset(Dataset):
             raise ValueError(f"data {name!r} needs --root, the folder that holds it")
         if not Path(root).is_dir():
             raise FileNotFoundError(f"{root}: no such folder; --root must be where {name} lies")
-        self.pairs = self.find_pairs(Path(root), Path(split) if split else self.fetch_list())
-
-    def fetch_list(self) -> Path:
-        """The authors' split list, downloaded once; it has no licence, so it is not shipped."""
-        file, sha256 = self.recipe.lists["train" if self.train else "test"]
-        path = Path(torch.hub.get_dir()) / "checkpoints" / file
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(LIST_URL + file, str(path), sha256, progress=False)
-            except (urllib.error.URLError, RuntimeError) as error:
-                raise FileNotFoundError(
-                    f"{LIST_URL + file} could not be fetched ({error}); "
-                    f"put it at {path}, or give a list of your own"
-                ) from None
-        return path
+        if split is None:  # the authors' list has no licence, so it is not shipped but fetched
+            file, sha256 = self.recipe.lists["train" if train else "test"]
+            split = download(LIST_URL + file, file, sha256)
+        self.pairs = self.find_pairs(Path(root), Path(split))
 
     def find_pairs(self, root: Path, split: Path) -> list[tuple[str, str]]:
         """Paths of image and depth of each line of `split` that has ground truth."""
@@ -267,9 +250,7 @@ def read_depth(path: str | Path) -> np.ndarray:
         raise ValueError(f"{path} cannot be read as a depth map: {error}") from None
 
 
-# ------------------------------------------------------------------------------------------------
-# Augmentation, on the batch
-# ------------------------------------------------------------------------------------------------
+# ---- Augmentation, on the batch ------------------------------------------------------------------
 
 
 def normalize(image: Tensor) -> Tensor:
@@ -325,9 +306,7 @@ def augment(
     return normalize(image), depth
 
 
-# ------------------------------------------------------------------------------------------------
-# Toy rooms: a data set that needs no download
-# ------------------------------------------------------------------------------------------------
+# ---- Toy rooms: a data set that needs no download ------------------------------------------------
 
 TOY_SIZE, TOY_FOCAL = (96, 128), 100.0  # pixels; about 65 degrees from left to right
 

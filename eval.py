@@ -18,9 +18,7 @@ from tqdm import tqdm
 from cabins import CaBins, Config, depth_metrics, read_checkpoint, resize, restore
 from data import DATASETS, DepthDataset, run_command, test_windows
 
-# ------------------------------------------------------------------------------------------------
-# Tables 1 and 2 of the paper
-# ------------------------------------------------------------------------------------------------
+# ---- Tables 1 and 2 of the paper -----------------------------------------------------------------
 
 HEADINGS = {
     "abs_rel": "AbsRel",
@@ -68,9 +66,7 @@ def format_table(name: str, rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(f"{row[0]:{width}}" + "".join(f"{v:>9}" for v in row[1:]) for row in table)
 
 
-# ------------------------------------------------------------------------------------------------
-# Sec. 4.3  Evaluation
-# ------------------------------------------------------------------------------------------------
+# ---- Sec. 4.3  Evaluation ------------------------------------------------------------------------
 
 
 def evaluate_windows(
@@ -127,7 +123,7 @@ def predictor(model: CaBins, flip: bool = True) -> Callable[[Tensor], Tensor]:
 
     @torch.inference_mode()
     def predict(image: Tensor) -> Tensor:
-        image = image.to(model.gamma.device)
+        image = image.to(next(model.parameters()).device)
         both = torch.cat([image, image.flip(-1)]) if flip else image
         depth = model.eval()(both, upsample=False).depth.nan_to_num(low, high, low).clamp(low, high)
         if flip:
@@ -147,9 +143,7 @@ def protocol(dataset: DepthDataset, window: str, flip: bool) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------
-# Figures
-# ------------------------------------------------------------------------------------------------
+# ---- Figures -------------------------------------------------------------------------------------
 
 
 def draw(path: str | Path, samples: list[dict], predict: Callable[[Tensor], Tensor]) -> None:
@@ -181,9 +175,7 @@ def draw(path: str | Path, samples: list[dict], predict: Callable[[Tensor], Tens
     figure.savefig(path, dpi=100)
 
 
-# ------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def default_device() -> torch.device:

@@ -16,11 +16,29 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cabins import BACKBONES, DISTANCE_CLASSES, CaBins, Config
-from cabins import chamfer_loss, load_clip, read_checkpoint, restore, save_checkpoint, total_loss
+from cabins import (
+    BACKBONES,
+    DISTANCE_CLASSES,
+    CaBins,
+    Config,
+    chamfer_loss,
+    load_clip,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+    total_loss,
+)
 from data import DATASETS, DepthDataset, augment, run_command
-from eval import default_device, default_workers, draw, evaluate, evaluate_windows
-from eval import format_table, predictor, protocol
+from eval import (
+    default_device,
+    default_workers,
+    draw,
+    evaluate,
+    evaluate_windows,
+    format_table,
+    predictor,
+    protocol,
+)
 
 RECIPE = {  # Sec. 4.1
     "backbone": "RN101",
@@ -43,7 +61,7 @@ def parameter_groups(model: CaBins) -> list[dict]:
             continue
         if name.startswith("clip."):
             groups["image encoder"].append(parameter)
-        elif name in ("prompts", "gamma"):
+        elif name in ("prompts", "context_decoder.gamma"):
             groups["prompts and gamma"].append(parameter)
         else:
             groups["bins and decoders"].append(parameter)
@@ -224,9 +242,7 @@ def baselines(dataset: DepthDataset, test_set: DepthDataset) -> dict[str, dict[s
     }
 
 
-# ------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
