@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import normalize
 
 from cabins import Config, download
 
@@ -210,7 +211,7 @@ class DepthDataset(Dataset):
         image = torch.from_numpy(image[top:bottom, left:right].copy()).permute(2, 0, 1)  # (3, h, w)
         depth = torch.from_numpy(depth[top:bottom, left:right].copy())[None]  # (1, h, w)
         return {
-            "image": image if self.train else normalize(image / 255),
+            "image": image if self.train else normalize(image / 255, Config.image_mean, Config.image_std),
             "depth": depth,
             "path": str(path),
             "size": torch.tensor([height, width]),
@@ -251,14 +252,6 @@ def read_depth(path: str | Path) -> np.ndarray:
 
 
 # ---- Augmentation, on the batch ------------------------------------------------------------------
-
-
-def normalize(image: Tensor) -> Tensor:
-    """Images (…, 3, H, W) from 0..1 to what the network takes."""
-    mean, std = (
-        torch.tensor(v, device=image.device) for v in (Config.image_mean, Config.image_std)
-    )
-    return (image - mean[:, None, None]) / std[:, None, None]
 
 
 def augment(
@@ -303,7 +296,7 @@ def augment(
     coloured = coloured * factor(slice(6, 7), recipe.brightness)
     coloured = (coloured * factor(slice(7, 10), recipe.colour)).clamp(0, 1)
     image = torch.where(recolour[:, None, None, None] < 0.5, coloured, image)
-    return normalize(image), depth
+    return normalize(image, Config.image_mean, Config.image_std), depth
 
 
 # ---- Toy rooms: a data set that needs no download ------------------------------------------------

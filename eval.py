@@ -82,7 +82,7 @@ def evaluate_windows(
     low, high = Config.min_depth, dataset.recipe.max_depth
     found: dict[str, list[dict[str, Tensor]]] = {}
     loader = DataLoader(dataset, num_workers=default_workers())
-    for sample in tqdm(loader, desc="evaluating", disable=not progress, leave=False):
+    for sample in tqdm(loader, desc="evaluating", disable=None if progress else True, leave=False):
         depth = predict(sample["image"]).nan_to_num(low, high, low).clamp(low, high)
         target = sample["depth"].to(depth.device)
         if depth.shape != target.shape:
@@ -160,7 +160,7 @@ def draw(path: str | Path, samples: list[dict], predict: Callable[[Tensor], Tens
     figure = Figure(figsize=(12, 0.9 + len(samples) * 3 * height / width), layout="constrained")
     axes = figure.subplots(len(samples), 4, squeeze=False)
     for row, sample, truth, depth, error in zip(axes, samples, truths, depths, errors):
-        row[0].imshow((sample["image"] * std + mean).clamp(0, 1).permute(1, 2, 0))
+        row[0].imshow((sample["image"] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
         metres = {"cmap": "viridis", "vmin": 0, "vmax": top}
         row[1].imshow(np.where(truth > 0, truth, np.nan), **metres)
         shown_depth = row[2].imshow(depth, **metres)

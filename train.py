@@ -142,6 +142,8 @@ def train(args: argparse.Namespace) -> None:
     frozen = [p for p in model.parameters() if not p.requires_grad]
     print(f"frozen   {'text encoder':18} {sum(p.numel() for p in frozen):>12,} parameters")
 
+    if (out / "last.pt").exists() and not args.resume and args.data != "toy":
+        raise ValueError(f"{out} holds another run: go on with --resume, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     log, metrics_log = out / "log.csv", out / "metrics.csv"
     for path in (log, metrics_log):

@@ -1,0 +1,900 @@
+"""Every identity and claim of CaBins, in the order of the paper: python -m pytest -q
+
+Goldens are what the authors' and CLIP's own code computed on made weights. A few of their values
+stand here; the files themselves, and real pictures, are used where they lie in ../shared.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import cabins
+import clip_tokenizer
+import data
+import eval as evaluation
+import train
+
+HERE = Path(__file__).parent
+GOLDENS, SAMPLES = HERE.parent / "shared" / "goldens", HERE.parent / "shared" / "samples"
+needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="no ../shared/goldens here")
+needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="no ../shared/samples here")
+TINY = cabins.Config(backbone="tiny")
+
+
+def normal(name: str, shape: tuple) -> np.ndarray:
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    return rng.standard_normal(math.prod(shape), dtype=np.float32).reshape(shape)
+
+
+def made_tensor(name: str, shape: tuple) -> torch.Tensor:
+    """The goldens' weight of this name and shape (theirs, not ours)."""
+    n = normal(name, shape)
+    if name.endswith("num_batches_tracked"):
+        return torch.tensor(0)
+    if name == "gamma":
+        pass
+    elif name.endswith("running_var"):
+        n = np.exp(np.float32(0.2) * n)
+    elif name.endswith("running_mean"):
+        n = 0.1 * n
+    elif len(shape) == 1 and name.endswith("weight"):
+        n = 1 + 0.1 * n
+    elif len(shape) < 2:
+        n = 0.05 * n
+    elif name.endswith(("embedding", "embedding.weight", "contexts")):
+        n = 0.02 * n
+    else:
+        n = n / np.float32(math.sqrt(math.prod(shape[1:])))
+    return torch.from_numpy(np.float32(30 if name == "predict_D.conv_out.0.weight" else 1) * n)
+
+
+def close(actual, expected, tolerance=1e-4):
+    """Relative to the largest expected value."""
+    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
+    assert actual.shape == expected.shape
+    error = (actual.detach() - expected).abs().max() / expected.abs().max()
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> cabins.CaBins:
+    torch.manual_seed(0)
+    return cabins.CaBins(TINY).eval()
+
+
+# ---- Sec. 3.1  CLIP's tokenizer ------------------------------------------------------------------
+
+
+def test_tokenizer_known_answers():
+    known = {
+        "a photo of a cat.": [320, 1125, 539, 320, 2368, 269],
+        "farthest": [1578, 35343],
+        "79.1234": [278, 280, 269, 272, 273, 274, 275],
+        "mojibake cafÃ©": [617, 3252, 11878, 15304],
+        "<|startoftext|> inside <|endoftext|>": [49406, 2912, 49407],
+        "日本語のテキスト": [39121, 44353, 34002, 252, 21575, 2429, 228, 47121, 32421, 486],
+        "": [],
+    }
+    for text, ids in known.items():
+        assert clip_tokenizer.encode(text) == ids
+    assert clip_tokenizer.decode(known["farthest"]) == "farthest "
+    assert clip_tokenizer.decode(clip_tokenizer.encode("日本語 CAFÉ")) == "日本語 café "
+
+
+@needs_goldens
+def test_tokenizer_goldens():
+    for text, ids in json.loads((GOLDENS / "tokens.json").read_text()):
+        assert clip_tokenizer.encode(text) == ids, text
+
+
+def test_tokenize_pads_and_refuses_what_does_not_fit():
+    ids = clip_tokenizer.tokenize(["far", "extremely close"], length=5)
+    assert ids.tolist() == [[49406, 2384, 49407, 0, 0], [49406, 6519, 2660, 49407, 0]]
+    with pytest.raises(ValueError, match="'extremely close' is 4 tokens long; at most 3 fit"):
+        clip_tokenizer.tokenize("extremely close", length=3)
+
+
+# ---- Sec. 3.1  CLIP's encoders -------------------------------------------------------------------
+
+CLIP_KNOWN = {  # image 0, text 0: first three values of CLIP's own embedding
+    "RN50": ([-0.89232415, -0.17029873, 0.15963185], [-1.518179, 0.2903049, 0.15889318]),
+    "RN101": ([0.85525256, -1.7576025, -2.4198878], [1.3894114, 0.88841105, -0.52293265]),
+}
+CLIP_TEXTS = ["a photo of a cat.", "This object is giant", "extremely close", "2.7415", "farthest"]
+
+
+def made_clip_state(backbone: str) -> dict[str, torch.Tensor]:
+    state = cabins.CLIP(cabins.BACKBONES[backbone]).state_dict()
+    return {
+        k: v if k == "logit_scale" else made_tensor(k, tuple(v.shape)) for k, v in state.items()
+    }
+
+
+@pytest.mark.parametrize("backbone", CLIP_KNOWN)
+def test_clips_own_embeddings(backbone, tmp_path):
+    state = made_clip_state(backbone)
+    torch.save(state, tmp_path / "clip.pt")
+    clip = cabins.load_clip(tmp_path / "clip.pt").eval()
+    image = torch.from_numpy(normal("image", (2, 3, 224, 224)))
+    with torch.no_grad():
+        pyramid, z_bar, z = clip.visual(image)
+        t = clip.encode_text(clip_tokenizer.tokenize(CLIP_TEXTS))
+        short = clip.encode_text(clip_tokenizer.tokenize(CLIP_TEXTS, 9))
+    assert [tuple(x.shape[1:]) for x in pyramid] == [
+        (256, 56, 56),
+        (512, 28, 28),
+        (1024, 14, 14),
+        (2048, 7, 7),
+    ]
+    assert z.shape == (2, z_bar.shape[1], 7, 7)
+    image_known, text_known = CLIP_KNOWN[backbone]
+    close(z_bar[0, :3], image_known)
+    close(t[0, :3], text_known)
+    close(short, t, 1e-5)  # what comes after the end token changes nothing
+    if GOLDENS.is_dir():
+        golden = np.load(GOLDENS / "clip_embeddings.npz")
+        close(z_bar, golden[f"{backbone}/image"])
+        close(t, golden[f"{backbone}/text"])
+        shapes = json.loads((GOLDENS / "clip_state_dicts.json").read_text())[backbone]
+        assert {k: list(v.shape) for k, v in state.items()} == shapes
+
+
+def test_text_encoder_is_causal_and_frozen(tiny):
+    ids = clip_tokenizer.tokenize("2.7415", 9)
+    longer = F.pad(ids, (0, 5), value=7)
+    close(tiny.clip.encode_text(ids), tiny.clip.encode_text(longer), 1e-5)
+    frozen = {n for n, p in tiny.clip.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, _ in tiny.clip.named_parameters() if not n.startswith("visual.")}
+
+
+class ClipLike(torch.nn.Module):
+    """Something to script with CLIP's tensors in it."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.visual, self.transformer = clip.visual, clip.transformer
+        self.token_embedding, self.ln_final = clip.token_embedding, clip.ln_final
+        for name in ("positional_embedding", "text_projection", "logit_scale"):
+            setattr(self, name, getattr(clip, name))
+        self.register_buffer("context_length", torch.tensor(77))
+
+    def forward(self, x):
+        return x
+
+
+def test_load_clip_reads_half_precision_torchscript_and_plain_files(tiny, tmp_path):
+    plain, archive = tmp_path / "plain.pt", tmp_path / "archive.pt"
+    half = cabins.CLIP(cabins.BACKBONES["tiny"])
+    half.load_state_dict(tiny.clip.state_dict())
+    torch.save(half.half().state_dict(), plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(ClipLike(half), torch.zeros(1)).save(archive)
+    for path in (plain, archive):
+        clip = cabins.load_clip(path)
+        assert clip.architecture == cabins.BACKBONES["tiny"]
+        assert all(p.dtype == torch.float32 for p in clip.parameters())
+        close(clip.visual.conv1.weight, tiny.clip.visual.conv1.weight, 1e-3)
+
+
+# ---- Sec. 3.2.1  Adaptive bins, Eq. 1 -----------------------------------------------------------
+
+
+def test_widths_sum_to_one_and_centers_increase_inside_the_range(tiny):
+    b = tiny.bins(torch.randn(5, 64, generator=generator()) * 10)
+    c = cabins.bin_centers(b, 1e-3, 10.0)
+    close(b.sum(1), torch.ones(5), 1e-6)
+    assert (b > 0).all() and (c.diff(dim=1) > 0).all() and c.min() > 1e-3 and c.max() < 10
+
+
+def test_bin_centers_are_eq_1():
+    b = torch.tensor([[0.5, 0.25, 0.25]])
+    assert cabins.bin_centers(b, 2.0, 10.0).tolist() == [[4.0, 7.0, 9.0]]
+
+
+# ---- Sec. 3.2.2  CaBins, Eq. 2 -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["cabins", "median", "mean"])
+def test_each_distance_lies_inside_its_group(kind):
+    c = (torch.rand(3, 256, generator=generator()) * 80).sort(1).values
+    e = cabins.distance_classes(c, 8, kind)
+    groups = c.unflatten(1, (8, 32))
+    assert e.shape == (3, 8)
+    assert (e >= groups.min(2).values).all() and (e <= groups.max(2).values).all()
+
+
+def test_distance_classes_known_answers():
+    c = torch.tensor([[1.0, 2.0, 3.0, 6.0]])
+    assert cabins.distance_classes(c, 1, "mean").item() == 3.0
+    assert cabins.distance_classes(c, 1, "median").item() == 2.0  # the lower one, a bin centre
+    assert cabins.distance_classes(c, 1).item() == 3.0  # the centre at the mean takes all weight
+    # by hand: m = 1.5; deviations .5, .5; equal weights
+    assert cabins.distance_classes(torch.tensor([[1.0, 2.0]]), 1).item() == 1.5
+    # m = 0.4/3; weights softmax(1/(0.1334), 1/(0.0334), 1/(0.1668)) to 4 digits
+    w = torch.softmax(1 / (torch.tensor([0.4 / 3, 0.1 / 3, 0.5 / 3]) + 1e-4), 0)
+    e = cabins.distance_classes(torch.tensor([[0.0, 0.1, 0.3]]), 1).item()
+    assert e == pytest.approx((w[1] * 0.1 + w[2] * 0.3).item(), rel=1e-5)
+
+
+def test_equal_widths_give_group_means():
+    c = cabins.bin_centers(torch.full((1, 256), 1 / 256), 1e-3, 10.0)
+    close(cabins.distance_classes(c, 8), cabins.distance_classes(c, 8, "mean"), 1e-5)
+
+
+# ---- Sec. 3.2.3  Prompts, Eq. 3 ------------------------------------------------------------------
+
+
+def test_number_tokens_equal_tokenised_strings():
+    g = generator()
+    depths = torch.cat([torch.rand(3000, generator=g) * top for top in (0.01, 1, 10, 80, 9999)])
+    edges = [0, 1e-4, 5e-5, 1e-3, 0.5, 0.12345, 2.00005, 9.99995, 10, 80, 99.99995, 100, 9999]
+    depths = torch.cat([depths, torch.tensor(edges)])
+    texts = [str(round(depth, 4)) for depth in depths.tolist()]
+    assert torch.equal(cabins.number_tokens(depths), clip_tokenizer.tokenize(texts, 11))
+    assert cabins.number_tokens(depths[:6].reshape(2, 3), 2).shape == (2, 3, 9)
+
+
+def test_prompts_stand_between_start_and_text(tiny):
+    ids = cabins.number_tokens(torch.tensor([2.5]), 2)
+    with torch.no_grad():
+        # prompts that are the embeddings of words must be those words
+        words = clip_tokenizer.encode("a photo of")
+        expected = tiny.clip.encode_text(clip_tokenizer.tokenize("a photo of 2.5"))
+        prompts = tiny.clip.token_embedding(torch.tensor(words))
+        close(tiny.clip.encode_text(ids, prompts), expected, 1e-5)
+
+
+def test_gamma_zero_leaves_t_as_it_was(tiny):
+    t, z_bar, z = torch.randn(2, 8, 64), torch.randn(2, 64), torch.randn(2, 64, 3, 4)
+    decoder = cabins.ContextDecoder(64, 64, 4, 2).eval()
+    assert not torch.equal(decoder(t, z_bar, z), t)
+    torch.nn.init.zeros_(decoder.gamma)
+    assert torch.equal(decoder(t, z_bar, z), t)
+
+
+# ---- Sec. 3.2.4  Depth prediction, Eq. 4 and 5 ---------------------------------------------------
+
+
+def test_similarity_is_a_cosine():
+    z, t = torch.randn(2, 64, 3, 4, generator=generator()), torch.randn(2, 8, 64)
+    s = cabins.cosine_similarity(z, t)
+    assert s.shape == (2, 8, 3, 4) and s.abs().max() <= 1
+    expected = F.cosine_similarity(z[1, :, 2, 3], t[1, 5], dim=0)
+    assert s[1, 5, 2, 3].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_depth_is_a_convex_combination_of_centers(tiny):
+    with torch.no_grad():
+        prediction = tiny(torch.randn(2, 3, 96, 128, generator=generator()))
+    low, high = prediction.centers[:, 0], prediction.centers[:, -1]
+    depth = prediction.depth.flatten(1)
+    assert (depth.min(1).values >= low).all() and (depth.max(1).values <= high).all()
+    p = torch.eye(256)[None, :, :, None]  # certain of bin i at pixel i
+    close(cabins.expected_depth(prediction.centers[:1], p)[0, 0, :, 0], prediction.centers[0], 1e-6)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 97), (100, 333), (427, 65), (96, 128)])
+def test_any_size(tiny, size):
+    with torch.no_grad():
+        prediction = tiny(torch.randn(1, 3, *size))
+    assert prediction.depth.shape == (1, 1, *size) and prediction.depth.isfinite().all()
+    assert prediction.similarity.shape[:2] == (1, 8)
+
+
+def test_batch_equals_singles(tiny):
+    image = torch.randn(3, 3, 70, 90, generator=generator())
+    with torch.no_grad():
+        batch, singles = tiny(image), [tiny(i[None]) for i in image]
+    for name in batch._fields:
+        close(torch.cat([getattr(s, name) for s in singles]), getattr(batch, name), 1e-5)
+
+
+@pytest.mark.parametrize("kind", cabins.DISTANCE_CLASSES)
+def test_every_distance_class_trains_every_parameter(kind):
+    torch.manual_seed(0)
+    model = cabins.CaBins(cabins.Config(backbone="tiny", distance_class=kind))
+    prediction = model(torch.randn(2, 3, 64, 64))
+    cabins.total_loss(prediction, torch.rand(2, 1, 64, 64) * 9 + 0.5, 1e-3).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if parameter.requires_grad:
+            assert parameter.grad.isfinite().all(), name
+    assert model.prompts.grad.abs().sum() > 0  # through the frozen text encoder
+
+
+def test_forward_asks_nothing_of_the_host(tiny):
+    """No value of a tensor is read on the way: the meta device has none to read."""
+    model = cabins.CaBins(TINY).to("meta").eval()
+    assert model(torch.empty(2, 3, 96, 128, device="meta")).depth.shape == (2, 1, 96, 128)
+
+
+# ---- The released network, on made weights -------------------------------------------------------
+
+PREDICTED_CABINS = [
+    "0.8196",
+    "2.0312",
+    "3.0201",
+    "3.9133",
+    "5.197",
+    "6.891",
+    "8.0013",
+    "9.3794",
+    "0.8176",
+    "2.027",
+    "3.018",
+    "3.9136",
+    "5.1963",
+    "6.8924",
+    "8.0021",
+    "9.376",
+]
+GRADIENT_NORMS = {
+    "contexts": 0.012867416325285208,
+    "gamma": 0.0005481540862108899,
+    "clip_model.visual.conv1.weight": 0.2296860701479876,
+    "context_decoder.decoder.5.cross_attn.k_proj.weight": 7.897430609852824e-06,
+    "decoder.up3._net.3.weight": 79.12691072372812,
+    "computeAdaptiveBin.regressor.4.weight": 1.2583868473592394,
+}
+
+
+def their_name(name: str) -> str:
+    for theirs, ours in cabins.RELEASED_NAMES.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory) -> Path:
+    """A checkpoint as the authors' are, with the goldens' weights."""
+    architecture = cabins.BACKBONES["RN101"]._replace(context_length=30)
+    state = cabins.CaBins(cabins.Config(), cabins.CLIP(architecture)).state_dict()
+    state["prompts"] = state["prompts"][None]
+    made = {}
+    for ours, tensor in state.items():
+        name = their_name(ours)
+        made[name] = made_tensor(name, tuple(tensor.shape)) if "logit" not in ours else tensor
+        made[name] = tensor if name == "clip_model.logit_scale" else made_tensor(name, tensor.shape)
+    if GOLDENS.is_dir():
+        shapes = json.loads((GOLDENS / "cabins_rn101_state_dict.json").read_text())
+        assert {k: list(v.shape) for k, v in made.items()} == shapes
+    path = tmp_path_factory.mktemp("released") / "CaBins_nyu.pt"
+    made = {f"module.{name}": tensor for name, tensor in made.items()}
+    torch.save({"model": made, "optimizer": {}, "epoch": 24}, path)
+    return path
+
+
+def test_released_network(released):
+    with pytest.raises(ValueError, match="give max_depth, 10 for NYU or 80 for KITTI"):
+        cabins.load_checkpoint(released)
+    model = cabins.load_checkpoint(released, max_depth=10.0)
+    image = torch.from_numpy(normal("image", (2, 3, 96, 128)))
+    target = np.minimum(np.abs(normal("depth", (2, 1, 96, 128))) * np.float32(10 / 3), 10)
+    target = torch.from_numpy(np.where(target < 0.2, 0, target).astype(np.float32))
+    prediction = model(image)
+    assert [str(round(e, 4)) for e in prediction.cabins.flatten().tolist()] == PREDICTED_CABINS
+    if GOLDENS.is_dir():
+        golden = np.load(GOLDENS / "cabins_rn101_nyu.npz")
+        close(prediction.centers, golden["centers"])
+        close(prediction.similarity, golden["similarity"])
+        close(model(image, upsample=False).depth, golden["depth"])
+    mask = target > 1e-3
+    assert mask.sum() == 23429
+    chamfer = cabins.chamfer_loss(prediction.centers, target, mask)
+    assert chamfer.item() == pytest.approx(0.0005933056818321347, rel=1e-4)
+    g = (prediction.depth[mask].log() - target[mask].log()).double()
+    unbiased = 10 * (g.var() + 0.15 * g.mean() ** 2).sqrt()
+    assert unbiased.item() == pytest.approx(9.66595458984375, rel=1e-4)
+    (unbiased + 0.1 * chamfer).backward()
+    norms = {their_name(n): p.grad.norm() for n, p in model.named_parameters() if p.requires_grad}
+    for name, norm in GRADIENT_NORMS.items():
+        assert norms[name].item() == pytest.approx(norm, rel=1e-3), name
+
+
+# ---- Sec. 3.3  Losses, Eq. 6 to 8 ----------------------------------------------------------------
+
+
+def test_both_forms_of_silog_agree():
+    depth, target = torch.rand(2, 2, 1, 30, 40, generator=generator()).mul(9).add(0.5).double()
+    mask = torch.rand(2, 1, 30, 40, generator=generator(1)) < 0.6
+    g = depth[mask].log() - target[mask].log()
+    variance_form = 10 * (g.var(correction=0) + 0.15 * g.mean() ** 2).sqrt()
+    assert cabins.silog_loss(depth, target, mask).item() == pytest.approx(variance_form.item())
+
+
+def test_losses_without_error_or_without_truth_have_finite_gradients():
+    depth = torch.full((2, 1, 8, 8), 2.0, requires_grad=True)
+    centers = torch.linspace(1, 9, 16).repeat(2, 1).requires_grad_()
+    for target in (torch.full((2, 1, 8, 8), 2.0), torch.zeros(2, 1, 8, 8)):
+        prediction = cabins.Prediction(depth, centers, None, None)
+        cabins.total_loss(prediction, target, 1e-3).backward()
+        assert depth.grad.isfinite().all() and centers.grad.isfinite().all()
+    assert cabins.chamfer_loss(centers, target, target > 0).item() == 0
+
+
+def brute_force_chamfer(centers, target, mask):
+    total = 0
+    for c, x, valid in zip(centers, target, mask):
+        table = (x[valid][:, None] - c).square()
+        total += table.min(1).values.mean() + table.min(0).values.mean() if valid.any() else 0
+    return total / len(centers)
+
+
+@pytest.mark.parametrize("spread", [10.0, 0.05])  # 0.05: most centres see no pixel
+def test_chamfer_equals_brute_force(spread):
+    g = generator()
+    target = 4 + spread * (torch.rand(3, 1, 20, 30, generator=g) - 0.4)
+    mask = torch.rand(3, 1, 20, 30, generator=g) < 0.7
+    mask[1] = False
+    mask[2] = torch.arange(600).reshape(1, 20, 30) == 7  # one valid pixel
+    gradients = []
+    for chamfer in (cabins.chamfer_loss, brute_force_chamfer):
+        c = (torch.rand(3, 64, generator=generator(1)) * 10).sort(1).values.requires_grad_()
+        loss = chamfer(c, target, mask)
+        loss.backward()
+        gradients.append((loss.detach(), c.grad))
+    close(gradients[0][0], gradients[1][0], 1e-5)
+    close(gradients[0][1], gradients[1][1], 1e-5)
+
+
+def test_total_loss_upsamples_the_prediction_first():
+    target = torch.rand(2, 1, 20, 30, generator=generator()) * 9 + 0.5
+    depth = torch.rand(2, 1, 10, 15, generator=generator(1)) * 9 + 0.5
+    centers = torch.linspace(1, 9, 16).repeat(2, 1)
+    loss = cabins.total_loss(cabins.Prediction(depth, centers, None, None), target, 1e-3)
+    upsampled = F.interpolate(depth, (20, 30), mode="bilinear", align_corners=True)
+    mask = target > 1e-3
+    expected = cabins.silog_loss(upsampled, target, mask)
+    expected += 0.1 * cabins.chamfer_loss(centers, target, mask)
+    assert loss.item() == pytest.approx(expected.item())
+
+
+# ---- Sec. 4.3  Metrics ---------------------------------------------------------------------------
+
+
+def test_depth_metrics_by_hand():
+    metrics = cabins.depth_metrics(torch.tensor([1.0, 4.0]), torch.tensor([1.0, 2.0]))
+    expected = {
+        "abs_rel": 0.5,
+        "sq_rel": 1.0,
+        "rmse": 2**0.5,
+        "rmse_log": math.log(2) / 2**0.5,
+        "log10": math.log10(2) / 2,
+        "d1": 0.5,
+        "d2": 0.5,
+        "d3": 0.5,
+    }
+    assert {k: v.item() for k, v in metrics.items()} == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="one at least"):
+        cabins.depth_metrics(torch.empty(0), torch.empty(0))
+
+
+@needs_samples
+def test_metrics_of_a_surface_on_real_pairs():
+    """The released code's metrics of a made surface on three pairs of NYU."""
+    nyu = data.DepthDataset("nyu", SAMPLES / "nyu", SAMPLES / "nyu" / "split.txt")
+    y, x = torch.meshgrid(torch.arange(480.0), torch.arange(640.0), indexing="ij")
+    surface = 10 * (0.30 + 0.25 * (x / 37).sin() * (y / 23).cos())
+    metrics = evaluation.evaluate(lambda image: surface[None, None], nyu)
+    known = {"abs_rel": 0.4585017, "rmse": 1.8179230, "log10": 0.2152407, "d1": 0.3069172}
+    for name, value in known.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, size, window, pixels",
+    [
+        ("nyu", (480, 640), "eigen", 238_560),
+        ("kitti", (375, 1242), "nested", 232_574),
+        ("kitti", (375, 1242), "full", 251_354),
+        ("kitti", (370, 1224), "full", 244_455),
+    ],
+)
+def test_window_sizes(name, size, window, pixels):
+    rows, columns = data.test_windows(name, *size)[window]
+    assert rows.start >= 0 and columns.start >= 0
+    assert (rows.stop - rows.start) * (columns.stop - columns.start) == pixels
+
+
+class Pairs(data.DepthDataset):
+    """Made pairs in the place of toy rooms."""
+
+    def __init__(self, depths):
+        super().__init__("toy")
+        self.depths, self.pairs = depths, list(range(len(depths)))
+
+    def __getitem__(self, i):
+        depth = self.depths[i]
+        size = torch.tensor(depth.shape[1:])
+        return {"image": torch.zeros(3, *depth.shape[1:]), "depth": depth, "path": "", "size": size}
+
+
+def test_evaluation_protocol():
+    few, many = torch.zeros(1, 64, 64), torch.full((1, 64, 64), 2.0)
+    few[0, 0, :2] = 4.0
+    few[0, 0, 2], few[0, 0, 3] = 10.0, 1e-3  # at the range's ends: not measured
+    pairs = Pairs([few, many, torch.zeros(1, 64, 64)])  # the last has no truth: left out
+    metrics = evaluation.evaluate(lambda image: torch.full((1, 1, 64, 64), 2.0), pairs)
+    assert metrics["abs_rel"] == pytest.approx(0.25)  # images count alike: 1/2 and 0
+    infinite = torch.full((1, 1, 64, 64), torch.inf)
+    far = evaluation.evaluate(lambda image: infinite, Pairs([many]))
+    assert far["rmse"] == pytest.approx(8)  # inf is the maximum
+    near = evaluation.evaluate(lambda image: infinite * 0, Pairs([many]))
+    assert near["rmse"] == pytest.approx(2 - 1e-3)  # NaN is the minimum
+    with pytest.raises(ValueError, match="none of the 1 images has ground truth"):
+        evaluation.evaluate(lambda image: infinite, Pairs([torch.zeros(1, 64, 64)]))
+
+
+def test_flip_averaging_is_at_the_decoders_size(tiny):
+    image = torch.randn(1, 3, 96, 128, generator=generator())
+    with torch.no_grad():
+        straight = tiny(image, upsample=False).depth
+        mirrored = tiny(image.flip(-1), upsample=False).depth.flip(-1)
+    assert straight.shape == (1, 1, 48, 64)
+    expected = cabins.resize((straight + mirrored) / 2, (96, 128))
+    close(evaluation.predictor(tiny)(image), expected, 1e-5)
+    close(evaluation.predictor(tiny, flip=False)(image), cabins.resize(straight, (96, 128)), 1e-5)
+
+
+def test_quoted_rows_are_the_papers():
+    for name in ("nyu", "kitti"):
+        lines = evaluation.format_table(name, {}).splitlines()
+        columns = len(lines[0].split())
+        assert all(len(line.split("(quoted)")[1].split()) == columns for line in lines[1:])
+    assert "CaBins (quoted)           0.120    0.401" in evaluation.format_table("nyu", {})
+
+
+# ---- Sec. 4.2  Data ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", data.DATASETS)
+def test_augmentation_keeps_image_and_depth_together(name, monkeypatch):
+    recipe = data.DATASETS[name]._replace(gamma=0.0, brightness=0.0, colour=0.0)
+    monkeypatch.setitem(data.DATASETS, name, recipe)
+    h, w = {"nyu": (427, 565), "kitti": (352, 1216), "toy": (96, 128)}[name]
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    # rows and columns in the image, as brightness of green and red, and in the depth, as a number
+    image = torch.stack([x * 255 / (w - 1), y * 255 / (h - 1), torch.full((h, w), 255)])
+    image = image.round().byte().expand(8, -1, -1, -1)
+    depth = (y * w + x + 1.0).expand(8, 1, h, w)
+    out, found = data.augment(image, depth, name, generator(3))
+    assert out.shape[2:] == found.shape[2:] == recipe.crop
+    mean, std = torch.tensor([cabins.Config.image_mean, cabins.Config.image_std])[..., None, None]
+    out = out * std + mean
+    inside = (found[:, 0] > 0) & (out[:, 2] > 0.999)  # blue fades where zeros come in
+    assert inside.float().mean() > 0.95
+    number = found[:, 0].long() - 1
+    column, row = out[:, 0] * (w - 1), out[:, 1] * (h - 1)
+    assert (column - number % w)[inside].abs().max() < 0.6 + (w - 1) / 510 + 0.1
+    assert (row - number // w)[inside].abs().max() < 0.6 + (h - 1) / 510 + 0.1
+    mirrored = (number % w)[:, recipe.crop[0] // 2].diff(dim=1).median(1).values
+    assert set(mirrored.tolist()) == {1, -1}  # some are flipped, some are not
+    again = data.augment(image, depth, name, generator(3))
+    assert torch.equal(again[1], found)
+
+
+def test_augmentation_recolours_inside_the_recipe():
+    image = torch.full((64, 3, 96, 128), 128, dtype=torch.uint8)
+    out, _ = data.augment(image, torch.ones(64, 1, 96, 128), "toy", generator())
+    mean, std = torch.tensor([cabins.Config.image_mean, cabins.Config.image_std])[..., None, None]
+    value = (out * std + mean)[:, :, 48, 64]
+    same = ((value - 128 / 255).abs() < 1e-4).all(1)
+    assert 16 < same.sum() < 48  # half of them
+    low, high = (128 / 255) ** 1.1 * 0.9 * 0.9, (128 / 255) ** 0.9 * 1.1 * 1.1
+    assert value.min() > low and value.max() < high
+
+
+def test_toy_rooms_are_exact_and_reproducible():
+    image, depth = data.draw_room(5)
+    again = data.draw_room(5)
+    assert np.array_equal(image, again[0]) and np.array_equal(depth, again[1])
+    assert image.shape == (96, 128, 3) and image.dtype == np.uint8
+    assert depth.shape == (96, 128) and 0.3 < depth.min() and depth.max() < 10
+    # walls are planes, and on a plane 1 / depth is linear in the pixel: no second difference
+    flat = np.abs(np.diff(1 / depth.astype(np.float64), n=2, axis=1)) < 1e-5
+    assert flat.mean() > 0.7
+    train_set, test_set = data.DepthDataset("toy", train=True), data.DepthDataset("toy")
+    assert not set(train_set.pairs) & set(test_set.pairs) and len(test_set) == 64
+    assert train_set[0]["image"].dtype == torch.uint8
+    assert test_set[0]["image"].dtype == torch.float32
+
+
+def write_pair(folder: Path, name: str, height=480, width=640, depth=1500):
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (width, height), (10, 20, 30)).save(folder / f"rgb_{name}.jpg")
+    values = np.full((height, width), depth, np.uint16)
+    Image.fromarray(values).save(folder / f"sync_depth_{name}.png")
+
+
+def test_nyu_files_are_found_whatever_folder_and_suffix(tmp_path):
+    write_pair(tmp_path / "sync" / "kitchen", "1")
+    split = tmp_path / "list.txt"
+    split.write_text("/kitchen/rgb_1.png /kitchen/sync_depth_1.png 518.8579\r\n\r\n")
+    pair = data.DepthDataset("nyu", tmp_path, split, train=True)[0]
+    assert pair["image"].shape == (3, 427, 565) and pair["image"].dtype == torch.uint8
+    assert pair["depth"].shape == (1, 427, 565) and pair["depth"].unique().tolist() == [1.5]
+    pair = data.DepthDataset("nyu", tmp_path, split)[0]
+    assert pair["image"].shape == (3, 480, 640) and pair["image"].dtype == torch.float32
+
+
+@needs_samples
+def test_real_kitti_pairs():
+    split = SAMPLES / "kitti" / "split.txt"
+    kitti = data.DepthDataset("kitti", SAMPLES / "kitti", split)
+    assert len(kitti) == 3 and kitti.n_left_out == 1
+    sample = kitti[0]
+    assert sample["image"].shape == (3, 352, 1216) and sample["size"].tolist() == [375, 1242]
+    truth = sample["depth"]
+    assert (
+        truth.shape == (1, 352, 1216) and 60 < truth.max() < 85 and (truth > 0).float().mean() > 0.1
+    )
+    windows = evaluation.evaluate_windows(lambda image: truth[None].clamp(min=1), kitti)
+    assert list(windows) == ["nested", "full"]
+    assert windows["nested"]["d1"] > 1 / 3  # one image of three is its own truth
+
+
+# ---- Sec. 4.1  Training --------------------------------------------------------------------------
+
+
+def test_every_trained_parameter_is_in_the_optimizer_once(tiny):
+    groups = train.parameter_groups(tiny)
+    found = [id(p) for group in groups for p in group["params"]]
+    expected = [id(p) for p in tiny.parameters() if p.requires_grad]
+    assert len(found) == len(set(found)) and set(found) == set(expected)
+    assert {g["name"]: len(g["params"]) for g in groups}["prompts and gamma"] == 2
+
+
+def test_batches_shuffle_each_epoch_and_can_start_anywhere():
+    whole = list(train.batches(10, 3, 0, range(9)))
+    assert whole[4:] == list(train.batches(10, 3, 0, range(4, 9)))
+    epochs = [[i for batch in whole[k : k + 3] for i in batch] for k in (0, 3, 6)]
+    assert all(len(set(epoch)) == 9 for epoch in epochs) and epochs[0] != epochs[1]
+
+
+@pytest.fixture
+def few_rooms(monkeypatch):
+    rooms = {"train": range(8), "test": range(1_000_000, 1_000_002)}
+    monkeypatch.setattr(data, "TOY_ROOMS", rooms)
+    monkeypatch.setattr(train, "baselines", lambda *_: {})
+
+
+def run_train(*options):
+    train.train(train.parse_args(list(map(str, options))))
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(few_rooms, tmp_path, monkeypatch, capsys):
+    options = ("--epochs", 2, "--batch-size", 2)
+    run_train(*options, "--out", tmp_path / "whole")
+    assert (tmp_path / "whole" / "figure.png").stat().st_size > 10_000
+
+    def stop(prediction, *rest):  # in the second epoch
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return cabins.total_loss(prediction, *rest)
+
+    calls = []
+    monkeypatch.setattr(train, "total_loss", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(*options, "--out", tmp_path / "parts")
+    monkeypatch.setattr(train, "total_loss", cabins.total_loss)
+    with pytest.raises(ValueError, match="was trained with batch_size 2, not 4"):
+        run_train("--resume", "--out", tmp_path / "parts", "--batch-size", 4)
+    run_train("--resume", "--out", tmp_path / "parts")
+    whole, parts = (
+        cabins.read_checkpoint(tmp_path / folder / "last.pt") for folder in ("whole", "parts")
+    )
+    assert whole["step"] == parts["step"] == 8
+    for name, tensor in whole["model"].items():
+        assert torch.equal(tensor, parts["model"][name]), name
+    for file in ("log.csv", "metrics.csv"):
+        texts = [(tmp_path / folder / file).read_text() for folder in ("whole", "parts")]
+        assert texts[0] == texts[1]
+    # and the scripts read what was written
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "parts" / "best.pt"), "--no-flip"])
+    evaluation.main()
+    printed = capsys.readouterr().out
+    assert "window whole" in printed and "flip averaging off" in printed
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(few_rooms, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "total_loss", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(ValueError, match=r"the loss is nan at step 1, of the images room \d, room"):
+        run_train("--epochs", 1, "--batch-size", 2, "--out", tmp_path)
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_checkpoints_are_whole_or_not_there(tiny, tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    cabins.save_checkpoint(path, tiny, step=1)
+    before = path.read_bytes()
+
+    def full_disk(content, file):
+        Path(file).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        cabins.save_checkpoint(path, tiny, step=2)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    loaded = cabins.load_checkpoint(path)
+    assert loaded.config == TINY and not loaded.training
+    close(loaded.prompts, tiny.prompts, 1e-9)
+
+
+@needs_samples
+def test_tiny_learns_three_real_pairs():
+    """d < 1.25 of at least 0.85 on three pairs of NYU, at a quarter of their size."""
+    torch.manual_seed(0)
+    nyu = data.DepthDataset("nyu", SAMPLES / "nyu", SAMPLES / "nyu" / "split.txt")
+    image = F.interpolate(torch.stack([nyu[i]["image"] for i in range(3)]), (120, 160), mode="area")
+    depth = torch.stack([nyu[i]["depth"] for i in range(3)])[..., ::4, ::4]
+    model = cabins.CaBins(TINY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        cabins.total_loss(model(image), depth, 1e-3).backward()
+        optimizer.step()
+    predict = evaluation.predictor(model, flip=False)
+
+    def at_a_quarter(image):
+        return cabins.resize(predict(F.interpolate(image, (120, 160), mode="area")), (480, 640))
+
+    assert evaluation.evaluate(at_a_quarter, nyu)["d1"] >= 0.85
+
+
+@needs_samples
+@pytest.mark.parametrize("name", ["nyu", "kitti"])
+def test_train_and_eval_on_real_pairs(name, tmp_path, monkeypatch, capsys):
+    split = SAMPLES / name / "split.txt"
+    options = ("--data", name, "--root", SAMPLES / name, "--train-split", split)
+    options += ("--test-split", split, "--backbone", "tiny", "--epochs", 1, "--batch-size", 2)
+    run_train(*options, "--out", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "last.pt")])
+    evaluation.main()
+    printed = capsys.readouterr().out
+    assert printed.count("CaBins (quoted)") == 2
+    assert "window eigen" in printed if name == "nyu" else "window full" in printed
+
+
+# ---- Bad input: one sentence that names the file or value, and the remedy ------------------------
+
+
+def run_script(*arguments) -> str:
+    """Standard error of a script that must fail."""
+    command = [sys.executable, *map(str, arguments)]
+    run = subprocess.run(command, check=False, cwd=HERE, capture_output=True, text=True)
+    assert run.returncode != 0 and "Traceback" not in run.stderr
+    return run.stderr
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("backbone", "RN102", "backbone is 'RN102'; it must be one of RN50, RN101, tiny"),
+        ("distance_class", "mode", "must be one of cabins, median, mean, semantic"),
+        ("n_cabins", 7, "n_cabins is 7; it must divide n_bins, which is 256"),
+        ("n_bins", 1, "n_bins is 1; it must be an integer of at least 2"),
+        ("max_depth", 1e-4, "they must satisfy 0 < min_depth < max_depth"),
+        ("min_depth", 0.0, "they must satisfy 0 < min_depth < max_depth"),
+    ],
+)
+def test_config_names_field_and_allowed_values(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        cabins.Config(**{field: value})
+
+
+def test_random_weights_warn_and_wrong_clip_is_refused(tiny, monkeypatch):
+    small = {"RN50": cabins.BACKBONES["tiny"]._replace(embed_dim=32)}
+    monkeypatch.setattr(cabins, "BACKBONES", cabins.BACKBONES | small)
+    with pytest.warns(UserWarning, match="random weights: depths mean nothing"):
+        cabins.CaBins(cabins.Config(backbone="RN50"))
+    with pytest.raises(ValueError, match="backbone is RN50, .* but the CLIP has"):
+        cabins.CaBins(cabins.Config(backbone="RN50"), tiny.clip)
+    with pytest.raises(ValueError, match="H and W at least 64"):
+        tiny(torch.zeros(1, 3, 63, 64))
+
+
+def test_wrong_clip_files(tiny, tmp_path):
+    state = tiny.clip.state_dict()
+    torch.save(state, tmp_path / "clip.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "clip.pt").read_bytes()[:100_000])
+    (tmp_path / "text.pt").write_text("not a network")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
+    torch.save({k: v for k, v in state.items() if k != "visual.bn1.bias"}, tmp_path / "less.pt")
+    cases = {
+        "none.pt": "no such file, and no CLIP of that name; known are RN50, RN101",
+        "": "a folder; expected a CLIP file",
+        "cut.pt": r"cut.pt \(100000 bytes\) is cut off, damaged or of another kind; expected a CLIP",
+        "text.pt": r"text.pt \(13 bytes\) is cut off, damaged or of another kind; expected a CLIP",
+        "empty.pt": r"empty.pt \(0 bytes\) is cut off",
+        "list.pt": r"holds '\[1, 2\]'; expected a CLIP file",
+        "other.pt": "has no tensor 'text_projection', so it is no CLIP ResNet",
+        "less.pt": r"does not fit the network: tensors 1 missing \(visual.bn1.bias, …\)",
+    }
+    for name, message in cases.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            cabins.load_clip(tmp_path / name)
+
+
+def test_wrong_checkpoints(tiny, tmp_path):
+    cabins.save_checkpoint(tmp_path / "good.pt", tiny)
+    with pytest.raises(ValueError, match="is for depths to 10.0 m, not to 80"):
+        cabins.load_checkpoint(tmp_path / "good.pt", max_depth=80)
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
+    with pytest.raises(
+        ValueError, match="no checkpoint of CaBins: it has no 'model', but state_dict"
+    ):
+        cabins.load_checkpoint(tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="--resume|cannot be resumed"):
+        train.parse_args(["--resume", str(tmp_path / "good.pt")])
+    assert "does not say what data it is for: give --data" in run_script(
+        "eval.py", tmp_path / "good.pt"
+    )
+    assert "none.pt: no such file; expected a checkpoint" in run_script("eval.py", "none.pt")
+
+
+def test_wrong_data(tmp_path):
+    write_pair(tmp_path / "a", "1")
+    write_pair(tmp_path / "a", "small", 100, 100)
+    write_pair(tmp_path / "a", "zero", depth=0)
+    write_pair(tmp_path / "a", "cut")
+    cut = tmp_path / "a" / "rgb_cut.jpg"
+    cut.write_bytes(cut.read_bytes()[:2000])
+    Image.new("L", (640, 480)).save(tmp_path / "a" / "sync_depth_8bit.png")
+
+    def read(text, train=False):
+        split = tmp_path / "list.txt"
+        split.write_text(text)
+        return data.DepthDataset("nyu", tmp_path, split, train)[0]
+
+    good = "a/rgb_1.jpg a/sync_depth_1.png 518.8579\n"
+    assert read(good)["depth"].max() == 1.5
+    assert read("a/rgb_zero.jpg a/sync_depth_zero.png 1")["depth"].max() == 0
+    cases = {
+        "": "list.txt names no pair of image and depth",
+        "a/rgb_1.jpg None 1": "list.txt names no pair of image and depth",
+        good + "nonsense\n": "list.txt, line 2: 'nonsense' is not 'image depth focal'",
+        good
+        + "b/x.jpg b/y.png 1": "2 of the 4 files .* the first being b/x.jpg, b/y.png; the README",
+        "a/rgb_1.jpg a/sync_depth_small.png 1": r"rgb_1.jpg has .480, 640. pixels.* .100, 100.",
+        "a/rgb_1.jpg a/sync_depth_8bit.png 1": "its mode is L, not 16-bit grey",
+        "a/rgb_cut.jpg a/sync_depth_cut.png 1": "rgb_cut.jpg cannot be read as an image",
+    }
+    for text, message in cases.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            read(text)
+    with pytest.raises(ValueError, match="100 x 100 pixels; nyu needs at least"):
+        read("a/rgb_small.jpg a/sync_depth_small.png 1", train=True)
+    with pytest.raises(ValueError, match="data is 'nyv2'; it must be one of nyu, kitti, toy"):
+        data.DepthDataset("nyv2", tmp_path)
+    with pytest.raises(ValueError, match="needs --root"):
+        data.DepthDataset("kitti")
+    with pytest.raises(FileNotFoundError, match="no such split list"):
+        data.DepthDataset("nyu", tmp_path, tmp_path / "none.txt")
+    (tmp_path / "list.txt").write_text("a/rgb_cut.jpg a/sync_depth_cut.png 1\n")
+    options = ("--data", "nyu", "--root", tmp_path, "--train-split", tmp_path / "list.txt")
+    options += ("--test-split", tmp_path / "list.txt", "--backbone", "tiny", "--out", tmp_path)
+    assert "rgb_cut.jpg cannot be read as an image" in run_script(
+        "train.py", *options, "--batch-size", 1
+    )
+    assert "no such folder" in run_script("train.py", "--data", "nyu", "--root", tmp_path / "none")
+    assert "--epochs is 0; it must be positive" in run_script("train.py", "--epochs", 0)
