@@ -2,21 +2,22 @@
 
 One RGB image in, metres per pixel out. CLIP's image encoder predicts 256 depth bins for the image
 (Eq. 1), which are condensed to 8 distances, the CaBins (Eq. 2). Each is written as a number into a
-text prompt for CLIP's frozen text encoder; the text embeddings look at the image once (Eq. 3) and
-are compared with every place in it (Eq. 4). A decoder turns the similarities and the image
+text prompt for CLIP's frozen text encoder; the text embeddings look at the image (Eq. 3) and are
+then compared with every place in it (Eq. 4). A decoder turns the similarities and the image
 features into a probability over the bins at every pixel, and depth is its mean (Eq. 5).
 
 Read downwards: each part uses only what stands above it; `CaBins.forward` is Figure 2.
 
     code           paper         shape                 what                               section
-    image          I             (B, 3, H, W)          normalised RGB
-    pyramid        {x_i}         [x1, x2, x3, x4]      features at stride 4, 8, 16, 32    3.2.1
+    image          I             (B, 3, H, W)          normalised RGB of B images
+    pyramid        {x_i}         4 of (B, C_i, …, …)   features at stride 4, 8, 16, 32    3.2.1
     z_bar          z̄             (B, D)                global image embedding             3.2.1
     z              z             (B, D, h, w)          dense image embedding, stride 32   3.2.1
     b              b             (B, n_bins)           bin widths, sum 1                  3.2.1
     c, centers     c(b)          (B, n_bins)           bin centres, m                     3.2.1
     e, cabins      {e_k}         (B, K)                CaBins: the distance classes, m    3.2.2
-    m, w           m_k, w_i      (B, K, 1), (B, K, n)  group means, weights in a group    3.2.2
+    m              m_k           (B, K, 1)             mean of each group of centres, m   3.2.2
+    w              w_i           (B, K, n_g)           weights in a group, sum 1          3.2.2
     prompts        p             (N, 512)              learnable context of each text     3.2.3
     t              t             (B, K, D)             text embeddings                    3.2.3
     v_post, gamma  v_post, γ     (B, K, D), (D,)       what the image tells the text      3.2.3
@@ -26,14 +27,14 @@ Read downwards: each part uses only what stands above it; `CaBins.forward` is Fi
     g              g_i           (B, 1, H, W)          log d - log d*                     3.3
     target         d*, X         (B, 1, H, W)          ground truth, m; 0 is none         3.3
 
-D is CLIP's joint width (1024 for RN50, 512 for RN101), K = N = 8, n_bins = 256.
-NOTE(differs) marks each place where the paper, the authors' code and this file are not the same;
-the README's ledger lists them all.
+K is n_cabins = 8, N is n_prompts = 8, n_bins = 256. D is CLIP's joint width: 1024 for RN50, 512 for
+RN101, for which the paper writes it out. Sizes such as H/32 are rounded where they do not divide.
+NOTE(differs) marks where the paper, the authors' code and this file are not the same; the README's
+ledger lists all such places.
 """
 
 import dataclasses
-import os
-import pickle
+import math
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -68,13 +69,15 @@ BACKBONES = {
     "tiny": Architecture(64, (1, 1, 1, 1), 10, 4, 64, 2, 77, 49408),  # for the demo and the tests
 }
 DISTANCE_CLASSES = ("cabins", "median", "mean", "semantic")  # the rows of Table 3
+SEMANTIC_BINS = ["giant", "extremely close", "close", "not in distance", "a little remote"]
+SEMANTIC_BINS += ["far", "farthest", "unseen"]  # Sec. 4.6
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that decides what the network computes; each checkpoint carries its own.
 
-    Depths are in metres. Raises ValueError for a value that no network could have.
+    Depths are in metres. Raises ValueError, naming the field and what it may be.
     """
 
     backbone: str = "RN101"
@@ -133,8 +136,8 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
-        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.downsample = None
+        self.pool = nn.AvgPool2d(stride)
+        self.downsample = nn.Identity()
         if stride > 1 or in_channels != 4 * width:
             self.downsample = nn.Sequential(
                 nn.Conv2d(in_channels, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
@@ -144,8 +147,15 @@ class Bottleneck(nn.Module):
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(self.pool(out)))  # (B, 4 width, h / stride, w / stride)
-        shortcut = x if self.downsample is None else self.downsample(self.pool(x))
-        return F.relu(out + shortcut)
+        return F.relu(out + self.downsample(self.pool(x)))
+
+
+def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
+    """Positions of a global token and a square grid (1 + n², C), for a grid of h x w."""
+    side = math.isqrt(len(positions) - 1)
+    grid = positions[1:].T.unflatten(1, (side, side))[None]  # (1, C, side, side)
+    grid = F.interpolate(grid, size=(h, w), mode="bilinear")  # (1, C, h, w)
+    return torch.cat([positions[:1], grid[0].flatten(1).T])  # (1 + hw, C)
 
 
 class AttentionPool(nn.Module):
@@ -171,14 +181,6 @@ class AttentionPool(nn.Module):
         q, k, v = self.q_proj(tokens), self.k_proj(tokens), self.v_proj(tokens)
         out = self.c_proj(attend(q, k, v, self.n_heads))  # [z̄, z]: (B, 1 + hw, D)
         return out[:, 0], out[:, 1:].transpose(1, 2).unflatten(2, (h, w))  # (B, D), (B, D, h, w)
-
-
-def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
-    """Positions of a global token and a square grid (1 + n², C), for a grid of h x w."""
-    side = round((len(positions) - 1) ** 0.5)
-    grid = positions[1:].T.unflatten(1, (side, side))[None]  # (1, C, side, side)
-    grid = F.interpolate(grid, size=(h, w), mode="bilinear")
-    return torch.cat([positions[:1], grid[0].flatten(1).T])  # (1 + hw, C)
 
 
 class ImageEncoder(nn.Module):
@@ -280,7 +282,8 @@ class CLIP(nn.Module):
         self.ln_final = nn.LayerNorm(a.text_width)
         projection = torch.randn(a.text_width, a.embed_dim) / a.text_width**0.5
         self.text_projection = nn.Parameter(projection)
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # Eq. 4 has no temperature
+        # NOTE(differs): the released code trains its token embedding; the paper freezes all of it
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith("visual."))
 
@@ -299,8 +302,7 @@ class CLIP(nn.Module):
             end = end + prompts.shape[1]
         x = x + self.positional_embedding[: x.shape[1]]
         x = self.ln_final(self.transformer(x, is_causal=True))
-        index = end[:, None, None].expand(-1, 1, x.shape[2])
-        return x.gather(1, index)[:, 0] @ self.text_projection  # (L, D)
+        return x[torch.arange(len(x), device=x.device), end] @ self.text_projection  # (L, D)
 
 
 # ---- CLIP's weights ------------------------------------------------------------------------------
@@ -310,6 +312,82 @@ CLIP_SHA256 = {
     "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
     "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
 }
+
+
+def download(url: str, file: str, sha256: str) -> Path:
+    """The path of `file` in torch.hub's cache, where a download with the right hash is put."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"{url} could not be fetched ({error}); put the file at {path}, or name one of yours"
+            ) from None
+    return path
+
+
+def read_tensors(path: Path, expected: str) -> dict:
+    """The dictionary that a PyTorch file holds."""
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: {what}; expected {expected}")
+    try:
+        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        if any(name.endswith("/constants.pkl") for name in names):
+            content = torch.jit.load(path, map_location="cpu").state_dict()
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds: it depends on what the bytes happen to be
+        size = path.stat().st_size
+        raise ValueError(
+            f"{path} ({size} bytes) is cut off, damaged or of another kind; expected {expected}"
+        ) from error
+    if not (isinstance(content, dict) and content):
+        raise ValueError(f"{path} holds {str(content)[:40]!r}; expected {expected}")
+    return content
+
+
+def read_architecture(state: dict[str, Tensor], source: object) -> Architecture:
+    """The sizes of the CLIP whose tensors these are."""
+    try:
+        text = {k.split(".")[2] for k in state if k.startswith("transformer.resblocks.")}
+        blocks = {k.rpartition(".conv1.")[0] for k in state if k.startswith("visual.layer")}
+        stages = [sum(b.startswith(f"visual.layer{i}.") for b in blocks) for i in (1, 2, 3, 4)]
+        return Architecture(
+            embed_dim=state["text_projection"].shape[1],
+            layers=tuple(stages),
+            width=len(state["visual.layer1.0.conv1.weight"]),
+            grid=math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1),
+            text_width=len(state["ln_final.weight"]),
+            text_layers=len(text),
+            context_length=len(state["positional_embedding"]),
+            vocab_size=len(state["token_embedding.weight"]),
+        )
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"{source} is no CLIP ResNet with its text encoder, for want of {error}; "
+            f"its {len(state)} tensors begin with {', '.join(list(state)[:3]) or 'none'}"
+        ) from None
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
+    """Load a state dict that must fit exactly, or raise one ValueError that says what does not."""
+    expected = module.state_dict()
+    misfits = {
+        "missing": [k for k in expected if k not in state],
+        "unknown": [k for k in state if k not in expected],
+        "of another shape": [
+            f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
+            for k, v in expected.items()
+            if k in state and tuple(state[k].shape) != tuple(v.shape)
+        ],
+    }
+    found = [f"{len(names)} {what} ({names[0]}, …)" for what, names in misfits.items() if names]
+    if found:
+        raise ValueError(f"{source} does not fit the network: tensors " + ", ".join(found))
+    module.load_state_dict(state)
 
 
 def load_clip(name_or_path: str | Path) -> CLIP:
@@ -335,84 +413,6 @@ def load_clip(name_or_path: str | Path) -> CLIP:
     return clip
 
 
-def download(url: str, file: str, sha256: str) -> Path:
-    """The path of `file` in torch.hub's cache, where it is put if its hash is right."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / file
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-        except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(
-                f"{url} could not be fetched ({error}); put the file at {path}, or name one of yours"
-            ) from None
-    return path
-
-
-def read_tensors(path: Path, expected: str) -> dict:
-    """The dictionary that a file of PyTorch's holds."""
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "no such file"
-        raise FileNotFoundError(f"{path}: {what}; expected {expected}")
-    try:
-        if zipfile.is_zipfile(path) and any(
-            name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()
-        ):
-            content = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        size = path.stat().st_size
-        raise ValueError(
-            f"{path} ({size} bytes) is cut off, damaged or of another kind; expected {expected}"
-        ) from error
-    if not (isinstance(content, dict) and content):
-        raise ValueError(f"{path} holds {str(content)[:40]!r}; expected {expected}")
-    return content
-
-
-def read_architecture(state: dict[str, Tensor], source: object) -> Architecture:
-    """The sizes of the CLIP whose tensors these are."""
-    try:
-        prefixes = {k.rpartition(".conv1.")[0] for k in state if k.startswith("visual.layer")}
-        text = {k.split(".")[2] for k in state if k.startswith("transformer.resblocks.")}
-        return Architecture(
-            embed_dim=state["text_projection"].shape[1],
-            layers=tuple(
-                sum(p.startswith(f"visual.layer{i}.") for p in prefixes) for i in (1, 2, 3, 4)
-            ),
-            width=state["visual.layer1.0.conv1.weight"].shape[0],
-            grid=round((len(state["visual.attnpool.positional_embedding"]) - 1) ** 0.5),
-            text_width=len(state["ln_final.weight"]),
-            text_layers=len(text),
-            context_length=len(state["positional_embedding"]),
-            vocab_size=len(state["token_embedding.weight"]),
-        )
-    except KeyError as error:
-        raise ValueError(
-            f"{source} has no tensor {error}, so it is no CLIP ResNet with its text encoder; "
-            f"it has {len(state)} tensors: {', '.join(list(state)[:3])}, …"
-        ) from None
-
-
-def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
-    """Load a state dict that must fit exactly, or raise one ValueError that says what does not."""
-    expected = module.state_dict()
-    misfits = {
-        "missing": [k for k in expected if k not in state],
-        "unknown": [k for k in state if k not in expected],
-        "of another shape": [
-            f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
-            for k, v in expected.items()
-            if k in state and state[k].shape != v.shape
-        ],
-    }
-    found = [f"{len(names)} {what} ({names[0]}, …)" for what, names in misfits.items() if names]
-    if found:
-        raise ValueError(f"{source} does not fit the network: tensors " + ", ".join(found))
-    module.load_state_dict(state)
-
-
 # ---- Sec. 3.2.1  Adaptive bins -------------------------------------------------------------------
 
 
@@ -436,10 +436,11 @@ class AdaptiveBins(nn.Module):
         return b / b.sum(1, keepdim=True)
 
 
-def bin_centers(widths: Tensor, min_depth: float, max_depth: float) -> Tensor:
-    """Depth at the centre of each bin, in metres: (B, n_bins) from widths (B, n_bins) of sum 1."""
+def bin_centers(b: Tensor, min_depth: float, max_depth: float) -> Tensor:
+    """Depth at the centre of each bin, in metres: (B, n_bins) from b (B, n_bins) of sum 1."""
     # Eq. 1:  c(b_i) = d_min + (d_max - d_min) (b_i / 2 + Σ_{j<i} b_j)
-    return min_depth + (max_depth - min_depth) * (widths.cumsum(1) - widths / 2)
+    sums = b.cumsum(1)  # Σ_{j≤i} b_j, of which the last term counts by half
+    return min_depth + (max_depth - min_depth) * (sums - b / 2)
 
 
 # ---- Sec. 3.2.2  CaBins --------------------------------------------------------------------------
@@ -452,7 +453,7 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
     "mean". The row "semantic" has phrases in place of distances. Raises ValueError.
     """
     if centers.shape[1] % n_groups:
-        raise ValueError(f"{centers.shape[1]} bins cannot be shared out among {n_groups} groups")
+        raise ValueError(f"n_groups is {n_groups}; it must divide the {centers.shape[1]} bins")
     c = centers.unflatten(1, (n_groups, -1))  # (B, K, n_g)
     m = c.mean(2, keepdim=True)  # (B, K, 1)
     if kind == "mean":
@@ -460,7 +461,7 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
     if kind == "median":
         return c.median(2).values
     if kind != "cabins":
-        raise ValueError(f"kind is {kind!r}; it must be one of cabins, median, mean")
+        raise ValueError(f"kind is {kind!r}; it must be cabins, median or mean")
     # Eq. 2:  e_k = Σ_i w_i c_k(b_i),  w_i = softmax(1 / (|c_k(b_i) - m_k| + ε)),  ε = 1e-4
     w = torch.softmax(1 / ((c - m).abs() + 1e-4), dim=2)  # (B, K, n_g)
     return (w * c).sum(2)  # (B, K)
@@ -468,15 +469,14 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
 
 # ---- Sec. 3.2.3  Text encoder: prompts, and Eq. 3 ------------------------------------------------
 
-# Sec. 4.6, in the paper's order
-SEMANTIC_BINS = "giant,extremely close,close,not in distance,a little remote,far,farthest,unseen"
-SEMANTIC_BINS = SEMANTIC_BINS.split(",")
 DIGIT_0, POINT = 271, 269  # CLIP's ids of "0" to "9" are 271 to 280, that of "." is 269
 DECIMALS = 4
 
 
 def number_tokens(depths: Tensor, integer_digits: int = 4) -> Tensor:
     """CLIP's token ids of depths in metres, written as Python prints them rounded to 4 decimals.
+
+    NOTE(differs): the paper does not say how e_k is written; the released code writes this.
 
     (…,) -> (…, T) from start to end token, padded with zeros, T = integer_digits + 7; for depths of
     at least 0 and below 10^integer_digits. CLIP splits a number into single digits, so its ids are
@@ -486,14 +486,14 @@ def number_tokens(depths: Tensor, integer_digits: int = 4) -> Tensor:
     tensor([[49406,   273,   269,   276, 49407,     0,     0,     0],
             [49406,   271,   269,   279,   272,   280,   277, 49407]])
     """
-    device = depths.device
     # MPS has no float64, in which alone the product is exact: there, and only there, ask the CPU
-    exact = depths.detach().cpu() if device.type == "mps" else depths.detach()
-    number = (exact.double() * 10**DECIMALS).round().long().to(device)[..., None]  # (…, 1)
-    places = 10 ** torch.arange(integer_digits + DECIMALS - 1, -1, -1, device=device)
-    digits = number // places % 10 + DIGIT_0  # (…, integer_digits + 4)
-    # leading and trailing zeros are not written, but one digit on either side of the point is
+    exact = depths.detach().cpu() if depths.device.type == "mps" else depths.detach()
     unit = 10**DECIMALS
+    number = (exact.double() * unit).round().long()[..., None]  # (…, 1)
+    places = 10 ** torch.arange(integer_digits + DECIMALS - 1, -1, -1, device=number.device)
+    digits = number // places % 10 + DIGIT_0  # (…, integer_digits + 4)
+    # A digit before the point is written if it or one before it is not 0; a decimal, if it or one
+    # after it is not 0; and those next to the point in any case, as in "0.5" and "2.0".
     keep = torch.where(places >= unit, number >= places, number % (10 * places) > 0)
     keep = keep | (places == unit) | (places == unit // 10)
 
@@ -503,7 +503,7 @@ def number_tokens(depths: Tensor, integer_digits: int = 4) -> Tensor:
     ids = torch.cat([SOT * one, whole, POINT * one, decimals, EOT * one], -1)  # (…, T)
     keep = torch.cat([one, keep_whole, one, keep_decimals, one], -1)  # (…, T)
     order = keep.argsort(dim=-1, descending=True, stable=True)  # what is kept, to the left
-    return (ids * keep).gather(-1, order)
+    return (ids * keep).gather(-1, order).to(depths.device)
 
 
 class Attention(nn.Module):
@@ -597,8 +597,8 @@ class DepthDecoder(nn.Module):
     def __init__(self, channels: list[int], n_cabins: int, n_bins: int):
         super().__init__()
         *skips, last = channels  # of x1, x2, x3; of x4
-        # NOTE(differs): the padding puts a ring of one pixel, of bias alone, around the map at
-        # stride 32. The paper does not say; the released code has it.
+        # NOTE(differs): the padding puts a ring of one pixel, which holds only the bias, around the
+        # map at stride 32. The paper does not say; the released code has it.
         self.reduce = nn.Conv2d(last + n_cabins, last, 1, padding=1)
         self.up = nn.ModuleList()
         for skip in reversed(skips):  # x3, x2, x1
@@ -620,8 +620,8 @@ class DepthDecoder(nn.Module):
         *skips, x4 = pyramid
         x = self.reduce(torch.cat([x4, s], dim=1))  # (B, 32 width, h + 2, w + 2)
         for up, skip in zip(self.up, reversed(skips)):
-            x = torch.cat([resize(x, skip.shape[-2:]), skip], dim=1)
-            x = up(x)  # half the channels, at the skip's size
+            x = torch.cat([resize(x, skip.shape[-2:]), skip], dim=1)  # (B, C + C_skip, h_skip, …)
+            x = up(x)  # (B, C / 2, h_skip, w_skip)
         x = resize(x, (2 * x.shape[-2], 2 * x.shape[-1]))  # (B, 4 width, H/2, W/2)
         return self.logits(self.features(x)).softmax(dim=1)  # (B, n_bins, H/2, W/2)
 
@@ -629,7 +629,7 @@ class DepthDecoder(nn.Module):
 def expected_depth(centers: Tensor, p: Tensor) -> Tensor:
     """Depth (B, 1, h, w) in metres of centres (B, n_bins) with probabilities p (B, n_bins, h, w)."""
     # Eq. 5:  d_i = Σ_k c(b_k) p_ik
-    return torch.einsum("bn,bnhw->bhw", centers, p)[:, None]
+    return torch.einsum("bk,bkhw->bhw", centers, p)[:, None]
 
 
 # ---- Figure 2: the network -----------------------------------------------------------------------
@@ -640,7 +640,7 @@ class Prediction(NamedTuple):
 
     depth: Tensor  # (B, 1, H, W) metres
     centers: Tensor  # (B, n_bins) metres, increasing
-    cabins: Tensor  # (B, K) metres; with semantic prompts too, though those do not contain them
+    cabins: Tensor  # (B, K) metres; given for semantic prompts too, which do not use them
     similarity: Tensor  # (B, K, h, w), from -1 to 1
 
 
@@ -660,10 +660,15 @@ class CaBins(nn.Module):
                     f"CLIP {config.backbone} has random weights: depths mean nothing until trained",
                     stacklevel=2,
                 )
-        # a text may be cut to fewer positions than CLIP's 77, as the authors' checkpoints are
-        found = clip.architecture._replace(context_length=expected.context_length)
-        if found != expected:
-            raise ValueError(f"backbone is {config.backbone}, {expected}, but the CLIP has {found}")
+        # texts may be cut to fewer positions than CLIP's 77, as the authors' checkpoints are
+        n_positions = clip.architecture.context_length
+        if clip.architecture != expected._replace(context_length=n_positions):
+            raise ValueError(
+                f"backbone is {config.backbone}, which has {expected}; "
+                f"clip is another one, with {clip.architecture}"
+            )
+        if config.n_prompts + 11 > n_positions:
+            raise ValueError(f"n_prompts is {config.n_prompts}; at most {n_positions - 11} fit")
         self.config = config
         self.clip = clip
         embed_dim, text_width = expected.embed_dim, expected.text_width
@@ -674,16 +679,17 @@ class CaBins(nn.Module):
         self.context_decoder = ContextDecoder(embed_dim, **sizes)
         self.depth_decoder = DepthDecoder(clip.visual.channels, config.n_cabins, config.n_bins)
         if config.distance_class == "semantic":
-            self.register_buffer("phrases", tokenize(SEMANTIC_BINS, 5), persistent=False)
+            ids = tokenize(SEMANTIC_BINS, 5)  # three words at most, and the two ends
+            self.register_buffer("phrases", ids, persistent=False)
 
     def encode_prompts(self, e: Tensor) -> Tensor:
         """Text embeddings t (B, K, D) of the distances e (B, K), or of the phrases of Table 3."""
         if self.config.distance_class == "semantic":
-            t = self.clip.encode_text(self.phrases, self.prompts)  # (K, D), of any image
-            return t.expand(len(e), -1, -1)
-        integer_digits = len(f"{self.config.max_depth:.0f}")
-        ids = number_tokens(e, integer_digits).flatten(0, 1)  # (BK, T), T = 9 up to 99 m
-        return self.clip.encode_text(ids, self.prompts).unflatten(0, e.shape)
+            t = self.clip.encode_text(self.phrases, self.prompts)  # (K, D), for every image
+            return t.expand(len(e), -1, -1)  # (B, K, D)
+        integer_digits = len(f"{self.config.max_depth:.0f}")  # rounded, as the numbers are
+        ids = number_tokens(e, integer_digits).flatten(0, 1)  # (BK, T), T = 9 for 10 and 80 m
+        return self.clip.encode_text(ids, self.prompts).unflatten(0, e.shape)  # (B, K, D)
 
     def forward(self, image: Tensor, upsample: bool = True) -> Prediction:
         """Depth of normalised images (B, 3, H, W), H and W at least 64 and otherwise of any size.
@@ -699,7 +705,7 @@ class CaBins(nn.Module):
         pyramid, z_bar, z = self.clip.visual(image)
         b = self.bins(z_bar)  # (B, n_bins)
         c = bin_centers(b, config.min_depth, config.max_depth)  # (B, n_bins)
-        # CaBins (Sec. 3.2.2)
+        # CaBins (Sec. 3.2.2); with phrases in their place they are only reported
         kind = "cabins" if config.distance_class == "semantic" else config.distance_class
         e = distance_classes(c, config.n_cabins, kind)  # (B, K)
         # text encoder (Sec. 3.2.3)
@@ -720,9 +726,10 @@ LAMBDA, ALPHA, BETA = 0.85, 10.0, 0.1
 
 
 def silog_loss(depth: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Scale-invariant logarithmic loss over all valid pixels of the batch; 0 if there are none."""
+    """Scale-invariant logarithmic loss over all valid pixels of the batch; ~0 if there are none."""
     n = mask.sum().clamp(min=1)
     g = torch.where(mask, depth, 1).log() - torch.where(mask, target, 1).log()  # 0 if not valid
+    # NOTE(differs): the released code has torch.var in the place of this, which is unbiased
     # Eq. 6:  L_pixel = α √( 1/n Σ g_i² - λ/n² (Σ g_i)² )
     square = g.square().sum() / n - LAMBDA * (g.sum() / n).square()
     return ALPHA * square.clamp(min=1e-12).sqrt()  # the clamp keeps the gradient finite at 0
@@ -730,7 +737,7 @@ def silog_loss(depth: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def nearest(queries: Tensor, values: Tensor) -> Tensor:
-    """Index (B, Q) of the value nearest to each query (B, Q); values (B, V) must be sorted."""
+    """Index (B, Q) of the value nearest to each query (B, Q), among values (B, V) in order."""
     above = torch.searchsorted(values, queries)
     below = (above - 1).clamp(min=0)
     above = above.clamp(max=values.shape[1] - 1)
@@ -741,19 +748,20 @@ def nearest(queries: Tensor, values: Tensor) -> Tensor:
 def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Bi-directional chamfer distance of bin centres (B, n_bins) and the depths X of each image.
 
-    Squared metres; the mean over each set, summed, and the mean over the batch, to which an image
-    without valid pixels adds 0. In one dimension the nearest neighbour is next to where a value
-    would be sorted in, so no table of pixels x centres is needed.
+    Squared metres, as in the released code: mean over each set, sum of both, mean over the batch,
+    to which an image without valid pixels adds 0. In one dimension the nearest neighbour is next to
+    where a value would be sorted in, so no table of pixels x centres is needed.
     """
-    c, x, valid = centers, target.flatten(1), mask.flatten(1)  # (B, n_bins), (B, HW), (B, HW)
-    n = valid.sum(1)  # (B,)
-    # Eq. 7:  L_bins = chamfer(X, c(b)) + chamfer(c(b), X)
-    to_centers = (x - c.gather(1, nearest(x, c))).square()  # (B, HW)
-    to_centers = torch.where(valid, to_centers, 0).sum(1) / n.clamp(min=1)
-    x = x.masked_fill(~valid, torch.inf).sort(1).values
-    x = x.gather(1, nearest(c, x))  # (B, n_bins): the depth nearest to each centre
-    to_pixels = (c - torch.where(n[:, None] > 0, x, c.detach())).square().mean(1)
-    return (to_centers + to_pixels).mean()
+    c, valid = centers, mask.flatten(1)  # (B, n_bins), (B, HW)
+    x = target.flatten(1).masked_fill(~valid, 0)  # (B, HW)
+    x_sorted = x.masked_fill(~valid, torch.inf).sort(1).values  # (B, HW), valid ones first
+    c_of_x = c.gather(1, nearest(x, c))  # (B, HW)
+    x_of_c = x_sorted.gather(1, nearest(c, x_sorted))  # (B, n_bins), inf where none is valid
+    x_of_c = torch.where(x_of_c.isfinite(), x_of_c, c.detach())
+    # Eq. 7:  L_bins = chamfer(X, c(b)) + chamfer(c(b), X),  chamfer(X, c) = 1/|X| Σ_x min_c (x - c)²
+    x_to_c = ((x - c_of_x).square() * valid).sum(1) / valid.sum(1).clamp(min=1)  # (B,)
+    c_to_x = (c - x_of_c).square().mean(1)  # (B,)
+    return (x_to_c + c_to_x).mean()
 
 
 def total_loss(prediction: Prediction, target: Tensor, min_depth: float) -> Tensor:
@@ -775,7 +783,7 @@ def depth_metrics(depth: Tensor, target: Tensor) -> dict[str, Tensor]:
     if depth.shape != target.shape or depth.ndim != 1 or not len(depth):
         raise ValueError(
             f"depth has shape {tuple(depth.shape)} and target {tuple(target.shape)}; "
-            "they must be the same (n,), of the valid pixels, of which there must be one at least"
+            "they must be equal, one-dimensional and not empty"
         )
     error = depth - target
     log_error = depth.log() - target.log()
@@ -824,7 +832,7 @@ def save_checkpoint(path: str | Path, model: CaBins, **state) -> None:
     partial = Path(f"{path}.partial")
     try:
         torch.save(content, partial)
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -839,14 +847,17 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def restore(content: dict, source: object, max_depth: float | None = None) -> CaBins:
-    """The network of what `read_checkpoint` read from `source`."""
+    """The network of a checkpoint that `read_checkpoint` read from `source`."""
     state = content["model"]
     if released := "config" not in content:
         state = {our_name(name): tensor for name, tensor in state.items()}
     clip_state = {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
     clip = CLIP(read_architecture(clip_state, source))
     if not released:
-        config = Config(**content["config"])
+        try:
+            config = Config(**content["config"])
+        except TypeError as error:
+            raise ValueError(f"{source} is of another version of CaBins: {error}") from None
         if max_depth not in (None, config.max_depth):
             raise ValueError(f"{source} is for depths to {config.max_depth} m, not to {max_depth}")
     elif max_depth is None:

@@ -211,7 +211,9 @@ class DepthDataset(Dataset):
         image = torch.from_numpy(image[top:bottom, left:right].copy()).permute(2, 0, 1)  # (3, h, w)
         depth = torch.from_numpy(depth[top:bottom, left:right].copy())[None]  # (1, h, w)
         return {
-            "image": image if self.train else normalize(image / 255, Config.image_mean, Config.image_std),
+            "image": image
+            if self.train
+            else normalize(image / 255, Config.image_mean, Config.image_std),
             "depth": depth,
             "path": str(path),
             "size": torch.tensor([height, width]),
