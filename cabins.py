@@ -28,7 +28,7 @@ Read downwards: each part uses only what stands above it; `CaBins.forward` is Fi
     target         d*, X         (B, 1, H, W)          ground truth, m; 0 is none         3.3
 
 K is n_cabins = 8, N is n_prompts = 8, n_bins = 256. D is CLIP's joint width: 1024 for RN50, 512 for
-RN101, for which the paper writes it out. Sizes such as H/32 are rounded where they do not divide.
+RN101, for which the paper writes it out, and for ViT-B/16, whose z has stride 16. Sizes such as H/32 are rounded where they do not divide.
 NOTE(differs) marks where the paper, the authors' code and this file are not the same; the README's
 ledger lists all such places.
 """
@@ -54,9 +54,9 @@ class Architecture(NamedTuple):
     """The sizes of one CLIP. They are read off its tensors, so they cannot disagree with them."""
 
     embed_dim: int  # D
-    layers: tuple[int, ...]  # ResNet blocks in each of the four stages
-    width: int  # channels of the first stage's bottleneck; the pyramid has 4, 8, 16, 32 times that
-    grid: int  # side of the square of positions that the attention pool was trained with
+    layers: tuple[int, ...]  # ResNet: blocks of each of the four stages; ViT: all blocks
+    width: int  # ResNet: the pyramid has 4, 8, 16 and 32 times as many channels; ViT: of a token
+    grid: int  # side of the square of positions that CLIP was trained with
     text_width: int
     text_layers: int
     context_length: int  # the longest text, in tokens
@@ -66,6 +66,7 @@ class Architecture(NamedTuple):
 BACKBONES = {
     "RN50": Architecture(1024, (3, 4, 6, 3), 64, 7, 512, 12, 77, 49408),
     "RN101": Architecture(512, (3, 4, 23, 3), 64, 7, 512, 12, 77, 49408),
+    "ViT-B/16": Architecture(512, (12,), 768, 14, 512, 12, 77, 49408),
     "tiny": Architecture(64, (1, 1, 1, 1), 10, 4, 64, 2, 77, 49408),  # for the demo and the tests
 }
 DISTANCE_CLASSES = ("cabins", "median", "mean", "semantic")  # the rows of Table 3
@@ -123,6 +124,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, is_causal: bool = Fals
     q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, n, L, C/n)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     return out.transpose(1, 2).flatten(2)  # (B, Lq, C)
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, corner pixels on corner pixels: (B, C, h, w) -> (B, C, *size)."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
 class Bottleneck(nn.Module):
@@ -269,13 +275,59 @@ class Transformer(nn.Module):
         return x
 
 
+class VisionTransformer(nn.Module):
+    """CLIP's ViT with a pyramid after DPT (Sec. 4.6); returns what `ImageEncoder` does.
+
+    z has stride 16 here. The paper leaves the pyramid's widths open; these are DPT's for ViT-B.
+    """
+
+    def __init__(self, n_layers: int, width: int, embed_dim: int, grid: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 16, stride=16, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(width) / width**0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(grid**2 + 1, width) / width**0.5)
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, n_layers)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(torch.randn(width, embed_dim) / width**0.5)
+        self.taps = [n_layers * i // 4 for i in (1, 2, 3, 4)]  # after blocks 3, 6, 9, 12
+        self.channels = [width // 8, width // 4, width // 2, width]  # of x1..x4
+        c1, c2, c3, c4 = self.channels
+        self.reassemble = nn.ModuleList(  # from stride 16 to 4, 8, 16, 32; not part of CLIP
+            [
+                nn.Sequential(nn.Conv2d(width, c1, 1), nn.ConvTranspose2d(c1, c1, 4, stride=4)),
+                nn.Sequential(nn.Conv2d(width, c2, 1), nn.ConvTranspose2d(c2, c2, 2, stride=2)),
+                nn.Conv2d(width, c3, 1),
+                nn.Sequential(nn.Conv2d(width, c4, 1), nn.Conv2d(c4, c4, 3, stride=2, padding=1)),
+            ]
+        )
+
+    def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        h, w = (math.ceil(size / 16) for size in image.shape[-2:])
+        image = resize(image, (16 * h, 16 * w))  # whole patches only
+        x = self.conv1(image).flatten(2).mT  # (B, hw, width)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + hw, width)
+        x = self.ln_pre(x + resize_positions(self.positional_embedding, h, w))
+        pyramid = []
+        for i, block in enumerate(self.transformer.resblocks, 1):
+            x = block(x, is_causal=False)
+            if i in self.taps:
+                tokens = x[:, 1:].mT.unflatten(2, (h, w))  # (B, width, h, w)
+                pyramid.append(self.reassemble[len(pyramid)](tokens))
+        out = self.ln_post(x) @ self.proj  # [z̄, z]: (B, 1 + hw, D)
+        return pyramid, out[:, 0], out[:, 1:].mT.unflatten(2, (h, w))
+
+
 class CLIP(nn.Module):
     """CLIP's two encoders. The text encoder is frozen (Sec. 3.2.3), the image encoder is not."""
 
     def __init__(self, architecture: Architecture):
         super().__init__()
         a = self.architecture = architecture
-        self.visual = ImageEncoder(a.layers, a.width, a.embed_dim, a.grid)
+        if len(a.layers) == 1:
+            self.visual = VisionTransformer(*a.layers, a.width, a.embed_dim, a.grid)
+        else:
+            self.visual = ImageEncoder(a.layers, a.width, a.embed_dim, a.grid)
         self.token_embedding = nn.Embedding(a.vocab_size, a.text_width)
         self.positional_embedding = nn.Parameter(torch.randn(a.context_length, a.text_width) * 0.01)
         self.transformer = Transformer(a.text_width, a.text_layers)
@@ -311,6 +363,7 @@ CLIP_URL = "https://openaipublic.azureedge.net/clip/models/{sha256}/{name}.pt"
 CLIP_SHA256 = {
     "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
     "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
 }
 
 
@@ -351,23 +404,32 @@ def read_tensors(path: Path, expected: str) -> dict:
 
 def read_architecture(state: dict[str, Tensor], source: object) -> Architecture:
     """The sizes of the CLIP whose tensors these are."""
+
+    def count(prefix: str) -> int:  # of the modules that are numbered after the prefix
+        return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
+
     try:
-        text = {k.split(".")[2] for k in state if k.startswith("transformer.resblocks.")}
-        blocks = {k.rpartition(".conv1.")[0] for k in state if k.startswith("visual.layer")}
-        stages = [sum(b.startswith(f"visual.layer{i}.") for b in blocks) for i in (1, 2, 3, 4)]
+        if "visual.proj" in state:  # ViT
+            layers = (count("visual.transformer.resblocks."),)
+            width = len(state["visual.conv1.weight"])
+            positions = state["visual.positional_embedding"]
+        else:
+            layers = tuple(count(f"visual.layer{i}.") for i in (1, 2, 3, 4))
+            width = len(state["visual.layer1.0.conv1.weight"])
+            positions = state["visual.attnpool.positional_embedding"]
         return Architecture(
             embed_dim=state["text_projection"].shape[1],
-            layers=tuple(stages),
-            width=len(state["visual.layer1.0.conv1.weight"]),
-            grid=math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1),
+            layers=layers,
+            width=width,
+            grid=math.isqrt(len(positions) - 1),
             text_width=len(state["ln_final.weight"]),
-            text_layers=len(text),
+            text_layers=count("transformer.resblocks."),
             context_length=len(state["positional_embedding"]),
             vocab_size=len(state["token_embedding.weight"]),
         )
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
-            f"{source} is no CLIP ResNet with its text encoder, for want of {error}; "
+            f"{source} is no CLIP with its two encoders, for want of {error}; "
             f"its {len(state)} tensors begin with {', '.join(list(state)[:3]) or 'none'}"
         ) from None
 
@@ -391,7 +453,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -
 
 
 def load_clip(name_or_path: str | Path) -> CLIP:
-    """CLIP with OpenAI's weights, in float32, by name ("RN50", "RN101") or from a file.
+    """CLIP with OpenAI's weights, in float32, by name, a key of CLIP_SHA256, or from a file.
 
     A name is downloaded once. A file may be OpenAI's TorchScript archive or a plain state dict of
     the same names. The architecture is read off the tensors. Raises FileNotFoundError or
@@ -399,8 +461,8 @@ def load_clip(name_or_path: str | Path) -> CLIP:
     """
     path = Path(name_or_path)
     if sha256 := CLIP_SHA256.get(str(name_or_path)):
-        url = CLIP_URL.format(sha256=sha256, name=name_or_path)
-        path = download(url, f"clip-{name_or_path}.pt", sha256)
+        name = str(name_or_path).replace("/", "-")
+        path = download(CLIP_URL.format(sha256=sha256, name=name), f"clip-{name}.pt", sha256)
     elif not path.exists():
         raise FileNotFoundError(
             f"{path}: no such file, and no CLIP of that name; known are {', '.join(CLIP_SHA256)}"
@@ -409,7 +471,8 @@ def load_clip(name_or_path: str | Path) -> CLIP:
     sizes = ("input_resolution", "context_length", "vocab_size")  # entries that are no weights
     state = {k: v.float() for k, v in state.items() if k not in sizes and torch.is_tensor(v)}
     clip = CLIP(read_architecture(state, path))
-    load_strictly(clip, state, path)
+    ours = {k: v for k, v in clip.state_dict().items() if k.startswith("visual.reassemble.")}
+    load_strictly(clip, state | ours, path)
     return clip
 
 
@@ -586,11 +649,6 @@ def cosine_similarity(z: Tensor, t: Tensor) -> Tensor:
     return torch.einsum("bdhw,bkd->bkhw", F.normalize(z, dim=1), F.normalize(t, dim=2))
 
 
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, corner pixels on corner pixels: (B, C, h, w) -> (B, C, *size)."""
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
-
-
 class DepthDecoder(nn.Module):
     """Probability p (B, n_bins, H/2, W/2) of every bin, from the pyramid and s (B, K, h, w)."""
 
@@ -618,6 +676,7 @@ class DepthDecoder(nn.Module):
 
     def forward(self, pyramid: list[Tensor], s: Tensor) -> Tensor:
         *skips, x4 = pyramid
+        s = resize(s, x4.shape[-2:])  # which it has already, but for ViT
         x = self.reduce(torch.cat([x4, s], dim=1))  # (B, 32 width, h + 2, w + 2)
         for up, skip in zip(self.up, reversed(skips)):
             x = torch.cat([resize(x, skip.shape[-2:]), skip], dim=1)  # (B, C + C_skip, h_skip, …)

@@ -114,12 +114,14 @@ def test_tokenize_pads_and_refuses_what_does_not_fit():
 CLIP_KNOWN = {  # image 0, text 0: first three values of CLIP's own embedding
     "RN50": ([-0.89232415, -0.17029873, 0.15963185], [-1.518179, 0.2903049, 0.15889318]),
     "RN101": ([0.85525256, -1.7576025, -2.4198878], [1.3894114, 0.88841105, -0.52293265]),
+    "ViT-B/16": ([-1.3473095, 0.38172603, -0.33779722], [1.3894114, 0.88841105, -0.52293265]),
 }
 CLIP_TEXTS = ["a photo of a cat.", "This object is giant", "extremely close", "2.7415", "farthest"]
 
 
 def made_clip_state(backbone: str) -> dict[str, torch.Tensor]:
     state = cabins.CLIP(cabins.BACKBONES[backbone]).state_dict()
+    state = {k: v for k, v in state.items() if not k.startswith("visual.reassemble.")}
     return {
         k: v if k == "logit_scale" else made_tensor(k, tuple(v.shape)) for k, v in state.items()
     }
@@ -135,22 +137,19 @@ def test_clips_own_embeddings(backbone, tmp_path):
         pyramid, z_bar, z = clip.visual(image)
         t = clip.encode_text(clip_tokenizer.tokenize(CLIP_TEXTS))
         short = clip.encode_text(clip_tokenizer.tokenize(CLIP_TEXTS, 9))
-    assert [tuple(x.shape[1:]) for x in pyramid] == [
-        (256, 56, 56),
-        (512, 28, 28),
-        (1024, 14, 14),
-        (2048, 7, 7),
-    ]
-    assert z.shape == (2, z_bar.shape[1], 7, 7)
+    assert [tuple(x.shape[2:]) for x in pyramid] == [(56, 56), (28, 28), (14, 14), (7, 7)]
+    assert [x.shape[1] for x in pyramid] == clip.visual.channels
+    assert z.shape == (2, z_bar.shape[1], *((14, 14) if backbone == "ViT-B/16" else (7, 7)))
     image_known, text_known = CLIP_KNOWN[backbone]
     close(z_bar[0, :3], image_known)
     close(t[0, :3], text_known)
     close(short, t, 1e-5)  # what comes after the end token changes nothing
     if GOLDENS.is_dir():
+        name = backbone.replace("/", "-")
         golden = np.load(GOLDENS / "clip_embeddings.npz")
-        close(z_bar, golden[f"{backbone}/image"])
-        close(t, golden[f"{backbone}/text"])
-        shapes = json.loads((GOLDENS / "clip_state_dicts.json").read_text())[backbone]
+        close(z_bar, golden[f"{name}/image"])
+        close(t, golden[f"{name}/text"])
+        shapes = json.loads((GOLDENS / "clip_state_dicts.json").read_text())[name]
         assert {k: list(v.shape) for k, v in state.items()} == shapes
 
 
@@ -799,7 +798,7 @@ def run_script(*arguments) -> str:
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("backbone", "RN102", "backbone is 'RN102'; it must be one of RN50, RN101, tiny"),
+        ("backbone", "RN102", "backbone is 'RN102'; it must be one of RN50, RN101, ViT-B/16, tiny"),
         ("distance_class", "mode", "must be one of cabins, median, mean, semantic"),
         ("n_cabins", 7, "n_cabins is 7; it must divide n_bins, which is 256"),
         ("n_bins", 1, "n_bins is 1; it must be an integer of at least 2"),
@@ -833,13 +832,13 @@ def test_wrong_clip_files(tiny, tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
     torch.save({k: v for k, v in state.items() if k != "visual.bn1.bias"}, tmp_path / "less.pt")
     cases = {
-        "none.pt": "no such file, and no CLIP of that name; known are RN50, RN101",
+        "none.pt": "no such file, and no CLIP of that name; known are RN50, RN101, ViT-B/16",
         "": "a folder; expected a CLIP file",
         "cut.pt": r"cut.pt \(100000 bytes\) is cut off, damaged or of another kind; expected a CLIP",
         "text.pt": r"text.pt \(13 bytes\) is cut off, damaged or of another kind; expected a CLIP",
         "empty.pt": r"empty.pt \(0 bytes\) is cut off",
         "list.pt": r"holds '\[1, 2\]'; expected a CLIP file",
-        "other.pt": "is no CLIP ResNet with its text encoder, for want of 'text_projection'; its 1 tens",
+        "other.pt": "is no CLIP with its two encoders, for want of '.*; its 1 tensors begin with weight",
         "less.pt": r"does not fit the network: tensors 1 missing \(visual.bn1.bias, …\)",
     }
     for name, message in cases.items():
