@@ -784,13 +784,18 @@ class CaBins(nn.Module):
 LAMBDA, ALPHA, BETA = 0.85, 10.0, 0.1
 
 
-def silog_loss(depth: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Scale-invariant logarithmic loss over all valid pixels of the batch; ~0 if there are none."""
+def silog_loss(depth: Tensor, target: Tensor, mask: Tensor, unbiased: bool = False) -> Tensor:
+    """Scale-invariant logarithmic loss over all valid pixels of the batch; ~0 if there are none.
+
+    NOTE(differs): Eq. 6 has the biased variance of g; `unbiased`, the released code's torch.var.
+    """
     n = mask.sum().clamp(min=1)
     g = torch.where(mask, depth, 1).log() - torch.where(mask, target, 1).log()  # 0 if not valid
-    # NOTE(differs): the released code has torch.var in the place of this, which is unbiased
+    mean, mean_of_squares = g.sum() / n, g.square().sum() / n
     # Eq. 6:  L_pixel = α √( 1/n Σ g_i² - λ/n² (Σ g_i)² )
-    square = g.square().sum() / n - LAMBDA * (g.sum() / n).square()
+    square = mean_of_squares - LAMBDA * mean.square()
+    if unbiased:  # n / (n - 1) times the variance, in place of once
+        square = square + (mean_of_squares - mean.square()) / (n - 1).clamp(min=1)
     return ALPHA * square.clamp(min=1e-12).sqrt()  # the clamp keeps the gradient finite at 0
 
 
@@ -823,10 +828,12 @@ def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return (x_to_c + c_to_x).mean()
 
 
-def total_loss(prediction: Prediction, target: Tensor, min_depth: float) -> Tensor:
+def total_loss(
+    prediction: Prediction, target: Tensor, min_depth: float, unbiased: bool = False
+) -> Tensor:
     """The training loss against ground truth (B, 1, H, W) in metres, valid above `min_depth`."""
     mask = target > min_depth
-    pixel = silog_loss(resize(prediction.depth, target.shape[-2:]), target, mask)
+    pixel = silog_loss(resize(prediction.depth, target.shape[-2:]), target, mask, unbiased)
     # Eq. 8:  L_total = L_pixel + β L_bins
     return pixel + BETA * chamfer_loss(prediction.centers, target, mask)
 

@@ -47,24 +47,30 @@ RECIPE = {  # Sec. 4.1
     "batch_size": 8,
     "lr": 3.57e-5,
     "seed": 0,
+    "as_released": False,
 }
 TOY_RECIPE = RECIPE | {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # from random weights
 CLIP_NORM = 0.1
 LOG_EVERY = 10  # steps
 
 
-def parameter_groups(model: CaBins) -> list[dict]:
-    """All that is trained, each tensor in exactly one group; all groups learn at the same rate."""
+def parameter_groups(model: CaBins, as_released: bool = False) -> list[dict]:
+    """All that is trained, each tensor in exactly one group; all groups learn at the same rate.
+
+    NOTE(differs): the released code's optimizer lacks prompts and γ, and has the token embedding.
+    """
     groups = {"image encoder": [], "prompts and gamma": [], "bins and decoders": []}
+    if as_released:
+        groups["token embedding"] = [model.clip.token_embedding.weight.requires_grad_()]
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name.startswith("clip."):
+        if name.startswith("clip.visual."):
             groups["image encoder"].append(parameter)
         elif name in ("prompts", "context_decoder.gamma"):
             groups["prompts and gamma"].append(parameter)
-        else:
+        elif not name.startswith("clip."):
             groups["bins and decoders"].append(parameter)
+    if as_released:
+        del groups["prompts and gamma"]
     return [{"name": name, "params": parameters} for name, parameters in groups.items()]
 
 
@@ -119,7 +125,7 @@ def train(args: argparse.Namespace) -> None:
         config = Config(args.backbone, args.distance_class, max_depth=dataset.recipe.max_depth)
         model = CaBins(config, None if args.clip == "none" else load_clip(args.clip))
     model = model.to(device)
-    groups = parameter_groups(model)
+    groups = parameter_groups(model, args.as_released)
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=0.1)
     scheduler = OneCycleLR(
         optimizer,
@@ -139,8 +145,10 @@ def train(args: argparse.Namespace) -> None:
     for group in groups:
         n = sum(p.numel() for p in group["params"])
         print(f"trained  {group['name']:18} {n:>12,} parameters in {len(group['params'])} tensors")
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    print(f"frozen   {'text encoder':18} {sum(p.numel() for p in frozen):>12,} parameters")
+    n = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    print(f"frozen   {'text encoder':18} {n:>12,} parameters")
+    if args.as_released:
+        print("as released: prompts and gamma stay, token embedding learns, unbiased SILog")
 
     if (out / "last.pt").exists() and not args.resume and args.data != "toy":
         raise ValueError(f"{out} holds another run: go on with --resume, or choose another --out")
@@ -167,13 +175,13 @@ def train(args: argparse.Namespace) -> None:
         image, depth = (batch[k].to(device, non_blocking=True) for k in ("image", "depth"))
         image, depth = augment(image, depth, dataset)
         prediction = model(image)
-        loss = total_loss(prediction, depth, model.config.min_depth)
+        loss = total_loss(prediction, depth, model.config.min_depth, args.as_released)
         if not math.isfinite(loss.item()):
             raise ValueError(
                 f"the loss is {loss.item()} at step {step}, of the images "
                 f"{', '.join(batch['path'])}; checkpoints in {out} are from before"
             )
-        optimizer.zero_grad()
+        model.zero_grad()  # of more than the optimizer has, with --as-released
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         lr = scheduler.get_last_lr()[0]
@@ -266,6 +274,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, help="default: 8")
     add("--lr", type=float, help="highest learning rate; default: 3.57e-5; toy: 2e-3")
     add("--seed", type=int, help="default: 0")
+    add(
+        "--as-released",
+        action=argparse.BooleanOptionalAction,
+        help="train as the released code does where it is not the paper: see the README's ledger",
+    )
     add("--out", metavar="DIR", help="default: runs/DATA")
     add("--resume", nargs="?", const="", metavar="CKPT", help="go on; default: OUT/last.pt")
     given = vars(parser.parse_args(argv))
