@@ -39,7 +39,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,8 +89,8 @@ class Config:
     min_depth: float = 1e-3  # d_min
     max_depth: float = 10.0  # d_max
     # NOTE(differs): the paper does not say; the released code normalises as for ImageNet, not CLIP
-    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    image_mean: ClassVar = (0.485, 0.456, 0.406)  # red, green, blue, of images from 0 to 1
+    image_std: ClassVar = (0.229, 0.224, 0.225)
 
     def __post_init__(self):
         for field, allowed in (("backbone", BACKBONES), ("distance_class", DISTANCE_CLASSES)):
@@ -397,7 +397,7 @@ def read_tensors(path: Path, expected: str) -> dict:
         raise ValueError(
             f"{path} ({size} bytes) is cut off, damaged or of another kind; expected {expected}"
         ) from error
-    if not (isinstance(content, dict) and content):
+    if not (isinstance(content, dict) and content and all(isinstance(k, str) for k in content)):
         raise ValueError(f"{path} holds {str(content)[:40]!r}; expected {expected}")
     return content
 
@@ -722,10 +722,9 @@ class CaBins(nn.Module):
         # texts may be cut to fewer positions than CLIP's 77, as the authors' checkpoints are
         n_positions = clip.architecture.context_length
         if clip.architecture != expected._replace(context_length=n_positions):
-            raise ValueError(
-                f"backbone is {config.backbone}, which has {expected}; "
-                f"clip is another one, with {clip.architecture}"
-            )
+            sizes = clip.architecture._replace(context_length=expected.context_length)
+            found = next((name for name, a in BACKBONES.items() if a == sizes), sizes)
+            raise ValueError(f"backbone is {config.backbone}, but the CLIP given is {found}")
         if config.n_prompts + 11 > n_positions:
             raise ValueError(f"n_prompts is {config.n_prompts}; at most {n_positions - 11} fit")
         self.config = config
@@ -899,6 +898,8 @@ def save_checkpoint(path: str | Path, model: CaBins, **state) -> None:
     try:
         torch.save(content, partial)
         partial.replace(path)
+    except RuntimeError as error:  # torch's own, of a full disk
+        raise OSError(f"{path} could not be written: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
 

@@ -5,7 +5,9 @@ are cheap: a worker only decodes a pair and cuts its fixed crop; `augment` then 
 and recolours the whole batch on the training device. Nothing random happens in a worker.
 """
 
+import argparse
 import math
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import normalize
+from torchvision.utils import save_image
+from tqdm import tqdm
 
 from cabins import Config, download
 
@@ -27,84 +31,76 @@ class Recipe(NamedTuple):
     """All that sets one data set apart from another."""
 
     max_depth: float  # metres; min_depth is 1e-3 throughout
-    crop: tuple[int, int]  # rows and columns of the random crop
+    depth_scale: float  # value in a depth PNG of 1 m
+    crop: tuple[int, int] | None  # rows and columns of the random crop
     rotation: float  # degrees, to either side
-    brightness: float  # factor from 1 - this to 1 + this; likewise for gamma and colour
-    depth_scale: float = 1.0  # value of a depth PNG's pixel at 1 m
-    image_folders: tuple[str, ...] = ("",)  # where, below the root, the lists' paths may begin
-    depth_folders: tuple[str, ...] = ("",)
-    lists: dict[str, tuple[str, str]] | None = (
-        None  # train, test: name and sha256 of the split list
-    )
+    brightness: float  # factors from 1 - this to 1 + this; likewise gamma and colour
     gamma: float = 0.1
     colour: float = 0.1
+    image_folders: tuple[str, ...] = ("",)  # where, below the root, a list's paths may begin
+    depth_folders: tuple[str, ...] = ("",)
 
 
 NYU_FOLDERS = ("", "sync", "train", "official_splits/test", "test")
-KITTI_DEPTH = ("", "gts", "gt_depth", "data_depth_annotated", "depth", "depth_annotated")
+KITTI_IMAGES = ("", "raw", "raw_data", "kitti_raw")
+KITTI_DEPTHS = tuple(  # the ground truth unzips into train/ and val/
+    f"{folder}/{part}".strip("/")
+    for folder in ("", "gts", "gt_depth", "data_depth_annotated", "depth", "depth_annotated")
+    for part in ("", "train", "val", "total")
+)
 DATASETS = {
-    "nyu": Recipe(
-        max_depth=10.0,
-        crop=(416, 544),
-        rotation=2.5,
-        brightness=0.25,
-        depth_scale=1000.0,
-        image_folders=NYU_FOLDERS,
-        depth_folders=NYU_FOLDERS,
-        lists={
-            "train": (
-                "nyudepthv2_train_files_with_gt.txt",
-                "66e2beb718a58c5c946c169f6e70cc6ae166ddd19f5618266fff52ff7443e0e9",
-            ),
-            "test": (
-                "nyudepthv2_test_files_with_gt.txt",
-                "e92c191d5835a22589b843c11b80cd7235d5bd0d4136e42a6debcea4511bf906",
-            ),
-        },
-    ),
-    "kitti": Recipe(
-        max_depth=80.0,
-        crop=(352, 704),
-        rotation=1.0,
-        brightness=0.1,
-        depth_scale=256.0,
-        image_folders=("", "raw", "raw_data", "kitti_raw"),
-        depth_folders=tuple(  # KITTI's ground truth unzips into train/ and val/
-            f"{folder}/{part}".strip("/")
-            for folder in KITTI_DEPTH
-            for part in ("", "train", "val", "total")
-        ),
-        lists={
-            "train": (
-                "kitti_eigen_train_files_with_gt.txt",
-                "dd5e51c2df33d4c53c1d4dd01726326e7c3ac087cff165b1007738c5c8a06aca",
-            ),
-            "test": (
-                "kitti_eigen_test_files_with_gt.txt",
-                "1a631c1bc0d40f5580f8363bffe0ffcc9524e5ecdd56765aebfffc3dce162201",
-            ),
-        },
-    ),
-    "toy": Recipe(max_depth=10.0, crop=(96, 128), rotation=0.0, brightness=0.1),
+    "nyu": Recipe(10.0, 1000.0, (416, 544), 2.5, 0.25, 0.1, 0.1, NYU_FOLDERS, NYU_FOLDERS),
+    "kitti": Recipe(80.0, 256.0, (352, 704), 1.0, 0.1, 0.1, 0.1, KITTI_IMAGES, KITTI_DEPTHS),
+    "toy": Recipe(10.0, 1.0, (96, 128), 0.0, 0.1),
+    "list": Recipe(10.0, 1000.0, None, 2.5, 0.1),  # your own; the crop is 7/8 of the images
 }
 LIST_URL = (
     "https://raw.githubusercontent.com/EunjinSon1/CaBins/"
     "4e9c9a03d16da42e65c67f5bb7911397726ade6c/train_test_inputs/"
 )
-TOY_ROOMS = {"train": range(768), "test": range(1_000_000, 1_000_064)}
+LISTS = {  # file, number of lines, SHA-256
+    ("nyu", "train"): (
+        "nyudepthv2_train_files_with_gt.txt",
+        24_231,
+        "66e2beb718a58c5c946c169f6e70cc6ae166ddd19f5618266fff52ff7443e0e9",
+    ),
+    ("nyu", "test"): (
+        "nyudepthv2_test_files_with_gt.txt",
+        654,
+        "e92c191d5835a22589b843c11b80cd7235d5bd0d4136e42a6debcea4511bf906",
+    ),
+    ("kitti", "train"): (
+        "kitti_eigen_train_files_with_gt.txt",
+        23_158,
+        "dd5e51c2df33d4c53c1d4dd01726326e7c3ac087cff165b1007738c5c8a06aca",
+    ),
+    ("kitti", "test"): (
+        "kitti_eigen_test_files_with_gt.txt",
+        697,  # 45 of them without ground truth
+        "1a631c1bc0d40f5580f8363bffe0ffcc9524e5ecdd56765aebfffc3dce162201",
+    ),
+}
+TOY_ROOMS = {"train": range(640), "test": range(1_000_000, 1_000_064)}
 
 
 def fixed_crop(name: str, height: int, width: int, train: bool) -> tuple[int, int, int, int]:
-    """Rows from, to and columns from, to that are kept of every frame, before anything else."""
-    if name == "nyu" and train:
-        return 45, 472, 43, 608  # without the white frame of the aligned images
+    """Rows from, to and columns from, to that are kept of every frame, before anything else.
+
+    Raises ValueError for a frame of a size that the data set does not have.
+    """
+    if name == "nyu":
+        if (height, width) != (480, 640):
+            raise ValueError(f"{height} x {width} pixels; NYU's images have 480 x 640")
+        return (45, 472, 43, 608) if train else (0, 480, 0, 640)  # without the white frame
     if name == "kitti":  # "KB": what lies below the sky
+        if height < 352 or width < 1216:
+            raise ValueError(f"{height} x {width} pixels; KITTI's images have at least 352 x 1216")
         top, left = height - 352, (width - 1216) // 2
         return top, top + 352, left, left + 1216
     return 0, height, 0, width
 
 
-def test_windows(name: str, height: int, width: int) -> dict[str, tuple[slice, slice]]:
+def evaluation_windows(name: str, height: int, width: int) -> dict[str, tuple[slice, slice]]:
     """Rows and columns of a test image in which depth is measured, by the window's name.
 
     The first is the paper's. `height` and `width` are the whole frame's. KITTI's fractions (Garg)
@@ -129,13 +125,16 @@ def garg(height: int, width: int) -> tuple[slice, slice]:
 
 
 class DepthDataset(Dataset):
-    """Pairs of `name` ("nyu", "kitti" or "toy") below the folder `root`.
+    """Pairs of `name`, a key of DATASETS, below the folder `root`.
 
     `split` is a list file with a line `image depth focal` for each pair; without it the authors'
-    own list is fetched once. [i] gives {"image": (3, h, w), "depth": (1, h, w) in metres, 0 being
-    none, "path": str, "size": (2,) rows and columns of the whole frame}; the image is normalised,
-    or uint8 with `train`, for `augment`. Pairs without ground truth are left out; `n_left_out`
-    counts them. Raises FileNotFoundError or ValueError, naming what is missing, at construction.
+    own list is fetched once. NYU's test pairs can also be read from nyu_depth_v2_labeled.mat as
+    `root`. `depth_scale` and `max_depth` take the place of the recipe's.
+
+    [i] gives {"image": (3, h, w), "depth": (1, h, w) in metres, 0 being none, "path": str, "size":
+    (2,) rows and columns of the whole frame}; the image is normalised, or uint8 with `train`, for
+    `augment`. Pairs without ground truth are left out; `n_left_out` counts them. Raises
+    FileNotFoundError or ValueError, naming what is missing, at construction.
     """
 
     def __init__(
@@ -144,48 +143,74 @@ class DepthDataset(Dataset):
         root: str | Path | None = None,
         split: str | Path | None = None,
         train: bool = False,
+        depth_scale: float | None = None,
+        max_depth: float | None = None,
     ):
         if name not in DATASETS:
             raise ValueError(f"data is {name!r}; it must be one of {', '.join(DATASETS)}")
-        self.name, self.train, self.recipe = name, train, DATASETS[name]
-        self.n_left_out = 0
+        recipe = DATASETS[name]
+        recipe = recipe._replace(max_depth=max_depth or recipe.max_depth)
+        self.recipe = recipe._replace(depth_scale=depth_scale or recipe.depth_scale)
+        self.name, self.train, self.n_left_out = name, train, 0
+        self.labelled, self.size_to_train = False, None
+        part = "train" if train else "test"
         if name == "toy":
-            self.pairs = [(f"room {i}", i) for i in TOY_ROOMS["train" if train else "test"]]
+            self.pairs = [("room", i) for i in TOY_ROOMS[part]]
             return
         if root is None:
             raise ValueError(f"data {name!r} needs --root, the folder that holds it")
-        if not Path(root).is_dir():
+        root = Path(root)
+        self.labelled = root.suffix == ".mat"
+        if not (root.is_file() if self.labelled else root.is_dir()):
             raise FileNotFoundError(f"{root}: no such folder; --root must be where {name} lies")
-        if split is None:  # the authors' list has no licence, so it is not shipped but fetched
-            file, sha256 = self.recipe.lists["train" if train else "test"]
+        if self.labelled and (name != "nyu" or train):
+            raise ValueError(f"{root} can only be NYU's test set; {name} {part} needs a folder")
+        if split is None:
+            if (name, part) not in LISTS:
+                raise ValueError(f"data {name!r} needs --{part}-split, a list of its {part} pairs")
+            # the authors' list has no licence, so it is not shipped but fetched
+            file, _, sha256 = LISTS[name, part]
             split = download(LIST_URL + file, file, sha256)
-        self.pairs = self.find_pairs(Path(root), Path(split))
+        self.pairs = self.find_pairs(root, Path(split))
+        if recipe.crop is None and train:
+            height, width, _ = read_image(self.pairs[0][0]).shape
+            self.size_to_train = (height, width)
+            crop = (height * 7 // 8 // 32 * 32, width * 7 // 8 // 32 * 32)
+            self.recipe = self.recipe._replace(crop=crop)
 
-    def find_pairs(self, root: Path, split: Path) -> list[tuple[str, str]]:
-        """Paths of image and depth of each line of `split` that has ground truth."""
+    def find_pairs(self, root: Path, split: Path) -> list[tuple]:
+        """Image and depth of each line of `split` that has ground truth: paths, or .mat indices."""
         if not split.is_file():
             raise FileNotFoundError(f"{split}: no such split list")
         pairs, missing = [], []
-        lines = split.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = split.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{split} is no text in UTF-8: {error}") from None
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
             fields = line.split()
+            if not fields:
+                continue
             if len(fields) not in (2, 3):
                 raise ValueError(f"{split}, line {number}: {line!r} is not 'image depth focal'")
             if fields[1] == "None":
                 self.n_left_out += 1
-                continue
-            image = find(root, self.recipe.image_folders, fields[0], (".png", ".jpg", ".jpeg"))
-            depth = find(root, self.recipe.depth_folders, fields[1], (".png",))
-            missing += [f for f, path in zip(fields, (image, depth)) if path is None]
-            pairs.append((image, depth))
+            elif self.labelled:  # the digits in the file's name count the pairs from 0
+                pairs.append((root, int(re.sub(r"\D", "", Path(fields[0]).stem))))
+            else:
+                image = find(root, self.recipe.image_folders, fields[0], (".png", ".jpg", ".jpeg"))
+                depth = find(root, self.recipe.depth_folders, fields[1], (".png",))
+                missing += [f for f, path in zip(fields, (image, depth)) if path is None]
+                pairs.append((image, depth))
         if not pairs:
             raise ValueError(f"{split} names no pair of image and depth")
         if missing:
+            remedy = f"{root} has {', '.join(sorted(p.name for p in root.iterdir())[:5])}, …"
+            if len(missing) < len(pairs) and self.name == "kitti":
+                remedy = "KITTI's ground truth has two parts, train/ and val/: both are needed"
             raise FileNotFoundError(
                 f"{len(missing)} of the {2 * len(pairs)} files that {split} names are not below "
-                f"{root}, the first being {', '.join(missing[:3])}; "
+                f"{root}, the first being {', '.join(missing[:3])}; {remedy}; "
                 "the README shows the folders that are searched"
             )
         return pairs
@@ -197,25 +222,30 @@ class DepthDataset(Dataset):
         path, depth_path = self.pairs[i]
         if self.name == "toy":
             image, depth = draw_room(depth_path)
+        elif self.labelled:
+            image, depth = read_labelled(path, depth_path)
         else:
             image, depth = read_image(path), read_depth(depth_path) / self.recipe.depth_scale
         if image.shape[:2] != depth.shape:
             raise ValueError(f"{path} has {image.shape[:2]} pixels, {depth_path} {depth.shape}")
         height, width = depth.shape
-        top, bottom, left, right = fixed_crop(self.name, height, width, self.train)
-        if not (0 <= top and bottom <= height and 0 <= left and right <= width):
+        if self.size_to_train not in (None, (height, width)):
             raise ValueError(
-                f"{path} has {height} x {width} pixels; {self.name} needs at least "
-                f"{bottom - min(top, 0)} x {right - min(left, 0)}"
+                f"{path} has {height} x {width} pixels; to be trained on, all images of a list must "
+                f"have as many as the first, {self.size_to_train[0]} x {self.size_to_train[1]}"
             )
+        try:
+            top, bottom, left, right = fixed_crop(self.name, height, width, self.train)
+        except ValueError as error:
+            raise ValueError(f"{path} has {error}") from None
         image = torch.from_numpy(image[top:bottom, left:right].copy()).permute(2, 0, 1)  # (3, h, w)
         depth = torch.from_numpy(depth[top:bottom, left:right].copy())[None]  # (1, h, w)
+        if not self.train:
+            image = normalize(image / 255, Config.image_mean, Config.image_std)
         return {
-            "image": image
-            if self.train
-            else normalize(image / 255, Config.image_mean, Config.image_std),
+            "image": image,
             "depth": depth,
-            "path": str(path),
+            "path": str(path) if isinstance(depth_path, str) else f"{path} {depth_path}",
             "size": torch.tensor([height, width]),
         }
 
@@ -251,6 +281,22 @@ def read_depth(path: str | Path) -> np.ndarray:
             return np.asarray(image).astype(np.float32)
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as a depth map: {error}") from None
+
+
+def read_labelled(path: Path, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image (480, 640, 3) and depth (480, 640) in metres of a pair of nyu_depth_v2_labeled.mat."""
+    try:
+        import h5py
+    except ImportError:
+        raise ValueError(f"reading {path} needs h5py: pip install h5py") from None
+    try:
+        with h5py.File(path) as file:  # its arrays are transposed
+            image, depth = file["images"][index].T, file["rawDepths"][index].T
+    except (OSError, KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{path} has no pair {index}: {error}") from None
+    framed = np.zeros_like(image)  # the recipe's test images have a black frame
+    framed[7:474, 7:632] = image[7:474, 7:632]
+    return framed, depth.astype(np.float32)
 
 
 # ---- Augmentation, on the batch ------------------------------------------------------------------
@@ -385,10 +431,78 @@ def tiles(points: np.ndarray, axis: np.ndarray, size: float) -> np.ndarray:
     return 1 - 0.3 * (squares.sum(0) % 2)
 
 
+# ---- Command line: is the data set whole? ---------------------------------------------------------
+
+
+def check(dataset: DepthDataset, n_expected: int | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Print what was found, open eight pairs, and return their images and depths.
+
+    Raises ValueError if their median depth cannot be right.
+    """
+    part = "train" if dataset.train else "test"
+    of = f", of {n_expected} lines expected" if n_expected else ""
+    print(f"{part}: {len(dataset)} pairs, {dataset.n_left_out} lines without ground truth{of}")
+    chosen = torch.linspace(0, len(dataset) - 1, 8).long().unique().tolist()
+    samples = [dataset[i] for i in tqdm(chosen, desc="opening", leave=False, disable=None)]
+    depth = torch.cat([sample["depth"].flatten() for sample in samples])
+    valid = depth[depth > 0]
+    if not len(valid):
+        raise ValueError(f"{part}: there is no depth at all in {samples[0]['path']} and others")
+    median, top = valid.median().item(), dataset.recipe.max_depth
+    print(
+        f"{part}: {len(samples)} opened, {tuple(samples[0]['image'].shape[1:])} pixels, "
+        f"{len(valid) / len(depth):.0%} with depth, median {median:.2f} m"
+    )
+    if not 0.05 * top < median < 0.9 * top:
+        raise ValueError(
+            f"{part}: a median of {median:.2f} m cannot be right for depths to {top} m: "
+            f"wrong --depth-scale ({dataset.recipe.depth_scale})?"
+        )
+    return [sample["image"] for sample in samples], [sample["depth"] / top for sample in samples]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Check a data set, and show eight of its pairs.")
+    parser.add_argument("data", choices=DATASETS)
+    add_data_options(parser)
+    args = parser.parse_args()
+    for part in ("test",) if str(args.root).endswith(".mat") else ("train", "test"):
+        split = args.train_split if part == "train" else args.test_split
+        scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
+        dataset = DepthDataset(args.data, args.root, split, part == "train", **scale)
+        n_expected = None if split else LISTS.get((args.data, part), [None] * 2)[1]
+        images, depths = check(dataset, n_expected)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (Config.image_mean, Config.image_std))
+    cells = [image * std + mean for image in images]
+    cells += [depth.expand(3, -1, -1) for depth in depths]
+    cells = [F.interpolate(cell[None], (192, 256))[0].clamp(0, 1) for cell in cells]
+    path = Path("runs") / f"check_{args.data}.png"
+    path.parent.mkdir(exist_ok=True)
+    save_image(cells, path, nrow=len(images))
+    print(f"{path} shows {len(images)} test images above their depths: do they belong together?")
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say where a data set is; the same for every script."""
+    add = parser.add_argument
+    add("--root", metavar="DIR", help="folder of the data set, or nyu_depth_v2_labeled.mat")
+    add("--train-split", metavar="FILE", help="list of training pairs; default: the authors'")
+    add("--test-split", metavar="FILE", help="list of test pairs; default: the authors'")
+    add("--depth-scale", type=float, help="value in a depth PNG of 1 m; default: the data set's")
+    add("--max-depth", type=float, help="metres; default: the data set's")
+
+
 def run_command(main) -> None:
     """Run a script's `main`; what is wrong with its input is one sentence on standard error."""
     try:
         main()
     except (OSError, ValueError) as error:
-        sentence = str(error).strip().splitlines()[-1]  # of a worker's error, its last line
-        sys.exit(f"error: {sentence.removeprefix('ValueError: ').removeprefix('OSError: ')}")
+        # of an error in a loader's worker, what follows its traceback
+        sys.exit("error: " + re.sub(r"(?s)^Caught .*\n\w+Error: ", "", str(error)).strip())
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_command(main)

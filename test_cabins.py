@@ -518,7 +518,7 @@ def test_metrics_of_a_surface_on_real_pairs():
     ],
 )
 def test_window_sizes(name, size, window, pixels):
-    rows, columns = data.test_windows(name, *size)[window]
+    rows, columns = data.evaluation_windows(name, *size)[window]
     assert rows.start >= 0 and columns.start >= 0
     assert (rows.stop - rows.start) * (columns.stop - columns.start) == pixels
 
@@ -552,6 +552,50 @@ def test_evaluation_protocol():
         evaluation.evaluate(lambda image: infinite, Pairs([torch.zeros(1, 64, 64)]))
 
 
+def test_depthclip_is_the_softmax_of_cosines(tiny):
+    image = torch.randn(1, 3, 96, 128, generator=generator())
+    depth = evaluation.depthclip(tiny.clip)(image)
+    assert depth.shape == (1, 1, 96, 128) and 1 <= depth.min() and depth.max() <= 3
+    # by hand, at the corner, on which the corner of the map lies
+    mean, std = torch.tensor([cabins.Config.image_mean, cabins.Config.image_std])[..., None, None]
+    clips = torch.tensor(
+        [[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]]
+    )
+    clip_mean, clip_std = clips[..., None, None]
+    words = [
+        "giant",
+        "extremely close",
+        "close",
+        "not in distance",
+        "a little remote",
+        "far",
+        "unseen",
+    ]
+    with torch.no_grad():
+        _, _, z = tiny.clip.visual((image * std + mean - clip_mean) / clip_std)
+        t = tiny.clip.encode_text(clip_tokenizer.tokenize([f"This object is {w}" for w in words]))
+        p = (F.cosine_similarity(z[0, :, 0, 0], t) / 0.07).softmax(0)
+    expected = (p * torch.tensor([1.0, 1.5, 2.0, 2.25, 2.5, 2.75, 3.0])).sum()
+    assert depth[0, 0, 0, 0].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_kept_predictions_give_the_same_row(tiny, tmp_path):
+    truth = [data.DepthDataset("toy")[i]["depth"] for i in range(3)]
+    pairs = Pairs(truth)
+    predict = evaluation.keep_predictions(lambda image: next(depths)[None] * 1.1, pairs, tmp_path)
+    depths = iter(truth)
+    row = evaluation.evaluate(predict, pairs)
+    files = iter(sorted(tmp_path.iterdir()))
+    again = evaluation.evaluate(
+        lambda image: torch.from_numpy(data.read_depth(next(files)))[None, None] / 1000, pairs
+    )
+    assert again == pytest.approx(row, abs=1e-3) and row["abs_rel"] == pytest.approx(0.1, rel=1e-3)
+    evaluation.append_results(tmp_path / "results.csv", ["how"], {"a": row})
+    evaluation.append_results(tmp_path / "results.csv", ["how"], {"b": again})
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert lines[0].startswith("label,protocol,abs_rel") and len(lines) == 3
+
+
 def test_flip_averaging_is_at_the_decoders_size(tiny):
     image = torch.randn(1, 3, 96, 128, generator=generator())
     with torch.no_grad():
@@ -574,7 +618,7 @@ def test_quoted_rows_are_the_papers():
 # ---- Sec. 4.2  Data ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", data.DATASETS)
+@pytest.mark.parametrize("name", ["nyu", "kitti", "toy"])
 def test_augmentation_keeps_image_and_depth_together(name, monkeypatch):
     recipe = data.DATASETS[name]._replace(gamma=0.0, brightness=0.0, colour=0.0)
     monkeypatch.setitem(data.DATASETS, name, recipe)
@@ -642,6 +686,75 @@ def test_nyu_files_are_found_whatever_folder_and_suffix(tmp_path):
     assert pair["depth"].shape == (1, 427, 565) and pair["depth"].unique().tolist() == [1.5]
     pair = data.DepthDataset("nyu", tmp_path, split)[0]
     assert pair["image"].shape == (3, 480, 640) and pair["image"].dtype == torch.float32
+
+
+def test_own_lists(tmp_path):
+    write_pair(tmp_path / "x", "1", 240, 320)
+    write_pair(tmp_path / "x", "2", 200, 320)
+    split = tmp_path / "list.txt"
+    split.write_text("x/rgb_1.jpg x/sync_depth_1.png\n")
+    own = data.DepthDataset("list", tmp_path, split, True, depth_scale=500, max_depth=20)
+    assert own[0]["depth"].max() == 3 and own.recipe.max_depth == 20
+    image, depth = data.augment(own[0]["image"][None], own[0]["depth"][None], own, generator())
+    assert image.shape[2:] == depth.shape[2:] == (192, 256)
+    with pytest.raises(ValueError, match="'list' needs --train-split"):
+        data.DepthDataset("list", tmp_path, train=True)
+    split.write_text("x/rgb_1.jpg x/sync_depth_1.png\nx/rgb_2.jpg x/sync_depth_2.png\n")
+    with pytest.raises(
+        ValueError, match="rgb_2.jpg has 200 x 320 pixels; to be trained on, .* 240 x"
+    ):
+        data.DepthDataset("list", tmp_path, split, train=True)[1]
+
+
+def test_labelled_mat(tmp_path):
+    h5py = pytest.importorskip("h5py", reason="h5py, which is optional, is not installed")
+    depth = np.random.default_rng(0).uniform(1, 9, (3, 640, 480)).astype(np.float32)
+    with h5py.File(tmp_path / "nyu.mat", "w") as file:
+        file["images"] = (
+            np.arange(3 * 3 * 640 * 480, dtype=np.uint32).astype(np.uint8).reshape(3, 3, 640, 480)
+        )
+        file["rawDepths"] = depth
+    split = tmp_path / "list.txt"
+    split.write_text("bath/rgb_00002.jpg bath/sync_depth_00002.png 518.8579\n")
+    nyu = data.DepthDataset("nyu", tmp_path / "nyu.mat", split)
+    sample = nyu[0]
+    assert torch.equal(sample["depth"][0], torch.from_numpy(depth[2].T))
+    mean, std = torch.tensor([cabins.Config.image_mean, cabins.Config.image_std])[..., None, None]
+    image = (sample["image"] * std + mean) * 255
+    assert image[:, :7].abs().max() < 1e-3 and image[:, :, 632:].abs().max() < 1e-3  # black frame
+    value = (2 * 3 * 640 * 480 + 1 * 640 * 480 + 20 * 480 + 10) % 256  # green, column 20, row 10
+    assert image[1, 10, 20].item() == pytest.approx(value, abs=1e-3)
+    split.write_text("bath/rgb_00003.jpg bath/sync_depth_00003.png 518.8579\n")
+    with pytest.raises(ValueError, match="nyu.mat has no pair 3"):
+        data.DepthDataset("nyu", tmp_path / "nyu.mat", split)[0]
+    with pytest.raises(ValueError, match="can only be NYU's test set; nyu train needs a folder"):
+        data.DepthDataset("nyu", tmp_path / "nyu.mat", split, train=True)
+
+
+def test_checking_a_data_set(tmp_path, monkeypatch, capsys):
+    for i in range(3):
+        write_pair(tmp_path / "sync", str(i), depth=2000 + i)
+    split = tmp_path / "list.txt"
+    split.write_text("".join(f"rgb_{i}.jpg sync_depth_{i}.png 1\n" for i in range(3)))
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "data.py",
+        "nyu",
+        "--root",
+        ".",
+        "--train-split",
+        "list.txt",
+        "--test-split",
+        "list.txt",
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    data.main()
+    printed = capsys.readouterr().out
+    assert "train: 3 opened, (427, 565) pixels, 100% with depth, median 2.00 m" in printed
+    assert Image.open("runs/check_nyu.png").size[0] > 3 * 256
+    monkeypatch.setattr(sys, "argv", [*command, "--depth-scale", "100"])
+    with pytest.raises(ValueError, match=r"median of 20.01 m .* wrong --depth-scale \(100.0\)"):
+        data.main()
 
 
 @needs_samples
@@ -724,9 +837,51 @@ def test_an_interrupted_run_resumes_to_the_same_weights(few_rooms, tmp_path, mon
     assert "window whole" in printed and "flip averaging off" in printed
 
 
+ROWS = [  # of Tables 1 to 4
+    ("RN101", "cabins", False),
+    ("RN50", "semantic", False),
+    ("RN50", "median", False),
+    ("RN50", "mean", False),
+    ("RN50", "cabins", True),
+    ("ViT-B/16", "cabins", False),
+]
+
+
+@pytest.mark.parametrize("backbone, kind, as_released", ROWS)
+def test_every_row_of_the_tables(
+    backbone, kind, as_released, few_rooms, tmp_path, monkeypatch, capsys
+):
+    """Two steps of training, evaluation and reloading, of each network at a reduced width."""
+    widths = {"embed_dim": 32, "width": 64 if backbone == "ViT-B/16" else 8}
+    small = cabins.BACKBONES[backbone]._replace(**widths, text_width=64, text_layers=1)
+    if len(small.layers) == 4:
+        small = small._replace(width=2)  # 64 channels at stride 32
+    monkeypatch.setattr(cabins, "BACKBONES", cabins.BACKBONES | {backbone: small})
+    options = ["--backbone", backbone, "--distance-class", kind, "--clip", "none"]
+    options += ["--as-released"] if as_released else []
+    with pytest.warns(UserWarning, match="random weights"):
+        run_train(*options, "--epochs", 1, "--batch-size", 4, "--out", tmp_path)
+    assert ("as released: prompts and gamma stay" in capsys.readouterr().out) == as_released
+    content = cabins.read_checkpoint(tmp_path / "last.pt")
+    assert content["step"] == 2 and content["args"]["as_released"] == as_released
+    model = cabins.load_checkpoint(tmp_path / "last.pt")
+    assert (model.config.backbone, model.config.distance_class) == (backbone, kind)
+    # what learnt, and what did not
+    torch.manual_seed(0)
+    start = cabins.CaBins(model.config, cabins.CLIP(small))
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, start.state_dict()[n])}
+    assert ("prompts" in moved) == ("context_decoder.gamma" in moved) == (not as_released)
+    text = {n for n in moved if n.startswith("clip.") and not n.startswith("clip.visual.")}
+    assert text == ({"clip.token_embedding.weight"} if as_released else set())
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(few_rooms, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "total_loss", lambda *_: torch.tensor(math.nan))
-    with pytest.raises(ValueError, match=r"the loss is nan at step 1, of the images room \d, room"):
+    monkeypatch.setattr(
+        train, "total_loss", lambda prediction, *_: prediction.depth.sum() * math.nan
+    )
+    with pytest.raises(
+        ValueError, match=r"loss nan .* at step 1, learning rate .*, of the images room \d, room"
+    ):
         run_train("--epochs", 1, "--batch-size", 2, "--out", tmp_path)
     assert not list(tmp_path.glob("*.pt"))
 
@@ -816,7 +971,7 @@ def test_random_weights_warn_and_wrong_clip_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(cabins, "BACKBONES", cabins.BACKBONES | small)
     with pytest.warns(UserWarning, match="random weights: depths mean nothing"):
         cabins.CaBins(cabins.Config(backbone="RN50"))
-    with pytest.raises(ValueError, match="backbone is RN50, .* clip is another one"):
+    with pytest.raises(ValueError, match="backbone is RN50, but the CLIP given is tiny"):
         cabins.CaBins(cabins.Config(backbone="RN50"), tiny.clip)
     with pytest.raises(ValueError, match="H and W at least 64"):
         tiny(torch.zeros(1, 3, 63, 64))
@@ -885,7 +1040,7 @@ def test_wrong_data(tmp_path):
         "a/rgb_1.jpg None 1": "list.txt names no pair of image and depth",
         good + "nonsense\n": "list.txt, line 2: 'nonsense' is not 'image depth focal'",
         good
-        + "b/x.jpg b/y.png 1": "2 of the 4 files .* the first being b/x.jpg, b/y.png; the README",
+        + "b/x b/y 1": "2 of the 4 files .* first being b/x, b/y; .* has a, list.txt, …; the README",
         "a/rgb_1.jpg a/sync_depth_small.png 1": r"rgb_1.jpg has .480, 640. pixels.* .100, 100.",
         "a/rgb_1.jpg a/sync_depth_8bit.png 1": "its mode is L, not 16-bit grey",
         "a/rgb_cut.jpg a/sync_depth_cut.png 1": "rgb_cut.jpg cannot be read as an image",
@@ -893,9 +1048,9 @@ def test_wrong_data(tmp_path):
     for text, message in cases.items():
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             read(text)
-    with pytest.raises(ValueError, match="100 x 100 pixels; nyu needs at least"):
+    with pytest.raises(ValueError, match="100 x 100 pixels; NYU"):
         read("a/rgb_small.jpg a/sync_depth_small.png 1", train=True)
-    with pytest.raises(ValueError, match="data is 'nyv2'; it must be one of nyu, kitti, toy"):
+    with pytest.raises(ValueError, match="data is 'nyv2'; it must be one of nyu, kitti, toy, list"):
         data.DepthDataset("nyv2", tmp_path)
     with pytest.raises(ValueError, match="needs --root"):
         data.DepthDataset("kitti")
@@ -907,5 +1062,6 @@ def test_wrong_data(tmp_path):
     assert "rgb_cut.jpg cannot be read as an image" in run_script(
         "train.py", *options, "--batch-size", 1
     )
+    assert "--root is not for toy rooms: add --data" in run_script("train.py", "--root", tmp_path)
     assert "no such folder" in run_script("train.py", "--data", "nyu", "--root", tmp_path / "none")
     assert "--epochs is 0; it must be positive" in run_script("train.py", "--epochs", 0)

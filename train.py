@@ -7,11 +7,11 @@ laptop's CPU, and shows what it has learnt under runs/toy/.
 import argparse
 import csv
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -28,7 +28,7 @@ from cabins import (
     save_checkpoint,
     total_loss,
 )
-from data import DATASETS, DepthDataset, augment, run_command
+from data import DATASETS, DepthDataset, add_data_options, augment, run_command
 from eval import (
     default_device,
     default_workers,
@@ -94,31 +94,40 @@ def append_row(path: Path, row: dict) -> None:
     """Add a row to a CSV file, which begins with the names of its columns."""
     is_new = not path.exists()
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
+        writer = csv.DictWriter(file, row, lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerow(row)
 
 
-def drop_rows_after(path: Path, step: int) -> None:
-    """Cut off the rows that a resumed run will write again."""
+def drop_rows_from(path: Path, step: int) -> None:
+    """Cut off the rows of this step and later ones, which a resumed run will write again."""
     if path.exists():
-        header, *rows = path.read_text().splitlines(keepends=True)
-        path.write_text("".join([header, *(r for r in rows if int(r.split(",")[0]) <= step)]))
+        header, *rows = path.read_text().splitlines(keepends=True) or [""]
+        steps = [row.split(",")[0] for row in rows]
+        kept = [row for row, s in zip(rows, steps) if s.isdigit() and int(s) < step]
+        path.write_text("".join([header, *kept])) if kept else path.unlink()
 
 
 def train(args: argparse.Namespace) -> None:
     """Train from args.resume or from the start, to the last epoch."""
     device, out = default_device(), Path(args.out)
-    dataset = DepthDataset(args.data, args.root, args.train_split, train=True)
-    test_set = DepthDataset(args.data, args.root, args.test_split)
+    if (out / "last.pt").exists() and not args.resume and out != Path("runs/toy"):
+        raise ValueError(f"{out} holds another run: go on with --resume, or choose another --out")
+    scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
+    dataset = DepthDataset(args.data, args.root, args.train_split, train=True, **scale)
+    test_set = DepthDataset(args.data, args.root, args.test_split, **scale)
     per_epoch = len(dataset) // args.batch_size
     if per_epoch == 0:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(dataset)} pairs")
     n_steps = args.epochs * per_epoch
 
-    saved = read_checkpoint(args.resume) if args.resume else {"step": 0, "best": math.inf}
-    if args.resume:
+    saved = read_checkpoint(args.resume) if args.resume else {}
+    if saved:
+        if saved["n_pairs"] != len(dataset):
+            raise ValueError(
+                f"{args.resume} was trained on {saved['n_pairs']} pairs, but here are {len(dataset)}"
+            )
         model = restore(saved, args.resume)
     else:
         torch.manual_seed(args.seed)
@@ -136,10 +145,11 @@ def train(args: argparse.Namespace) -> None:
         base_momentum=0.85,
         max_momentum=0.95,
     )
-    if args.resume:
+    if saved:
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
-    first, best = saved["step"], saved["best"]
+    first, best = saved.get("step", 0), saved.get("best", math.inf)
+    del saved
 
     print(f"{args.data}: {len(dataset)} training pairs, {len(test_set)} test pairs; {device}")
     for group in groups:
@@ -150,12 +160,40 @@ def train(args: argparse.Namespace) -> None:
     if args.as_released:
         print("as released: prompts and gamma stay, token embedding learns, unbiased SILog")
 
-    if (out / "last.pt").exists() and not args.resume and args.data != "toy":
-        raise ValueError(f"{out} holds another run: go on with --resume, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    log, metrics_log = out / "log.csv", out / "metrics.csv"
-    for path in (log, metrics_log):
-        drop_rows_after(path, first)
+    drop_rows_from(out / "log.csv", first + 1)
+    drop_rows_from(out / "metrics.csv", first)
+    predict = predictor(model)
+
+    def save(name: str) -> None:  # no random states: all that is random follows from (seed, step)
+        save_checkpoint(
+            out / name,
+            model,
+            args=vars(args),
+            n_pairs=len(dataset),
+            step=step,
+            best=best,
+            optimizer=optimizer.state_dict(),
+            scheduler=scheduler.state_dict(),
+        )
+
+    def validate() -> dict[str, dict[str, float]]:
+        nonlocal best
+        windows = evaluate_windows(predict, test_set, progress=True)
+        model.train()
+        row = next(iter(windows.values()))
+        append_row(out / "metrics.csv", {"step": step, "epoch": step // per_epoch, **row})
+        epoch = f"epoch {step // per_epoch}/{args.epochs}"
+        tqdm.write(f"{epoch}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))
+        if row["abs_rel"] < best:
+            best = row["abs_rel"]
+            save("best.pt")
+            save("last.pt")  # which knows the best
+        return windows
+
+    step = first
+    if step and step % per_epoch == 0:  # stopped after its save, perhaps before its validation
+        windows = validate()
     loader = DataLoader(
         dataset,
         batch_sampler=batches(len(dataset), args.batch_size, args.seed, range(first, n_steps)),
@@ -168,7 +206,6 @@ def train(args: argparse.Namespace) -> None:
         unit="image",
         disable=None,
     )
-    predict = predictor(model)
     model.train()
     for step, batch in enumerate(loader, first + 1):
         torch.manual_seed(seed_of(args.seed, step))  # of the augmentation and of dropout
@@ -176,61 +213,37 @@ def train(args: argparse.Namespace) -> None:
         image, depth = augment(image, depth, dataset)
         prediction = model(image)
         loss = total_loss(prediction, depth, model.config.min_depth, args.as_released)
-        if not math.isfinite(loss.item()):
-            raise ValueError(
-                f"the loss is {loss.item()} at step {step}, of the images "
-                f"{', '.join(batch['path'])}; checkpoints in {out} are from before"
-            )
         model.zero_grad()  # of more than the optimizer has, with --as-released
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         lr = scheduler.get_last_lr()[0]
+        if not torch.isfinite(loss + norm):
+            raise ValueError(
+                f"loss {loss.item()} and gradient norm {norm.item()} at step {step}, learning rate "
+                f"{lr:.3g}, of the images {', '.join(batch['path'])}; "
+                f"what was saved in {out} is from before"
+            )
         optimizer.step()
         scheduler.step()
         bar.update(args.batch_size)
 
         if step % LOG_EVERY == 0 or step == n_steps:
-            with torch.no_grad():
-                mask = depth > model.config.min_depth
-                bins = chamfer_loss(prediction.centers, depth, mask).item()
+            mask = depth > model.config.min_depth
+            bins = chamfer_loss(prediction.centers.detach(), depth, mask).item()
             row = {"loss": loss.item(), "bins": bins, "lr": lr}
             bar.set_postfix({k: f"{v:.3g}" for k, v in row.items()})
-            append_row(log, {"step": step, "epoch": step / per_epoch, **row})
+            append_row(out / "log.csv", {"step": step, "epoch": step / per_epoch, **row})
         if step % per_epoch == 0:
-            row = evaluate(predict, test_set)
-            model.train()
-            append_row(metrics_log, {"step": step, "epoch": step // per_epoch, **row})
-            epoch = f"epoch {step // per_epoch}/{args.epochs}"
-            bar.write(f"{epoch}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))
-            state = {
-                "args": vars(args),
-                "step": step,
-                "best": min(best, row["abs_rel"]),
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-            }
-            save_checkpoint(out / "last.pt", model, **state)
-            if row["abs_rel"] < best:
-                best = row["abs_rel"]
-                save_checkpoint(out / "best.pt", model, **state)
+            save("last.pt")
+            windows = validate()
     bar.close()
-    report(out, dataset, test_set, predict)
 
-
-def report(
-    out: Path,
-    dataset: DepthDataset,
-    test_set: DepthDataset,
-    predict: Callable[[Tensor], Tensor],
-) -> None:
-    """Print the paper's table of the trained network, and draw its first test images."""
-    windows = evaluate_windows(predict, test_set, progress=True)
     rows = {f"last.pt, {window}": row for window, row in windows.items()}
-    if test_set.name == "toy":
+    if args.data == "toy":
         rows |= baselines(dataset, test_set)
     for window in windows:
         print(protocol(test_set, window, flip=True))
-    print(format_table(test_set.name, rows))
+    print(format_table(args.data, rows))
     draw(out / "figure.png", [test_set[i] for i in range(min(4, len(test_set)))], predict)
     print(
         f"{out} has last.pt; best.pt, chosen by AbsRel on these very test images; "
@@ -264,9 +277,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data", choices=DATASETS, help="default: toy")
-    add("--root", metavar="DIR", help="folder of the data set")
-    add("--train-split", metavar="FILE", help="list of training pairs; default: the authors'")
-    add("--test-split", metavar="FILE", help="list of test pairs; default: the authors'")
+    add_data_options(parser)
     add("--backbone", choices=BACKBONES, help="default: RN101; toy: tiny")
     add("--clip", metavar="NAME|FILE|none", help="CLIP's weights; default: the backbone's own")
     add("--distance-class", choices=DISTANCE_CLASSES, help="row of Table 3; default: cabins")
@@ -282,19 +293,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", metavar="DIR", help="default: runs/DATA")
     add("--resume", nargs="?", const="", metavar="CKPT", help="go on; default: OUT/last.pt")
     given = vars(parser.parse_args(argv))
-    for name in ("epochs", "batch_size", "lr"):
-        if given.get(name, 1) <= 0:
+    for name in ("epochs", "batch_size", "lr", "depth_scale", "max_depth"):
+        if not 0 < given.get(name, 1) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {given[name]}; it must be positive")
+    if not 0 <= given.get("seed", 0) < 2**31:
+        raise ValueError(f"--seed is {given['seed']}; it must be from 0 to 2147483647")
 
     data = given.get("data", "toy")
     out = given.get("out", f"runs/{data}")
     resume = given.pop("resume", None)
+    for name in ("root", "train_split", "test_split"):
+        if given.get(name):
+            given[name] = str(Path(given[name]).resolve())  # eval.py may run elsewhere
+            if data == "toy" and resume is None:
+                raise ValueError(f"--{name.replace('_', '-')} is not for toy rooms: add --data")
     if resume is not None:
         resume = resume or str(Path(out) / "last.pt")
-        args = read_checkpoint(resume).get("args")
-        if args is None:
+        content = read_checkpoint(resume)
+        if not {"args", "step", "optimizer", "scheduler"} <= content.keys():
             raise ValueError(f"{resume} was not written by train.py: it cannot be resumed")
-        movable = ("root", "out", "train_split", "test_split")  # may have another place by now
+        args = content["args"]
+        movable = ("root", "train_split", "test_split", "out")  # may have another place by now
         changed = [k for k in given if k not in movable and given[k] != args[k]]
         if changed:
             raise ValueError(
@@ -302,9 +321,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 + ", ".join(f"{k} {args[k]}, not {given[k]}" for k in changed)
                 + ": leave these options out, or start another run"
             )
-        return argparse.Namespace(**args | given | {"resume": resume})
-    places = {"data": data, "root": None, "train_split": None, "test_split": None, "out": out}
-    args = places | (TOY_RECIPE if data == "toy" else RECIPE) | given
+        out = given.get("out", str(Path(resume).parent))
+        return argparse.Namespace(**args | given | {"out": out, "resume": resume})
+    places = dict.fromkeys(("root", "train_split", "test_split", "depth_scale", "max_depth"))
+    args = places | (TOY_RECIPE if data == "toy" else RECIPE) | given | {"data": data, "out": out}
     args.setdefault("clip", "none" if args["backbone"] == "tiny" else args["backbone"])
     return argparse.Namespace(**args, resume=None)
 
