@@ -51,7 +51,7 @@ KITTI_DEPTHS = tuple(  # the ground truth unzips into train/ and val/
 DATASETS = {
     "nyu": Recipe(10.0, 1000.0, (416, 544), 2.5, 0.25, 0.1, 0.1, NYU_FOLDERS, NYU_FOLDERS),
     "kitti": Recipe(80.0, 256.0, (352, 704), 1.0, 0.1, 0.1, 0.1, KITTI_IMAGES, KITTI_DEPTHS),
-    "toy": Recipe(10.0, 1.0, (96, 128), 0.0, 0.1),
+    "toy": Recipe(10.0, 1000.0, (96, 128), 0.0, 0.1),
     "list": Recipe(10.0, 1000.0, None, 2.5, 0.1),  # your own; the crop is 7/8 of the images
 }
 LIST_URL = (

@@ -1,21 +1,28 @@
-"""Measure a checkpoint of CaBins as the paper does: python eval.py runs/toy/best.pt
+"""Measure a checkpoint of CaBins as the paper does, and show what it sees.
 
-Prints the protocol, then one row in the columns of the paper's table beside the paper's own rows.
-`evaluate` takes any function from an image to depth, so that anything can be measured by it.
+python eval.py runs/toy/best.pt                     a row of the paper's table, beside the paper's
+python eval.py runs/toy/best.pt --explain 4         figures of bins, prompts and depth
+python eval.py runs/toy/best.pt --images *.jpg      depth of your own pictures
 """
 
 import argparse
 import csv
+import glob
 import itertools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
 
 from cabins import (
@@ -202,13 +209,14 @@ def keep_predictions(
     The files are of the test image's size, KITTI's therefore of the cropped frame's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    scale = dataset.recipe.depth_scale if dataset.name != "toy" else 1000.0
     numbers = itertools.count()
 
     def predict_and_keep(image: Tensor) -> Tensor:
         depth = predict(image)
-        values = (depth[0, 0].cpu().numpy() * scale).round().clip(0, 65535).astype(np.uint16)
-        Image.fromarray(values).save(folder / f"{next(numbers):05}.png")
+        values = (depth[0, 0].cpu().numpy() * dataset.recipe.depth_scale).round()
+        Image.fromarray(values.clip(0, 65535).astype(np.uint16)).save(
+            folder / f"{next(numbers):05}.png"
+        )
         return depth
 
     return predict_and_keep
@@ -228,34 +236,292 @@ def append_results(path: Path, protocols: list[str], rows: dict[str, dict[str, f
 # ---- Figures -------------------------------------------------------------------------------------
 
 
-def draw(path: str | Path, samples: list[dict], predict: Callable[[Tensor], Tensor]) -> None:
-    """Rows of image, truth, prediction and error, as Figures 4 and 5, on one scale in metres."""
+class Panel(NamedTuple):
+    """One map of a figure: colours (H, W, 3), or values (H, W) under a bar that says `label`."""
+
+    title: str
+    values: np.ndarray
+    label: str = ""
+    low: float = 0.0
+    high: float = 1.0
+    cmap: str = "viridis"  # which, like magma and cividis, the colour-blind can read
+
+
+class Bins(NamedTuple):
+    """What the network made of one image beside its depth, for `--explain`."""
+
+    edges: np.ndarray  # (n_bins + 1,) metres
+    cabins: np.ndarray  # (K,) metres
+    texts: list[str]  # K prompts, without the learnt context
+    similarity: np.ndarray  # (K, h, w)
+    depths: dict[str, np.ndarray]  # what the histogram shows, by its name
+
+
+def draw_grid(figure, rows: list[list[Panel]]) -> None:
+    """Panels in rows and columns, and under each column a bar for its values."""
+    ratios = [1.0] * len(rows) + [0.05]
+    *axes, bars = figure.subplots(len(rows) + 1, len(rows[0]), squeeze=False, height_ratios=ratios)
+    for row_of_axes, row in zip(axes, rows):
+        for axis, bar, panel in zip(row_of_axes, bars, row):
+            axis.set_axis_off()
+            axis.set_title(panel.title, fontsize=10)
+            scale = {"cmap": panel.cmap, "vmin": panel.low, "vmax": panel.high}
+            shown = axis.imshow(panel.values, **scale)
+            bar.clear()
+            if panel.label:
+                figure.colorbar(shown, cax=bar, orientation="horizontal", label=panel.label)
+            else:
+                bar.set_axis_off()
+
+
+def draw(path: str | Path, rows: list[list[Panel]], bins: Bins | None = None) -> None:
+    """A grid of panels; below it, if given, what the bins and the prompts do."""
     from matplotlib.figure import Figure
 
+    height, width = rows[0][0].values.shape[:2]
+    inches = 0.9 + len(rows) * (0.25 + 13 / len(rows[0]) * height / width)
+    if bins is None:
+        figure = Figure(figsize=(13, inches), layout="constrained")
+        draw_grid(figure, rows)
+    else:
+        strip = 0.9 + 13 / len(bins.cabins) * height / width
+        figure = Figure(figsize=(13, inches + 3.3 + strip), layout="constrained")
+        top, middle, bottom = figure.subfigures(3, 1, height_ratios=(inches, 3.3, strip))
+        draw_grid(top, rows)
+        axis = middle.subplots()
+        for (name, depth), style in zip(bins.depths.items(), ("stepfilled", "step")):
+            axis.hist(
+                depth, 128, range=(0, bins.edges[-1]), histtype=style, density=True, label=name
+            )
+        bottom_line = axis.get_xaxis_transform()  # metres across, shares of the height upwards
+        axis.vlines(bins.edges, 0, 0.06, "black", linewidth=0.4, transform=bottom_line)
+        for k, (e, text) in enumerate(zip(bins.cabins, bins.texts)):
+            axis.axvline(e, color="black", linewidth=0.8, linestyle="--")
+            place = {"xytext": ((k + 0.5) / len(bins.cabins), 1.12), "textcoords": "axes fraction"}
+            place |= {"xycoords": bottom_line, "ha": "center", "arrowprops": {"arrowstyle": "-"}}
+            axis.annotate(f"“{text}”", (e, 1.0), **place)
+        axis.set(xlabel="depth (m)", ylabel="share of pixels per metre", xlim=(0, bins.edges[-1]))
+        axis.set_title(
+            f"{len(bins.edges) - 1} bins (short ticks) and their prompts (dashed)", pad=38
+        )
+        axis.legend(loc="upper right")
+        low, high = bins.similarity.min(), bins.similarity.max()
+        cosine = ("cosine", low, high, "cividis")
+        maps = zip(bins.texts, bins.cabins, bins.similarity)
+        draw_grid(bottom, [[Panel(f"“{t}”, {e:.2f} m", s, *cosine) for t, e, s in maps]])
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=100, format="png"))
+
+
+def write_whole(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Let `write` write a temporary file, and give it its name only when it is whole."""
+    partial = Path(f"{path}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def to_colours(image: Tensor) -> np.ndarray:
+    """A normalised image (3, H, W) as colours (H, W, 3) from 0 to 1."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (Config.image_mean, Config.image_std))
+    return (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def comparison(samples: list[dict], predict: Callable[[Tensor], Tensor]) -> list[list[Panel]]:
+    """Rows of image, truth, prediction and error on one scale, as Figures 4 and 5, for `draw`."""
     truths = [sample["depth"][0].numpy() for sample in samples]
     depths = [predict(sample["image"][None])[0, 0].cpu().numpy() for sample in samples]
-    errors = [np.where(truth > 0, np.abs(d - truth), np.nan) for d, truth in zip(depths, truths)]
-    top = max(np.max(truth) for truth in truths)
-    known = [error[np.isfinite(error)] for error in errors]
-    worst = max(np.quantile(error, 0.98) if error.size else 0 for error in known)
-    height, width = truths[0].shape
-    figure = Figure(figsize=(12, 0.9 + len(samples) * 3 * height / width), layout="constrained")
-    axes = figure.subplots(len(samples), 4, squeeze=False)
-    for row, sample, truth, depth, error in zip(axes, samples, truths, depths, errors):
-        row[0].imshow((sample["image"] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
-        metres = {"cmap": "viridis", "vmin": 0, "vmax": top}
-        row[1].imshow(np.where(truth > 0, truth, np.nan), **metres)
-        shown_depth = row[2].imshow(depth, **metres)
-        shown_error = row[3].imshow(error, cmap="magma", vmin=0, vmax=worst)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, title in zip(axes[0], ("image", "ground truth", "prediction", "error")):
-        axis.set_title(title)
-    bar = {"location": "bottom", "shrink": 0.8, "aspect": 40, "pad": 0.02}
-    figure.colorbar(shown_depth, ax=list(axes[:, 1:3].flat), label="depth (m)", **bar)
-    figure.colorbar(shown_error, ax=list(axes[:, 3]), label="|error| (m)", **bar | {"aspect": 20})
-    figure.savefig(path, dpi=100)
+    truths = [np.where(truth > 0, truth, np.nan) for truth in truths]
+    errors = [np.abs(depth - truth) for depth, truth in zip(depths, truths)]
+    top = max(float(np.nan_to_num(truth).max()) for truth in truths) or 1.0
+    known = np.concatenate([error[np.isfinite(error)] for error in errors])
+    worst = float(np.quantile(known, 0.98)) if known.size else 1.0
+    rows = []
+    for sample, truth, depth, error in zip(samples, truths, depths, errors):
+        metres = ("depth (m)", 0, top)
+        rows.append(
+            [
+                Panel("image", to_colours(sample["image"])),
+                Panel("ground truth", truth, *metres),
+                Panel("prediction", depth, *metres),
+                Panel("error", error, "|error| (m)", 0, worst, "magma"),
+            ]
+        )
+    return rows
+
+
+def explain(
+    model: CaBins, image: Tensor, truth: np.ndarray | None = None
+) -> tuple[list[list[Panel]], Bins]:
+    """What `draw` needs to show how the depth of one image (1, 3, H, W) came about."""
+    seen = {}
+    modules = {"b": model.bins, "p": model.depth_decoder}  # whose outputs `forward` does not return
+    hooks = [
+        module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
+        for name, module in modules.items()
+    ]
+    with torch.inference_mode():
+        prediction = model.eval()(image.to(next(model.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    config, c = model.config, prediction.centers
+    variance = expected_depth(c.square(), seen["p"]) - expected_depth(c, seen["p"]).square()
+    spread = resize(variance.clamp(min=0).sqrt(), image.shape[-2:])[0, 0].cpu().numpy()
+    depth = prediction.depth[0, 0].cpu().numpy()
+    edges = config.min_depth + (config.max_depth - config.min_depth) * seen["b"][0].cumsum(0).cpu()
+    e = prediction.cabins[0].cpu().numpy()
+    texts = [str(round(float(v), 4)) for v in e]
+    depths = {"prediction": depth.ravel()}
+    sample = {"image": image[0], "depth": torch.zeros(1, *depth.shape)}
+    if truth is not None:
+        sample["depth"] = torch.from_numpy(truth)[None]
+        depths["ground truth"] = truth[truth > 0]
+    row = comparison([sample], lambda _: prediction.depth)[0]
+    if truth is None:
+        row = [row[0], row[2]._replace(high=float(depth.max()))]
+    row.append(
+        Panel("spread of p", spread, "standard deviation (m)", 0, float(spread.max()), "magma")
+    )
+    bins = Bins(
+        edges=np.concatenate([[config.min_depth], edges.numpy()]),
+        cabins=e,
+        texts=SEMANTIC_BINS if config.distance_class == "semantic" else texts,
+        similarity=prediction.similarity[0].cpu().numpy(),
+        depths=depths,
+    )
+    return [row], bins
+
+
+def draw_samples(
+    out: Path,
+    model: CaBins,
+    dataset: DepthDataset,
+    n: int,
+    predict: Callable[[Tensor], Tensor],
+) -> None:
+    """Draw n samples from all over the data set, side by side and then each explained."""
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long().tolist()
+    samples = [dataset[i] for i in chosen]
+    draw(out / "comparison.png", comparison(samples, predict))
+    for i, sample in zip(chosen, samples):
+        picture = explain(model, sample["image"][None], sample["depth"][0].numpy())
+        draw(out / f"explained_{i}.png", *picture)
+
+
+# ---- Your own pictures ---------------------------------------------------------------------------
+
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+CAMERAS = {
+    "nyu": (640, 518.86),
+    "kitti": (1242, 721.54),
+    "toy": (128, 100.0),
+}  # width, focal length
+
+
+def find_pictures(arguments: list[str]) -> list[Path]:
+    """The files that paths, folders and patterns name. Raises FileNotFoundError for one that is none."""
+    found = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            paths = [p for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURES]
+        else:
+            paths = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(argument))]
+        if not paths:
+            raise FileNotFoundError(f"{argument}: no picture there, nor any that the pattern fits")
+        found += paths
+    return found
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8, upright, of a picture of any mode."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        return np.asarray(image.convert("RGB"))
+
+
+def write_ply(path: Path, picture: np.ndarray, depth: np.ndarray, focal: float) -> None:
+    """A coloured point cloud in metres: x right, y down, z ahead, the camera being the origin."""
+    height, width = depth.shape
+    v, u = np.mgrid[:height, :width]
+    fields = [(name, "<f4") for name in "xyz"] + [(name, "u1") for name in ("red", "green", "blue")]
+    points = np.empty(depth.size, fields)
+    points["x"] = ((u - (width - 1) / 2) * depth / focal).ravel()
+    points["y"] = ((v - (height - 1) / 2) * depth / focal).ravel()
+    points["z"] = depth.ravel()
+    for i, name in enumerate(("red", "green", "blue")):
+        points[name] = picture[..., i].ravel()
+    types = {"<f4": "float", "u1": "uchar"}
+    lines = ["ply", "format binary_little_endian 1.0", f"element vertex {depth.size}"]
+    lines += [f"property {types[t]} {name}" for name, t in fields] + ["end_header", ""]
+    write_whole(
+        path, lambda partial: partial.write_bytes("\n".join(lines).encode() + points.tobytes())
+    )
+
+
+def predict_pictures(model: CaBins, trained_on: str | None, args: argparse.Namespace) -> int:
+    """Write the depth of each picture of `args.images` into `args.out`; return how many failed.
+
+    Pictures go through the network at the width of the images that it was trained on.
+    """
+    out, predict = Path(args.out or "runs/pictures"), predictor(model, args.flip)
+    paths = find_pictures(args.images)
+    out.mkdir(parents=True, exist_ok=True)
+    width, focal = CAMERAS.get(
+        trained_on, CAMERAS["kitti" if model.config.max_depth > 10 else "nyu"]
+    )
+    unit, scale = ("mm", 1000) if model.config.max_depth < 65.535 else ("cm", 100)
+    failed, names = [], set()
+
+    def read(path: Path) -> tuple[Path, np.ndarray, Tensor] | None:
+        try:
+            picture = read_picture(path)
+        except (OSError, SyntaxError, ValueError) as error:
+            tqdm.write(f"{path} cannot be read as a picture: {error}", file=sys.stderr)
+            failed.append(path)
+            return None
+        image = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
+        factor = max(width / max(picture.shape[:2]), 64 / min(picture.shape[:2]))
+        size = [max(64, round(side * factor)) for side in picture.shape[:2]]
+        image = F.interpolate(image, size, mode="bilinear", antialias=True)
+        return path, picture, normalize(image, Config.image_mean, Config.image_std)
+
+    def write(path: Path, picture: np.ndarray, image: Tensor, depth: Tensor) -> None:
+        name = path.stem
+        while name in names:  # of another folder, or with another suffix
+            name += "_"
+        names.add(name)
+        depth = resize(depth[None], picture.shape[:2])[0, 0].cpu().numpy()
+        draw(out / f"{name}_depth.png", [[Panel(name, depth, "depth (m)", 0, float(depth.max()))]])
+        about = PngInfo()
+        about.add_text("Description", f"depth in 1/{scale} m ({unit}); CaBins, {args.checkpoint}")
+        values = Image.fromarray((depth * scale).round().astype(np.uint16))
+        write_whole(
+            out / f"{name}_depth_{unit}.png", lambda p: values.save(p, "png", pnginfo=about)
+        )
+        line = f"{path}: {depth.min():.2f} to {depth.max():.2f} m, median {np.median(depth):.2f} m"
+        if args.ply:
+            pixels = args.focal or focal * picture.shape[1] / width
+            if args.fov:
+                pixels = picture.shape[1] / 2 / np.tan(np.radians(args.fov) / 2)
+            write_ply(out / f"{name}.ply", picture, depth, pixels)
+            line += f"; point cloud with a focal length of {pixels:.1f} pixels"
+        if args.explain:
+            draw(out / f"{name}_explained.png", *explain(model, image))
+        tqdm.write(line)
+
+    read_pictures = filter(None, map(read, tqdm(paths, unit="picture", disable=None)))
+    for _, group in itertools.groupby(read_pictures, lambda item: item[2].shape):
+        while batch := list(itertools.islice(group, 8)):
+            depths = predict(torch.cat([image for _, _, image in batch]))
+            for item, depth in zip(batch, depths):
+                write(*item, depth)
+    print(f"{len(paths) - len(failed)} of {len(paths)} pictures written to {out}")
+    return len(failed)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -273,25 +539,26 @@ def default_workers() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "checkpoint",
-        help="a file of train.py's or the authors'; or depthclip, the zero-shot baseline",
-    )
-    parser.add_argument("--data", choices=DATASETS, help="default: what it was trained on")
+    add = parser.add_argument
+    add("checkpoint", help="train.py's or the authors'; or depthclip, the zero-shot baseline")
+    add("--data", choices=DATASETS, help="default: what it was trained on")
     add_data_options(parser)
-    parser.add_argument("--split", dest="test_split", help="the same as --test-split")
-    parser.add_argument("--clip", default="RN50", help="depthclip only: a name or a file")
-    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--out", metavar="DIR", help="keep results.csv and depth PNGs there")
+    add("--split", dest="test_split", metavar="FILE", help="the same as --test-split")
+    add("--clip", default="RN50", help="depthclip only: a name or a file")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True)
+    add("--out", metavar="DIR", help="keep results.csv and depth PNGs; for pictures: where to")
+    add("--explain", nargs="?", type=int, const=4, metavar="N", help="draw N samples, or pictures")
+    add("--images", nargs="+", metavar="PICTURE", help="files, folders or patterns of your own")
+    add("--ply", action="store_true", help="write a point cloud of each picture")
+    add("--focal", type=float, help="of the pictures' camera, in pixels; default: in training")
+    add("--fov", type=float, help="in the place of --focal: degrees from left to right")
     args = parser.parse_args()
 
     device, saved = default_device(), {}
     if args.checkpoint == "depthclip":
         args.data = args.data or "nyu"
-        if args.data == "kitti":
-            raise ValueError(
-                "DepthCLIP's distances for KITTI are not known here: its row is quoted"
-            )
+        if args.data == "kitti" or args.images or args.explain:
+            raise ValueError("depthclip is measured only, and only with its distances for NYU")
         predict, flip = depthclip(load_clip(args.clip).to(device)), False
     else:
         content = read_checkpoint(args.checkpoint)
@@ -307,12 +574,19 @@ def main() -> None:
             f"depths to {model.config.max_depth} m; all of its {len(content['model'])} tensors are used"
         )
     name = args.data or saved.get("data")
+    if args.images:
+        sys.exit(1 if predict_pictures(model, name, args) else 0)
     if name is None:
         raise ValueError(f"{args.checkpoint} does not say what data it is for: give --data")
     known = saved if name == saved.get("data") else {}
     keys = ("root", "test_split", "depth_scale", "max_depth")
     root, split, scale, max_depth = (getattr(args, key) or known.get(key) for key in keys)
     dataset = DepthDataset(name, root, split, depth_scale=scale, max_depth=max_depth)
+    if args.explain:
+        out = Path(args.out or "runs/explained")
+        draw_samples(out, model, dataset, args.explain, predict)
+        print(f"{out} has comparison.png, and an explained_….png of each sample")
+        return
     if args.out:
         predict = keep_predictions(predict, dataset, Path(args.out) / "predictions")
     windows = evaluate_windows(predict, dataset, progress=True)

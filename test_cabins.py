@@ -615,6 +615,90 @@ def test_quoted_rows_are_the_papers():
     assert "CaBins (quoted)           0.120    0.401" in evaluation.format_table("nyu", {})
 
 
+# ---- Your own pictures, and figures --------------------------------------------------------------
+
+
+def run_eval(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main()
+    return stop.value.code
+
+
+def test_pictures_of_every_kind(tiny, tmp_path, monkeypatch, capsys):
+    cabins.save_checkpoint(tmp_path / "tiny.pt", tiny, args={"data": "toy"})
+    folder = tmp_path / "in"
+    folder.mkdir()
+    grey = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120), np.uint8))
+    for mode in ("L", "RGB", "RGBA", "P", "CMYK", "1"):
+        suffix = "tif" if mode == "CMYK" else "png"
+        grey.convert(mode).save(folder / f"{mode}.{suffix}")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(folder / "deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a phone held upright
+    grey.save(folder / "phone.jpg", exif=exif)
+    grey.resize((30, 20)).save(folder / "small.png")
+    grey.save(folder / "phone.png")  # the same name twice
+    (folder / "broken.jpg").write_bytes((folder / "phone.jpg").read_bytes()[:300])
+    (folder / "notes.txt").write_text("no picture")
+    out = tmp_path / "out"
+    options = ("--images", folder, "--out", out, "--ply", "--fov", 60, "--explain")
+    assert run_eval(monkeypatch, tmp_path / "tiny.pt", *options) == 1
+    printed = capsys.readouterr()
+    assert "broken.jpg cannot be read as a picture" in printed.err
+    assert "10 of 11 pictures written" in printed.out and "median" in printed.out
+    names = {p.name for p in out.iterdir()}
+    assert len(names) == 40 and not any(name.endswith(".partial") for name in names)
+    depth = Image.open(out / "phone_depth_mm.png")
+    assert depth.size == (90, 120) and depth.mode.startswith("I")  # upright
+    assert depth.text["Description"].startswith("depth in 1/1000 m (mm)")
+    assert 0 < np.asarray(depth).max() < 10_000
+    assert Image.open(out / "phone__depth_mm.png").size == (120, 90)
+    close(evaluation.read_picture(folder / "deep.png") / 255, np.asarray(grey.convert("RGB")) / 255)
+    # the point cloud, read back
+    header, points = (out / "L.ply").read_bytes().split(b"end_header\n")
+    assert b"element vertex 10800" in header and len(points) == 10800 * 15
+    x, y, z = np.frombuffer(points[:12], "<f4")
+    focal = 60 / math.tan(math.radians(30))
+    assert (x, y) == pytest.approx((-59.5 * z / focal, -44.5 * z / focal), rel=1e-5)
+    assert list(points[12:15]) == [np.asarray(grey)[0, 0]] * 3
+
+
+def test_pictures_beyond_65_m_and_none(tmp_path, monkeypatch):
+    far = cabins.CaBins(cabins.Config(backbone="tiny", max_depth=80.0))
+    cabins.save_checkpoint(tmp_path / "far.pt", far)
+    Image.new("RGB", (80, 70)).save(tmp_path / "a.png")
+    command = (tmp_path / "far.pt", "--out", tmp_path / "out", "--images")
+    assert run_eval(monkeypatch, *command, tmp_path / "*.png") == 0
+    assert "1/100 m (cm)" in Image.open(tmp_path / "out" / "a_depth_cm.png").text["Description"]
+    with pytest.raises(FileNotFoundError, match="none.png: no picture there"):
+        run_eval(monkeypatch, *command, tmp_path / "none.png")
+
+
+def test_explained_bins_and_spread_are_the_networks(tiny):
+    image = torch.randn(1, 3, 96, 128, generator=generator())
+    rows, bins = evaluation.explain(tiny, image)
+    with torch.no_grad():
+        prediction = tiny(image)
+    close((bins.edges[1:] + bins.edges[:-1]) / 2, prediction.centers[0].numpy(), 1e-5)
+    assert bins.edges[-1] == pytest.approx(10.0) and len(bins.edges) == 257
+    assert bins.texts == [str(round(e, 4)) for e in prediction.cabins[0].tolist()]
+    spread = rows[0][-1].values
+    assert spread.shape == (96, 128) and 0 < spread.min() and spread.max() < 10 / 2
+    assert [panel.title for panel in rows[0]] == ["image", "prediction", "spread of p"]
+
+
+def test_the_readmes_python(tiny, tmp_path, monkeypatch, capsys):
+    code = (HERE / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    (tmp_path / "runs" / "toy").mkdir(parents=True)
+    cabins.save_checkpoint(tmp_path / "runs" / "toy" / "best.pt", tiny)
+    Image.new("RGB", (100, 80)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(code, found)  # noqa: S102
+    assert found["depth"].shape == (80, 100) and "torch.Size([256])" in capsys.readouterr().out
+
+
 # ---- Sec. 4.2  Data ------------------------------------------------------------------------------
 
 
@@ -805,7 +889,8 @@ def run_train(*options):
 def test_an_interrupted_run_resumes_to_the_same_weights(few_rooms, tmp_path, monkeypatch, capsys):
     options = ("--epochs", 2, "--batch-size", 2)
     run_train(*options, "--out", tmp_path / "whole")
-    assert (tmp_path / "whole" / "figure.png").stat().st_size > 10_000
+    for figure in ("comparison.png", "explained_0.png", "curves.png"):
+        assert min(Image.open(tmp_path / "whole" / figure).size) > 300
 
     def stop(prediction, *rest):  # in the second epoch
         if len(calls) == 6:

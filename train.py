@@ -32,12 +32,13 @@ from data import DATASETS, DepthDataset, add_data_options, augment, run_command
 from eval import (
     default_device,
     default_workers,
-    draw,
+    draw_samples,
     evaluate,
     evaluate_windows,
     format_table,
     predictor,
     protocol,
+    write_whole,
 )
 
 RECIPE = {  # Sec. 4.1
@@ -180,15 +181,16 @@ def train(args: argparse.Namespace) -> None:
     def validate() -> dict[str, dict[str, float]]:
         nonlocal best
         windows = evaluate_windows(predict, test_set, progress=True)
-        model.train()
         row = next(iter(windows.values()))
         append_row(out / "metrics.csv", {"step": step, "epoch": step // per_epoch, **row})
+        draw_samples(out, model, test_set, 1, predict)
         epoch = f"epoch {step // per_epoch}/{args.epochs}"
         tqdm.write(f"{epoch}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))
         if row["abs_rel"] < best:
             best = row["abs_rel"]
             save("best.pt")
             save("last.pt")  # which knows the best
+        model.train()  # which measuring and drawing left in eval mode
         return windows
 
     step = first
@@ -244,11 +246,31 @@ def train(args: argparse.Namespace) -> None:
     for window in windows:
         print(protocol(test_set, window, flip=True))
     print(format_table(args.data, rows))
-    draw(out / "figure.png", [test_set[i] for i in range(min(4, len(test_set)))], predict)
+    draw_curves(out)
     print(
         f"{out} has last.pt; best.pt, chosen by AbsRel on these very test images; "
-        "log.csv; metrics.csv; figure.png"
+        "log.csv and metrics.csv, drawn in curves.png; comparison.png and explained_0.png"
     )
+
+
+def draw_curves(out: Path) -> None:
+    """Draw losses over steps, and metrics over epochs, from the CSV files of a run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    files = (
+        ("log.csv", "step", ("loss", "bins")),
+        ("metrics.csv", "epoch", ("abs_rel", "rmse", "d1")),
+    )
+    for axis, (file, x, columns) in zip(figure.subplots(1, 2), files):
+        with open(out / file, newline="") as opened:
+            rows = list(csv.DictReader(opened))
+        for column in columns:
+            xs, ys = zip(*((float(row[x]), float(row[column])) for row in rows))
+            axis.plot(xs, ys, marker="." if file == "metrics.csv" else "", label=column)
+        axis.set(xlabel=x, yscale="log")
+        axis.legend()
+    write_whole(out / "curves.png", lambda partial: figure.savefig(partial, dpi=100, format="png"))
 
 
 def baselines(dataset: DepthDataset, test_set: DepthDataset) -> dict[str, dict[str, float]]:
