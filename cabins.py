@@ -38,6 +38,7 @@ import math
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -891,17 +892,22 @@ def our_name(name: str) -> str:
     return name
 
 
-def save_checkpoint(path: str | Path, model: CaBins, **state) -> None:
-    """Write the model, its config and `state` (tensors and plain values) whole, or not at all."""
-    content = {"config": dataclasses.asdict(model.config), "model": model.state_dict(), **state}
+def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file, which gets its name only when it is whole."""
     partial = Path(f"{path}.partial")
     try:
-        torch.save(content, partial)
+        write(partial)
         partial.replace(path)
     except RuntimeError as error:  # torch's own, of a full disk
         raise OSError(f"{path} could not be written: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: str | Path, model: CaBins, **state) -> None:
+    """Write the model, its config and `state` (tensors and plain values) whole, or not at all."""
+    content = {"config": dataclasses.asdict(model.config), "model": model.state_dict(), **state}
+    write_whole(path, lambda partial: torch.save(content, partial))
 
 
 def read_checkpoint(path: str | Path) -> dict:

@@ -302,6 +302,15 @@ def read_labelled(path: Path, index: int) -> tuple[np.ndarray, np.ndarray]:
 # ---- Augmentation, on the batch ------------------------------------------------------------------
 
 
+def denormalize(image: Tensor) -> Tensor:
+    """Normalised images (…, 3, H, W) as colours from 0 to 1."""
+    mean, std = (
+        torch.tensor(v, device=image.device)[:, None, None]
+        for v in (Config.image_mean, Config.image_std)
+    )
+    return (image * std + mean).clamp(0, 1)
+
+
 def augment(
     image: Tensor,
     depth: Tensor,
@@ -472,8 +481,7 @@ def main() -> None:
         dataset = DepthDataset(args.data, args.root, split, part == "train", **scale)
         n_expected = None if split else LISTS.get((args.data, part), [None] * 2)[1]
         images, depths = check(dataset, n_expected)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (Config.image_mean, Config.image_std))
-    cells = [image * std + mean for image in images]
+    cells = [denormalize(image) for image in images]
     cells += [depth.expand(3, -1, -1) for depth in depths]
     cells = [F.interpolate(cell[None], (192, 256))[0].clamp(0, 1) for cell in cells]
     path = Path("runs") / f"check_{args.data}.png"

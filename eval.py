@@ -37,9 +37,17 @@ from cabins import (
     read_checkpoint,
     resize,
     restore,
+    write_whole,
 )
 from clip_tokenizer import tokenize
-from data import DATASETS, DepthDataset, add_data_options, evaluation_windows, run_command
+from data import (
+    DATASETS,
+    DepthDataset,
+    add_data_options,
+    denormalize,
+    evaluation_windows,
+    run_command,
+)
 
 # ---- Tables 1 and 2 of the paper -----------------------------------------------------------------
 
@@ -172,17 +180,13 @@ def depthclip(clip: CLIP) -> Callable[[Tensor], Tensor]:
     """
     phrases = [phrase for phrase in SEMANTIC_BINS if phrase != "farthest"]  # which CaBins added
     distances = torch.tensor([[1.0, 1.5, 2.0, 2.25, 2.5, 2.75, 3.0]])  # (1, 7) metres
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]  # CLIP's own
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
-    ours_mean, ours_std = (
-        torch.tensor(v)[:, None, None] for v in (Config.image_mean, Config.image_std)
-    )
+    clip_mean, clip_std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     with torch.inference_mode():
         t = clip.eval().encode_text(tokenize([f"This object is {phrase}" for phrase in phrases]))
 
     @torch.inference_mode()
     def predict(image: Tensor) -> Tensor:
-        image = ((image * ours_std + ours_mean - mean) / std).to(t.device)
+        image = normalize(denormalize(image), clip_mean, clip_std).to(t.device)
         _, _, z = clip.visual(image)  # (1, D, h, w)
         s = cosine_similarity(z, t.expand(len(z), -1, -1))  # (1, 7, h, w)
         p = (clip.logit_scale.exp() * s).softmax(1)
@@ -312,29 +316,14 @@ def draw(path: str | Path, rows: list[list[Panel]], bins: Bins | None = None) ->
     write_whole(path, lambda partial: figure.savefig(partial, dpi=100, format="png"))
 
 
-def write_whole(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Let `write` write a temporary file, and give it its name only when it is whole."""
-    partial = Path(f"{path}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def to_colours(image: Tensor) -> np.ndarray:
-    """A normalised image (3, H, W) as colours (H, W, 3) from 0 to 1."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (Config.image_mean, Config.image_std))
-    return (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-
-
 def comparison(samples: list[dict], predict: Callable[[Tensor], Tensor]) -> list[list[Panel]]:
     """Rows of image, truth, prediction and error on one scale, as Figures 4 and 5, for `draw`."""
     truths = [sample["depth"][0].numpy() for sample in samples]
     depths = [predict(sample["image"][None])[0, 0].cpu().numpy() for sample in samples]
     truths = [np.where(truth > 0, truth, np.nan) for truth in truths]
     errors = [np.abs(depth - truth) for depth, truth in zip(depths, truths)]
-    top = max(float(np.nan_to_num(truth).max()) for truth in truths) or 1.0
+    top = max(float(np.nan_to_num(truth).max()) for truth in truths)
+    top = top or max(float(depth.max()) for depth in depths)
     known = np.concatenate([error[np.isfinite(error)] for error in errors])
     worst = float(np.quantile(known, 0.98)) if known.size else 1.0
     rows = []
@@ -342,7 +331,7 @@ def comparison(samples: list[dict], predict: Callable[[Tensor], Tensor]) -> list
         metres = ("depth (m)", 0, top)
         rows.append(
             [
-                Panel("image", to_colours(sample["image"])),
+                Panel("image", denormalize(sample["image"]).permute(1, 2, 0).cpu().numpy()),
                 Panel("ground truth", truth, *metres),
                 Panel("prediction", depth, *metres),
                 Panel("error", error, "|error| (m)", 0, worst, "magma"),
@@ -374,12 +363,12 @@ def explain(
     texts = [str(round(float(v), 4)) for v in e]
     depths = {"prediction": depth.ravel()}
     sample = {"image": image[0], "depth": torch.zeros(1, *depth.shape)}
-    if truth is not None:
+    if truth is not None and truth.max() > 0:
         sample["depth"] = torch.from_numpy(truth)[None]
         depths["ground truth"] = truth[truth > 0]
     row = comparison([sample], lambda _: prediction.depth)[0]
-    if truth is None:
-        row = [row[0], row[2]._replace(high=float(depth.max()))]
+    if len(depths) == 1:
+        row = [row[0], row[2]]
     row.append(
         Panel("spread of p", spread, "standard deviation (m)", 0, float(spread.max()), "magma")
     )
@@ -413,11 +402,8 @@ def draw_samples(
 # ---- Your own pictures ---------------------------------------------------------------------------
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-CAMERAS = {
-    "nyu": (640, 518.86),
-    "kitti": (1242, 721.54),
-    "toy": (128, 100.0),
-}  # width, focal length
+# width of an image and focal length, in pixels, of the training sets' cameras
+CAMERAS = {"nyu": (640, 518.86), "kitti": (1242, 721.54), "toy": (128, 100.0)}
 
 
 def find_pictures(arguments: list[str]) -> list[Path]:
@@ -547,7 +533,14 @@ def main() -> None:
     add("--clip", default="RN50", help="depthclip only: a name or a file")
     add("--flip", action=argparse.BooleanOptionalAction, default=True)
     add("--out", metavar="DIR", help="keep results.csv and depth PNGs; for pictures: where to")
-    add("--explain", nargs="?", type=int, const=4, metavar="N", help="draw N samples, or pictures")
+    add(
+        "--explain",
+        nargs="?",
+        type=int,
+        const=4,
+        metavar="N",
+        help="figures of N samples, or of the pictures",
+    )
     add("--images", nargs="+", metavar="PICTURE", help="files, folders or patterns of your own")
     add("--ply", action="store_true", help="write a point cloud of each picture")
     add("--focal", type=float, help="of the pictures' camera, in pixels; default: in training")

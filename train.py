@@ -27,6 +27,7 @@ from cabins import (
     restore,
     save_checkpoint,
     total_loss,
+    write_whole,
 )
 from data import DATASETS, DepthDataset, add_data_options, augment, run_command
 from eval import (
@@ -38,7 +39,6 @@ from eval import (
     format_table,
     predictor,
     protocol,
-    write_whole,
 )
 
 RECIPE = {  # Sec. 4.1
