@@ -1027,12 +1027,26 @@ def test_train_and_eval_on_real_pairs(name, tmp_path, monkeypatch, capsys):
 # ---- Bad input: one sentence that names the file or value, and the remedy ------------------------
 
 
-def run_script(*arguments) -> str:
+SCRIPTS = {
+    "data.py": data.main,
+    "train.py": lambda: train.train(train.parse_args()),
+    "eval.py": evaluation.main,
+}
+
+
+def run_script(monkeypatch, name: str, *arguments) -> str:
     """Standard error of a script that must fail."""
-    command = [sys.executable, *map(str, arguments)]
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        data.run_command(SCRIPTS[name])
+    return stop.value.code
+
+
+def test_an_error_is_one_line_on_standard_error():
+    command = [sys.executable, "eval.py", "none.pt"]
     run = subprocess.run(command, check=False, cwd=HERE, capture_output=True, text=True)
-    assert run.returncode != 0 and "Traceback" not in run.stderr
-    return run.stderr
+    expected = "error: none.pt: no such file; expected a checkpoint of train.py or of the authors\n"
+    assert (run.returncode, run.stdout, run.stderr) == (1, "", expected)
 
 
 @pytest.mark.parametrize(
@@ -1086,7 +1100,7 @@ def test_wrong_clip_files(tiny, tmp_path):
             cabins.load_clip(tmp_path / name)
 
 
-def test_wrong_checkpoints(tiny, tmp_path):
+def test_wrong_checkpoints(tiny, tmp_path, monkeypatch):
     cabins.save_checkpoint(tmp_path / "good.pt", tiny)
     with pytest.raises(ValueError, match="is for depths to 10.0 m, not to 80"):
         cabins.load_checkpoint(tmp_path / "good.pt", max_depth=80)
@@ -1098,12 +1112,14 @@ def test_wrong_checkpoints(tiny, tmp_path):
     with pytest.raises(ValueError, match="--resume|cannot be resumed"):
         train.parse_args(["--resume", str(tmp_path / "good.pt")])
     assert "does not say what data it is for: give --data" in run_script(
-        "eval.py", tmp_path / "good.pt"
+        monkeypatch, "eval.py", tmp_path / "good.pt"
     )
-    assert "none.pt: no such file; expected a checkpoint" in run_script("eval.py", "none.pt")
+    assert "none.pt: no such file; expected a checkpoint" in run_script(
+        monkeypatch, "eval.py", "none.pt"
+    )
 
 
-def test_wrong_data(tmp_path):
+def test_wrong_data(tmp_path, monkeypatch):
     write_pair(tmp_path / "a", "1")
     write_pair(tmp_path / "a", "small", 100, 100)
     write_pair(tmp_path / "a", "zero", depth=0)
@@ -1145,8 +1161,14 @@ def test_wrong_data(tmp_path):
     options = ("--data", "nyu", "--root", tmp_path, "--train-split", tmp_path / "list.txt")
     options += ("--test-split", tmp_path / "list.txt", "--backbone", "tiny", "--out", tmp_path)
     assert "rgb_cut.jpg cannot be read as an image" in run_script(
-        "train.py", *options, "--batch-size", 1
+        monkeypatch, "train.py", *options, "--batch-size", 1
     )
-    assert "--root is not for toy rooms: add --data" in run_script("train.py", "--root", tmp_path)
-    assert "no such folder" in run_script("train.py", "--data", "nyu", "--root", tmp_path / "none")
-    assert "--epochs is 0; it must be positive" in run_script("train.py", "--epochs", 0)
+    assert "--root is not for toy rooms: add --data" in run_script(
+        monkeypatch, "train.py", "--root", tmp_path
+    )
+    assert "no such folder" in run_script(
+        monkeypatch, "train.py", "--data", "nyu", "--root", tmp_path / "none"
+    )
+    assert "--epochs is 0; it must be positive" in run_script(
+        monkeypatch, "train.py", "--epochs", 0
+    )
