@@ -101,20 +101,14 @@ class Config:
             value = getattr(self, field)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{field} is {value!r}; it must be an integer of at least {least}")
-        if self.n_bins % self.n_cabins:
-            raise ValueError(
-                f"n_cabins is {self.n_cabins}; it must divide n_bins, which is {self.n_bins}"
-            )
-        if not 0 < self.min_depth < self.max_depth < 10_000:
-            raise ValueError(
-                f"min_depth is {self.min_depth} and max_depth {self.max_depth}; "
-                "they must satisfy 0 < min_depth < max_depth < 10000 metres"
-            )
-        if self.distance_class == "semantic" and self.n_cabins != len(SEMANTIC_BINS):
-            raise ValueError(
-                f"n_cabins is {self.n_cabins}; with distance_class 'semantic' it must be "
-                f"{len(SEMANTIC_BINS)}, one for each phrase"
-            )
+        n, low, high = self.n_cabins, self.min_depth, self.max_depth
+        if self.n_bins % n:
+            raise ValueError(f"n_cabins is {n}; it must divide n_bins, which is {self.n_bins}")
+        if self.distance_class == "semantic" and n != len(SEMANTIC_BINS):
+            raise ValueError(f"n_cabins is {n}; for 'semantic' it must be {len(SEMANTIC_BINS)}")
+        if not 0 < low < high < 10_000:
+            must = "they must satisfy 0 < min_depth < max_depth < 10000 metres"
+            raise ValueError(f"min_depth is {low} and max_depth {high}; {must}")
 
 
 # ---- Sec. 3.1  CLIP. Parameters have the names that CLIP's own files give them. ------------------
@@ -205,16 +199,12 @@ class ImageEncoder(nn.Module):
         self.bn2 = nn.BatchNorm2d(width // 2)
         self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(width)
-        channels = width
-        for i, n_blocks in enumerate(layers):
-            stage = []
-            for block in range(n_blocks):
-                stride = 2 if i > 0 and block == 0 else 1
-                stage.append(Bottleneck(channels, width * 2**i, stride))
-                channels = 4 * width * 2**i
-            setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
-        self.attnpool = AttentionPool(channels, embed_dim, grid)
         self.channels = [4 * width * 2**i for i in range(len(layers))]  # of x1..x4
+        for i, (before, n_blocks) in enumerate(zip([width, *self.channels], layers)):
+            stage = [Bottleneck(before, width * 2**i, 1 if i == 0 else 2)]
+            stage += [Bottleneck(self.channels[i], width * 2**i, 1) for _ in range(n_blocks - 1)]
+            setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
+        self.attnpool = AttentionPool(self.channels[-1], embed_dim, grid)
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         x = F.relu(self.bn1(self.conv1(image)))  # (B, width / 2, H/2, W/2)
@@ -410,18 +400,14 @@ def read_architecture(state: dict[str, Tensor], source: object) -> Architecture:
         return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
 
     try:
-        if "visual.proj" in state:  # ViT
-            layers = (count("visual.transformer.resblocks."),)
-            width = len(state["visual.conv1.weight"])
-            positions = state["visual.positional_embedding"]
-        else:
-            layers = tuple(count(f"visual.layer{i}.") for i in (1, 2, 3, 4))
-            width = len(state["visual.layer1.0.conv1.weight"])
-            positions = state["visual.attnpool.positional_embedding"]
+        is_vit = "visual.proj" in state
+        stages = ["transformer.resblocks."] if is_vit else [f"layer{i}." for i in (1, 2, 3, 4)]
+        first, pool = ("", "") if is_vit else ("layer1.0.", "attnpool.")
+        positions = state[f"visual.{pool}positional_embedding"]
         return Architecture(
             embed_dim=state["text_projection"].shape[1],
-            layers=layers,
-            width=width,
+            layers=tuple(count(f"visual.{stage}") for stage in stages),
+            width=len(state[f"visual.{first}conv1.weight"]),
             grid=math.isqrt(len(positions) - 1),
             text_width=len(state["ln_final.weight"]),
             text_layers=count("transformer.resblocks."),
@@ -437,15 +423,12 @@ def read_architecture(state: dict[str, Tensor], source: object) -> Architecture:
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
     """Load a state dict that must fit exactly, or raise one ValueError that says what does not."""
-    expected = module.state_dict()
+    ours, given = ({k: tuple(v.shape) for k, v in s.items()} for s in (module.state_dict(), state))
+    others = [k for k in ours if k in given and given[k] != ours[k]]
     misfits = {
-        "missing": [k for k in expected if k not in state],
-        "unknown": [k for k in state if k not in expected],
-        "of another shape": [
-            f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
-            for k, v in expected.items()
-            if k in state and tuple(state[k].shape) != tuple(v.shape)
-        ],
+        "missing": [k for k in ours if k not in given],
+        "unknown": [k for k in given if k not in ours],
+        "of another shape": [f"{k} {given[k]} for {ours[k]}" for k in others],
     }
     found = [f"{len(names)} {what} ({names[0]}, …)" for what, names in misfits.items() if names]
     if found:
@@ -487,13 +470,9 @@ class AdaptiveBins(nn.Module):
         super().__init__()
         # NOTE(differs): the paper says "MLP with ReLU". The released one has LeakyReLU between its
         # layers, and ReLU + 0.1 at its end, which keeps every bin open; so does this.
-        self.mlp = nn.Sequential(
-            nn.Linear(embed_dim, 512),
-            nn.LeakyReLU(),
-            nn.Linear(512, 256),
-            nn.LeakyReLU(),
-            nn.Linear(256, n_bins),
-        )
+        first, second = nn.Linear(embed_dim, 512), nn.Linear(512, 256)
+        last = nn.Linear(256, n_bins)
+        self.mlp = nn.Sequential(first, nn.LeakyReLU(), second, nn.LeakyReLU(), last)
 
     def forward(self, z_bar: Tensor) -> Tensor:
         b = F.relu(self.mlp(z_bar)) + 0.1  # b'
@@ -560,14 +539,11 @@ def number_tokens(depths: Tensor, integer_digits: int = 4) -> Tensor:
     # after it is not 0; and those next to the point in any case, as in "0.5" and "2.0".
     keep = torch.where(places >= unit, number >= places, number % (10 * places) > 0)
     keep = keep | (places == unit) | (places == unit // 10)
-
-    whole, decimals = digits.split((integer_digits, DECIMALS), -1)
-    keep_whole, keep_decimals = keep.split((integer_digits, DECIMALS), -1)
+    whole, decimals = (digits * keep).split((integer_digits, DECIMALS), -1)
     one = torch.ones_like(number)
     ids = torch.cat([SOT * one, whole, POINT * one, decimals, EOT * one], -1)  # (…, T)
-    keep = torch.cat([one, keep_whole, one, keep_decimals, one], -1)  # (…, T)
-    order = keep.argsort(dim=-1, descending=True, stable=True)  # what is kept, to the left
-    return (ids * keep).gather(-1, order).to(depths.device)
+    order = (ids > 0).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return ids.gather(-1, order).to(depths.device)  # what is kept, to the left
 
 
 class Attention(nn.Module):
@@ -661,17 +637,11 @@ class DepthDecoder(nn.Module):
         self.reduce = nn.Conv2d(last + n_cabins, last, 1, padding=1)
         self.up = nn.ModuleList()
         for skip in reversed(skips):  # x3, x2, x1
-            self.up.append(
-                nn.Sequential(
-                    nn.Conv2d(last + skip, last // 2, 3, padding=1),
-                    nn.BatchNorm2d(last // 2),
-                    nn.LeakyReLU(),
-                    nn.Conv2d(last // 2, last // 2, 3, padding=1),
-                    nn.BatchNorm2d(last // 2),
-                    nn.LeakyReLU(),
-                )
-            )
-            last //= 2
+            last, layers = last // 2, []
+            for inputs in (2 * last + skip, last):
+                layers += [nn.Conv2d(inputs, last, 3, padding=1), nn.BatchNorm2d(last)]
+                layers.append(nn.LeakyReLU())
+            self.up.append(nn.Sequential(*layers))
         self.features = nn.Conv2d(last, n_bins, 3, padding=1)
         self.logits = nn.Conv2d(n_bins, n_bins, 1)
 
@@ -922,11 +892,7 @@ def read_checkpoint(path: str | Path) -> dict:
 def restore(content: dict, source: object, max_depth: float | None = None) -> CaBins:
     """The network of a checkpoint that `read_checkpoint` read from `source`."""
     state = content["model"]
-    if released := "config" not in content:
-        state = {our_name(name): tensor for name, tensor in state.items()}
-    clip_state = {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
-    clip = CLIP(read_architecture(clip_state, source))
-    if not released:
+    if "config" in content:
         try:
             config = Config(**content["config"])
         except TypeError as error:
@@ -940,9 +906,11 @@ def restore(content: dict, source: object, max_depth: float | None = None) -> Ca
         )
     else:
         config = Config(max_depth=max_depth)
+        state = {our_name(name): tensor for name, tensor in state.items()}
         if "prompts" in state:
             state["prompts"] = state["prompts"].squeeze(0)  # theirs is (1, N, 512)
-    model = CaBins(config, clip)
+    clip_state = {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
+    model = CaBins(config, CLIP(read_architecture(clip_state, source)))
     load_strictly(model, state, source)
     return model.eval()
 

@@ -148,9 +148,8 @@ class DepthDataset(Dataset):
     ):
         if name not in DATASETS:
             raise ValueError(f"data is {name!r}; it must be one of {', '.join(DATASETS)}")
-        recipe = DATASETS[name]
-        recipe = recipe._replace(max_depth=max_depth or recipe.max_depth)
-        self.recipe = recipe._replace(depth_scale=depth_scale or recipe.depth_scale)
+        given = {"max_depth": max_depth, "depth_scale": depth_scale}
+        self.recipe = DATASETS[name]._replace(**{k: v for k, v in given.items() if v})
         self.name, self.train, self.n_left_out = name, train, 0
         self.labelled, self.size_to_train = False, None
         part = "train" if train else "test"
@@ -172,10 +171,9 @@ class DepthDataset(Dataset):
             file, _, sha256 = LISTS[name, part]
             split = download(LIST_URL + file, file, sha256)
         self.pairs = self.find_pairs(root, Path(split))
-        if recipe.crop is None and train:
-            height, width, _ = read_image(self.pairs[0][0]).shape
-            self.size_to_train = (height, width)
-            crop = (height * 7 // 8 // 32 * 32, width * 7 // 8 // 32 * 32)
+        if self.recipe.crop is None and train:
+            self.size_to_train = read_image(self.pairs[0][0]).shape[:2]
+            crop = tuple(side * 7 // 8 // 32 * 32 for side in self.size_to_train)
             self.recipe = self.recipe._replace(crop=crop)
 
     def find_pairs(self, root: Path, split: Path) -> list[tuple]:
@@ -188,8 +186,7 @@ class DepthDataset(Dataset):
         except UnicodeDecodeError as error:
             raise ValueError(f"{split} is no text in UTF-8: {error}") from None
         for number, line in enumerate(lines, 1):
-            fields = line.split()
-            if not fields:
+            if not (fields := line.split()):
                 continue
             if len(fields) not in (2, 3):
                 raise ValueError(f"{split}, line {number}: {line!r} is not 'image depth focal'")
@@ -242,12 +239,9 @@ class DepthDataset(Dataset):
         depth = torch.from_numpy(depth[top:bottom, left:right].copy())[None]  # (1, h, w)
         if not self.train:
             image = normalize(image / 255, Config.image_mean, Config.image_std)
-        return {
-            "image": image,
-            "depth": depth,
-            "path": str(path) if isinstance(depth_path, str) else f"{path} {depth_path}",
-            "size": torch.tensor([height, width]),
-        }
+        name = str(path) if isinstance(depth_path, str) else f"{path} {depth_path}"
+        size = torch.tensor([height, width])
+        return {"image": image, "depth": depth, "path": name, "size": size}
 
 
 def find(root: Path, folders: tuple[str, ...], name: str, suffixes: tuple[str, ...]) -> str | None:
@@ -274,13 +268,12 @@ def read_depth(path: str | Path) -> np.ndarray:
     """(H, W) float32, in the file's own units."""
     try:
         with Image.open(path) as image:
-            if not image.mode.startswith("I"):
-                raise ValueError(
-                    f"{path} is no depth map: its mode is {image.mode}, not 16-bit grey"
-                )
-            return np.asarray(image).astype(np.float32)
+            mode, depth = image.mode, np.asarray(image).astype(np.float32)
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as a depth map: {error}") from None
+    if not mode.startswith("I"):
+        raise ValueError(f"{path} is no depth map: its mode is {mode}, not 16-bit grey")
+    return depth
 
 
 def read_labelled(path: Path, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -304,10 +297,7 @@ def read_labelled(path: Path, index: int) -> tuple[np.ndarray, np.ndarray]:
 
 def denormalize(image: Tensor) -> Tensor:
     """Normalised images (…, 3, H, W) as colours from 0 to 1."""
-    mean, std = (
-        torch.tensor(v, device=image.device)[:, None, None]
-        for v in (Config.image_mean, Config.image_std)
-    )
+    mean, std = torch.tensor([Config.image_mean, Config.image_std])[..., None, None].to(image)
     return (image * std + mean).clamp(0, 1)
 
 
@@ -326,9 +316,7 @@ def augment(
     n, _, h, w = image.shape
     rows, columns = recipe.crop
     if rows > h or columns > w:
-        raise ValueError(
-            f"images of {h} x {w} pixels are too small for crops of {rows} x {columns}"
-        )
+        raise ValueError(f"images of {h} x {w} pixels are too small to crop to {rows} x {columns}")
     u = torch.rand(n, 10, generator=generator).to(image.device)
     angle, top, left, flip, recolour = u[:, :5].unbind(1)  # (B,) each
 
@@ -346,12 +334,10 @@ def augment(
     image = F.grid_sample(image / 255, grid, "bilinear", align_corners=True)  # zeros outside
     depth = F.grid_sample(depth, grid, "nearest", align_corners=True)
 
-    def factor(columns: slice, spread: float) -> Tensor:  # from 1 - spread to 1 + spread
-        return 1 + spread * (2 * u[:, columns, None, None] - 1)
-
-    coloured = image ** factor(slice(5, 6), recipe.gamma)
-    coloured = coloured * factor(slice(6, 7), recipe.brightness)
-    coloured = (coloured * factor(slice(7, 10), recipe.colour)).clamp(0, 1)
+    # factors from 1 - spread to 1 + spread; of red, green and blue each their own
+    spread = torch.tensor([recipe.gamma, recipe.brightness, *[recipe.colour] * 3]).to(u)
+    factor = (1 + spread * (2 * u[:, 5:] - 1))[..., None, None]  # (B, 5, 1, 1)
+    coloured = (image ** factor[:, :1] * factor[:, 1:2] * factor[:, 2:]).clamp(0, 1)
     image = torch.where(recolour[:, None, None, None] < 0.5, coloured, image)
     return normalize(image, Config.image_mean, Config.image_std), depth
 
@@ -372,9 +358,8 @@ def draw_room(seed: int) -> tuple[np.ndarray, np.ndarray]:
     height, width = TOY_SIZE
     v, u = np.mgrid[:height, :width].reshape(2, -1).astype(np.float32)
     rays = np.stack([(u - width / 2 + 0.5), (v - height / 2 + 0.5), np.full_like(u, TOY_FOCAL)])
-    rays = turn(
-        turn(rays / TOY_FOCAL, 1, 2, rng.uniform(-0.05, 0.25)), 0, 2, rng.uniform(-0.5, 0.5)
-    )
+    rays = turn(rays / TOY_FOCAL, 1, 2, rng.uniform(-0.05, 0.25))
+    rays = turn(rays, 0, 2, rng.uniform(-0.5, 0.5))
 
     # the room: its corners as seen from the camera, at the origin
     floor, size = rng.uniform(1.2, 1.7), rng.uniform((3, 2.4, 3.5), (6, 3.0, 8.5))
@@ -481,8 +466,7 @@ def main() -> None:
         dataset = DepthDataset(args.data, args.root, split, part == "train", **scale)
         n_expected = None if split else LISTS.get((args.data, part), [None] * 2)[1]
         images, depths = check(dataset, n_expected)
-    cells = [denormalize(image) for image in images]
-    cells += [depth.expand(3, -1, -1) for depth in depths]
+    cells = [denormalize(image) for image in images] + [d.expand(3, -1, -1) for d in depths]
     cells = [F.interpolate(cell[None], (192, 256))[0].clamp(0, 1) for cell in cells]
     path = Path("runs") / f"check_{args.data}.png"
     path.parent.mkdir(exist_ok=True)

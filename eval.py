@@ -25,42 +25,15 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
 
-from cabins import (
-    CLIP,
-    SEMANTIC_BINS,
-    CaBins,
-    Config,
-    cosine_similarity,
-    depth_metrics,
-    expected_depth,
-    load_clip,
-    read_checkpoint,
-    resize,
-    restore,
-    write_whole,
-)
+import cabins
+import data
 from clip_tokenizer import tokenize
-from data import (
-    DATASETS,
-    DepthDataset,
-    add_data_options,
-    denormalize,
-    evaluation_windows,
-    run_command,
-)
 
 # ---- Tables 1 and 2 of the paper -----------------------------------------------------------------
 
-HEADINGS = {
-    "abs_rel": "AbsRel",
-    "sq_rel": "SqRel",
-    "rmse": "RMSE",
-    "rmse_log": "RMSElog",
-    "log10": "log10",
-    "d1": "d<1.25",
-    "d2": "d<1.25²",
-    "d3": "d<1.25³",
-}
+Predict = Callable[[Tensor], Tensor]  # normalised images (B, 3, H, W) -> metres (B, 1, H, W)
+HEADINGS = {"abs_rel": "AbsRel", "sq_rel": "SqRel", "rmse": "RMSE", "rmse_log": "RMSElog"}
+HEADINGS |= {"log10": "log10", "d1": "d<1.25", "d2": "d<1.25²", "d3": "d<1.25³"}
 COLUMNS = {"nyu": ["abs_rel", "rmse", "log10", "d1", "d2", "d3"]}  # of the others, all: Table 2
 QUOTED = {
     "nyu": """
@@ -103,7 +76,7 @@ def format_table(name: str, rows: dict[str, dict[str, float]]) -> str:
 
 @torch.no_grad()
 def evaluate_windows(
-    predict: Callable[[Tensor], Tensor], dataset: DepthDataset, progress: bool = False
+    predict: Predict, dataset: data.DepthDataset, progress: bool = False
 ) -> dict[str, dict[str, float]]:
     """Mean metrics in each of the data set's test windows, from one pass.
 
@@ -112,7 +85,7 @@ def evaluate_windows(
     range. A metric is the mean over images of its mean over an image's pixels; images without a
     pixel of ground truth in a window are left out of that window's mean.
     """
-    low, high = Config.min_depth, dataset.recipe.max_depth
+    low, high = cabins.Config.min_depth, dataset.recipe.max_depth
     found: dict[str, list[dict[str, Tensor]]] = {}
     loader = DataLoader(dataset, num_workers=default_workers())
     for sample in tqdm(loader, desc="evaluating", disable=None if progress else True, leave=False):
@@ -120,21 +93,18 @@ def evaluate_windows(
         depth = depth.nan_to_num(low, high, low).clamp(low, high)
         if depth.shape != target.shape:
             raise ValueError(f"predict gave {tuple(depth.shape)} for {tuple(target.shape)}")
-        for window, (rows, columns) in evaluation_windows(
-            dataset.name, *sample["size"][0].tolist()
-        ).items():
+        windows = data.evaluation_windows(dataset.name, *sample["size"][0].tolist())
+        for window, (rows, columns) in windows.items():
             d, d_star = depth[..., rows, columns], target[..., rows, columns]
             mask = (d_star > low) & (d_star < high)
             if mask.any():
-                metrics = depth_metrics(d[mask].double(), d_star[mask].double())
+                metrics = cabins.depth_metrics(d[mask].double(), d_star[mask].double())
                 found.setdefault(window, []).append(metrics)
     if not found:
         raise ValueError(f"none of the {len(dataset)} images has ground truth to measure against")
     for window, images in found.items():
         if missing := len(dataset) - len(images):
-            print(
-                f"{missing} of the images have no ground truth in window {window}: left out of it"
-            )
+            print(f"{missing} of the images have no ground truth in window {window}: left out")
     return {
         window: {k: float(torch.stack([m[k] for m in images]).mean()) for k in images[0]}
         for window, images in found.items()
@@ -142,7 +112,7 @@ def evaluate_windows(
 
 
 def evaluate(
-    predict: Callable[[Tensor], Tensor], dataset: DepthDataset, window: str | None = None
+    predict: Predict, dataset: data.DepthDataset, window: str | None = None
 ) -> dict[str, float]:
     """Mean metrics in one test window, the paper's if none is named; see `evaluate_windows`."""
     windows = evaluate_windows(predict, dataset)
@@ -151,8 +121,8 @@ def evaluate(
     return windows[window or next(iter(windows))]
 
 
-def predictor(model: CaBins, flip: bool = True) -> Callable[[Tensor], Tensor]:
-    """The function from normalised images (B, 3, H, W) to depth (B, 1, H, W) that is measured.
+def predictor(model: cabins.CaBins, flip: bool = True) -> Predict:
+    """The function from images to depth that is measured.
 
     With `flip`, the mean over the image and its mirror image, each clipped to the depth range, is
     taken at the decoder's size and then upsampled.
@@ -167,18 +137,20 @@ def predictor(model: CaBins, flip: bool = True) -> Callable[[Tensor], Tensor]:
         if flip:
             straight, mirrored = depth.chunk(2)
             depth = (straight + mirrored.flip(-1)) / 2
-        return resize(depth, image.shape[-2:])
+        return cabins.resize(depth, image.shape[-2:])
 
     return predict
 
 
-def depthclip(clip: CLIP) -> Callable[[Tensor], Tensor]:
+def depthclip(clip: cabins.CLIP) -> Predict:
     """DepthCLIP, the zero-shot baseline of Table 1, for `evaluate`: CLIP compares, nothing learns.
 
     Each place in the image is likened to "This object is giant", … "unseen"; its depth is the mean
     of seven fixed distances (those for NYU), weighted by the softmax of the similarities.
     """
-    phrases = [phrase for phrase in SEMANTIC_BINS if phrase != "farthest"]  # which CaBins added
+    phrases = [
+        phrase for phrase in cabins.SEMANTIC_BINS if phrase != "farthest"
+    ]  # which CaBins added
     distances = torch.tensor([[1.0, 1.5, 2.0, 2.25, 2.5, 2.75, 3.0]])  # (1, 7) metres
     clip_mean, clip_std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     with torch.inference_mode():
@@ -186,28 +158,26 @@ def depthclip(clip: CLIP) -> Callable[[Tensor], Tensor]:
 
     @torch.inference_mode()
     def predict(image: Tensor) -> Tensor:
-        image = normalize(denormalize(image), clip_mean, clip_std).to(t.device)
+        image = normalize(data.denormalize(image), clip_mean, clip_std).to(t.device)
         _, _, z = clip.visual(image)  # (1, D, h, w)
-        s = cosine_similarity(z, t.expand(len(z), -1, -1))  # (1, 7, h, w)
+        s = cabins.cosine_similarity(z, t.expand(len(z), -1, -1))  # (1, 7, h, w)
         p = (clip.logit_scale.exp() * s).softmax(1)
-        depth = expected_depth(distances.to(t.device).expand(len(z), -1), p)  # (1, 1, h, w)
-        return resize(depth, image.shape[-2:])
+        depth = cabins.expected_depth(distances.to(t.device).expand(len(z), -1), p)  # (1, 1, h, w)
+        return cabins.resize(depth, image.shape[-2:])
 
     return predict
 
 
-def protocol(dataset: DepthDataset, window: str, flip: bool) -> str:
+def protocol(dataset: data.DepthDataset, window: str, flip: bool) -> str:
     """How a row was measured, in one line."""
     return (
         f"{dataset.name}: {len(dataset)} images ({dataset.n_left_out} without ground truth left out), "
-        f"window {window}, {Config.min_depth} < depth < {dataset.recipe.max_depth} m, "
+        f"window {window}, {cabins.Config.min_depth} < depth < {dataset.recipe.max_depth} m, "
         f"flip averaging {'on' if flip else 'off'}, mean of each image's mean"
     )
 
 
-def keep_predictions(
-    predict: Callable[[Tensor], Tensor], dataset: DepthDataset, folder: Path
-) -> Callable[[Tensor], Tensor]:
+def keep_predictions(predict: Predict, dataset: data.DepthDataset, folder: Path) -> Predict:
     """`predict`, writing each depth as a 16-bit PNG in the data set's scale: 00000.png and so on.
 
     The files are of the test image's size, KITTI's therefore of the cropped frame's.
@@ -218,23 +188,27 @@ def keep_predictions(
     def predict_and_keep(image: Tensor) -> Tensor:
         depth = predict(image)
         values = (depth[0, 0].cpu().numpy() * dataset.recipe.depth_scale).round()
-        Image.fromarray(values.clip(0, 65535).astype(np.uint16)).save(
-            folder / f"{next(numbers):05}.png"
-        )
+        picture = Image.fromarray(values.clip(0, 65535).astype(np.uint16))
+        picture.save(folder / f"{next(numbers):05}.png")
         return depth
 
     return predict_and_keep
 
 
-def append_results(path: Path, protocols: list[str], rows: dict[str, dict[str, float]]) -> None:
-    """Add a row for each window to a CSV file: label, protocol and metrics."""
+def append_row(path: Path, row: dict) -> None:
+    """Add a row to a CSV file, which begins with the names of its columns."""
     is_new = not path.exists()
     with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.DictWriter(file, row, lineterminator="\n")
         if is_new:
-            writer.writerow(["label", "protocol", *HEADINGS])
-        for line, (label, row) in zip(protocols, rows.items()):
-            writer.writerow([label, line, *(row[name] for name in HEADINGS)])
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def append_results(path: Path, protocols: list[str], rows: dict[str, dict[str, float]]) -> None:
+    """Add a row for each window to a CSV file: label, protocol and metrics."""
+    for line, (label, row) in zip(protocols, rows.items()):
+        append_row(path, {"label": label, "protocol": line, **row})
 
 
 # ---- Figures -------------------------------------------------------------------------------------
@@ -278,45 +252,43 @@ def draw_grid(figure, rows: list[list[Panel]]) -> None:
                 bar.set_axis_off()
 
 
+def draw_bins(axis, bins: Bins) -> None:
+    """Histograms of depth over the edges of the bins, and the prompts where their distances are."""
+    top = bins.edges[-1]
+    for (name, depth), style in zip(bins.depths.items(), ("stepfilled", "step")):
+        axis.hist(depth, 128, range=(0, top), histtype=style, density=True, label=name)
+    bottom_line = axis.get_xaxis_transform()  # metres across, shares of the height upwards
+    axis.vlines(bins.edges, 0, 0.06, "black", linewidth=0.4, transform=bottom_line)
+    for k, (e, text) in enumerate(zip(bins.cabins, bins.texts)):
+        axis.axvline(e, color="black", linewidth=0.8, linestyle="--")
+        place = {"xytext": ((k + 0.5) / len(bins.cabins), 1.12), "textcoords": "axes fraction"}
+        place |= {"xycoords": bottom_line, "ha": "center", "arrowprops": {"arrowstyle": "-"}}
+        axis.annotate(f"“{text}”", (e, 1.0), **place)
+    axis.set(xlabel="depth (m)", ylabel="share of pixels per metre", xlim=(0, top))
+    axis.set_title(f"{len(bins.edges) - 1} bins (short ticks) and their prompts (dashed)", pad=38)
+    axis.legend(loc="upper right")
+
+
 def draw(path: str | Path, rows: list[list[Panel]], bins: Bins | None = None) -> None:
     """A grid of panels; below it, if given, what the bins and the prompts do."""
     from matplotlib.figure import Figure
 
     height, width = rows[0][0].values.shape[:2]
-    inches = 0.9 + len(rows) * (0.25 + 13 / len(rows[0]) * height / width)
-    if bins is None:
-        figure = Figure(figsize=(13, inches), layout="constrained")
-        draw_grid(figure, rows)
-    else:
-        strip = 0.9 + 13 / len(bins.cabins) * height / width
-        figure = Figure(figsize=(13, inches + 3.3 + strip), layout="constrained")
-        top, middle, bottom = figure.subfigures(3, 1, height_ratios=(inches, 3.3, strip))
-        draw_grid(top, rows)
-        axis = middle.subplots()
-        for (name, depth), style in zip(bins.depths.items(), ("stepfilled", "step")):
-            axis.hist(
-                depth, 128, range=(0, bins.edges[-1]), histtype=style, density=True, label=name
-            )
-        bottom_line = axis.get_xaxis_transform()  # metres across, shares of the height upwards
-        axis.vlines(bins.edges, 0, 0.06, "black", linewidth=0.4, transform=bottom_line)
-        for k, (e, text) in enumerate(zip(bins.cabins, bins.texts)):
-            axis.axvline(e, color="black", linewidth=0.8, linestyle="--")
-            place = {"xytext": ((k + 0.5) / len(bins.cabins), 1.12), "textcoords": "axes fraction"}
-            place |= {"xycoords": bottom_line, "ha": "center", "arrowprops": {"arrowstyle": "-"}}
-            axis.annotate(f"“{text}”", (e, 1.0), **place)
-        axis.set(xlabel="depth (m)", ylabel="share of pixels per metre", xlim=(0, bins.edges[-1]))
-        axis.set_title(
-            f"{len(bins.edges) - 1} bins (short ticks) and their prompts (dashed)", pad=38
-        )
-        axis.legend(loc="upper right")
-        low, high = bins.similarity.min(), bins.similarity.max()
-        cosine = ("cosine", low, high, "cividis")
+    inches = [0.9 + len(rows) * (0.25 + 13 / len(rows[0]) * height / width)]
+    if bins is not None:
+        inches += [3.3, 0.9 + 13 / len(bins.cabins) * height / width]
+    figure = Figure(figsize=(13, sum(inches)), layout="constrained")
+    parts = figure.subfigures(len(inches), 1, squeeze=False, height_ratios=inches)[:, 0]
+    draw_grid(parts[0], rows)
+    if bins is not None:
+        draw_bins(parts[1].subplots(), bins)
+        cosine = ("cosine", bins.similarity.min(), bins.similarity.max(), "cividis")
         maps = zip(bins.texts, bins.cabins, bins.similarity)
-        draw_grid(bottom, [[Panel(f"“{t}”, {e:.2f} m", s, *cosine) for t, e, s in maps]])
-    write_whole(path, lambda partial: figure.savefig(partial, dpi=100, format="png"))
+        draw_grid(parts[2], [[Panel(f"“{t}”, {e:.2f} m", s, *cosine) for t, e, s in maps]])
+    cabins.write_whole(path, lambda partial: figure.savefig(partial, dpi=100, format="png"))
 
 
-def comparison(samples: list[dict], predict: Callable[[Tensor], Tensor]) -> list[list[Panel]]:
+def comparison(samples: list[dict], predict: Predict) -> list[list[Panel]]:
     """Rows of image, truth, prediction and error on one scale, as Figures 4 and 5, for `draw`."""
     truths = [sample["depth"][0].numpy() for sample in samples]
     depths = [predict(sample["image"][None])[0, 0].cpu().numpy() for sample in samples]
@@ -326,41 +298,40 @@ def comparison(samples: list[dict], predict: Callable[[Tensor], Tensor]) -> list
     top = top or max(float(depth.max()) for depth in depths)
     known = np.concatenate([error[np.isfinite(error)] for error in errors])
     worst = float(np.quantile(known, 0.98)) if known.size else 1.0
-    rows = []
-    for sample, truth, depth, error in zip(samples, truths, depths, errors):
-        metres = ("depth (m)", 0, top)
-        rows.append(
-            [
-                Panel("image", denormalize(sample["image"]).permute(1, 2, 0).cpu().numpy()),
-                Panel("ground truth", truth, *metres),
-                Panel("prediction", depth, *metres),
-                Panel("error", error, "|error| (m)", 0, worst, "magma"),
-            ]
-        )
-    return rows
+    images = [
+        data.denormalize(sample["image"]).permute(1, 2, 0).cpu().numpy() for sample in samples
+    ]
+    columns = [
+        [Panel("image", image) for image in images],
+        [Panel("ground truth", truth, "depth (m)", 0, top) for truth in truths],
+        [Panel("prediction", depth, "depth (m)", 0, top) for depth in depths],
+        [Panel("error", error, "|error| (m)", 0, worst, "magma") for error in errors],
+    ]
+    return list(map(list, zip(*columns)))
 
 
 def explain(
-    model: CaBins, image: Tensor, truth: np.ndarray | None = None
+    model: cabins.CaBins, image: Tensor, truth: np.ndarray | None = None
 ) -> tuple[list[list[Panel]], Bins]:
     """What `draw` needs to show how the depth of one image (1, 3, H, W) came about."""
-    seen = {}
-    modules = {"b": model.bins, "p": model.depth_decoder}  # whose outputs `forward` does not return
-    hooks = [
-        module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
-        for name, module in modules.items()
-    ]
+    outputs = {}
+    modules = (model.bins, model.depth_decoder)  # whose outputs b and p `forward` does not return
+    hooks = [m.register_forward_hook(lambda m, _, out: outputs.update({m: out})) for m in modules]
     with torch.inference_mode():
         prediction = model.eval()(image.to(next(model.parameters()).device))
     for hook in hooks:
         hook.remove()
+    b, p = (outputs[module] for module in modules)
     config, c = model.config, prediction.centers
-    variance = expected_depth(c.square(), seen["p"]) - expected_depth(c, seen["p"]).square()
-    spread = resize(variance.clamp(min=0).sqrt(), image.shape[-2:])[0, 0].cpu().numpy()
-    depth = prediction.depth[0, 0].cpu().numpy()
-    edges = config.min_depth + (config.max_depth - config.min_depth) * seen["b"][0].cumsum(0).cpu()
-    e = prediction.cabins[0].cpu().numpy()
+    mean, mean_square = cabins.expected_depth(c, p), cabins.expected_depth(c.square(), p)
+    spread = (mean_square - mean.square()).clamp(min=0).sqrt()
+    spread = cabins.resize(spread, image.shape[-2:])[0, 0].cpu().numpy()
+    depth, e, s = (x[0].cpu().numpy() for x in (prediction.depth[0], *prediction[2:]))
+    edges = np.append(0, b[0].cumsum(0).cpu())  # as shares of the range
+    edges = config.min_depth + (config.max_depth - config.min_depth) * edges
     texts = [str(round(float(v), 4)) for v in e]
+    if config.distance_class == "semantic":
+        texts = cabins.SEMANTIC_BINS
     depths = {"prediction": depth.ravel()}
     sample = {"image": image[0], "depth": torch.zeros(1, *depth.shape)}
     if truth is not None and truth.max() > 0:
@@ -369,25 +340,12 @@ def explain(
     row = comparison([sample], lambda _: prediction.depth)[0]
     if len(depths) == 1:
         row = [row[0], row[2]]
-    row.append(
-        Panel("spread of p", spread, "standard deviation (m)", 0, float(spread.max()), "magma")
-    )
-    bins = Bins(
-        edges=np.concatenate([[config.min_depth], edges.numpy()]),
-        cabins=e,
-        texts=SEMANTIC_BINS if config.distance_class == "semantic" else texts,
-        similarity=prediction.similarity[0].cpu().numpy(),
-        depths=depths,
-    )
-    return [row], bins
+    scale = ("standard deviation (m)", 0, float(spread.max()), "magma")
+    return [[*row, Panel("spread of p", spread, *scale)]], Bins(edges, e, texts, s, depths)
 
 
 def draw_samples(
-    out: Path,
-    model: CaBins,
-    dataset: DepthDataset,
-    n: int,
-    predict: Callable[[Tensor], Tensor],
+    out: Path, model: cabins.CaBins, dataset: data.DepthDataset, n: int, predict: Predict
 ) -> None:
     """Draw n samples from all over the data set, side by side and then each explained."""
     out.mkdir(parents=True, exist_ok=True)
@@ -411,10 +369,9 @@ def find_pictures(arguments: list[str]) -> list[Path]:
     found = []
     for argument in arguments:
         path = Path(argument)
+        paths = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(argument))]
         if path.is_dir():
             paths = [p for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURES]
-        else:
-            paths = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(argument))]
         if not paths:
             raise FileNotFoundError(f"{argument}: no picture there, nor any that the pattern fits")
         found += paths
@@ -435,21 +392,17 @@ def write_ply(path: Path, picture: np.ndarray, depth: np.ndarray, focal: float) 
     height, width = depth.shape
     v, u = np.mgrid[:height, :width]
     fields = [(name, "<f4") for name in "xyz"] + [(name, "u1") for name in ("red", "green", "blue")]
-    points = np.empty(depth.size, fields)
-    points["x"] = ((u - (width - 1) / 2) * depth / focal).ravel()
-    points["y"] = ((v - (height - 1) / 2) * depth / focal).ravel()
-    points["z"] = depth.ravel()
-    for i, name in enumerate(("red", "green", "blue")):
-        points[name] = picture[..., i].ravel()
+    x, y = (u - (width - 1) / 2) * depth / focal, (v - (height - 1) / 2) * depth / focal
+    columns = [*np.stack([x, y, depth]).reshape(3, -1), *picture.reshape(-1, 3).T]
+    points = np.rec.fromarrays(columns, dtype=fields)
     types = {"<f4": "float", "u1": "uchar"}
     lines = ["ply", "format binary_little_endian 1.0", f"element vertex {depth.size}"]
     lines += [f"property {types[t]} {name}" for name, t in fields] + ["end_header", ""]
-    write_whole(
-        path, lambda partial: partial.write_bytes("\n".join(lines).encode() + points.tobytes())
-    )
+    content = "\n".join(lines).encode() + points.tobytes()
+    cabins.write_whole(path, lambda partial: partial.write_bytes(content))
 
 
-def predict_pictures(model: CaBins, trained_on: str | None, args: argparse.Namespace) -> int:
+def predict_pictures(model: cabins.CaBins, trained_on: str | None, args: argparse.Namespace) -> int:
     """Write the depth of each picture of `args.images` into `args.out`; return how many failed.
 
     Pictures go through the network at the width of the images that it was trained on.
@@ -457,9 +410,8 @@ def predict_pictures(model: CaBins, trained_on: str | None, args: argparse.Names
     out, predict = Path(args.out or "runs/pictures"), predictor(model, args.flip)
     paths = find_pictures(args.images)
     out.mkdir(parents=True, exist_ok=True)
-    width, focal = CAMERAS.get(
-        trained_on, CAMERAS["kitti" if model.config.max_depth > 10 else "nyu"]
-    )
+    like = "kitti" if model.config.max_depth > 10 else "nyu"
+    width, focal = CAMERAS.get(trained_on, CAMERAS[like])
     unit, scale = ("mm", 1000) if model.config.max_depth < 65.535 else ("cm", 100)
     failed, names = [], set()
 
@@ -474,21 +426,20 @@ def predict_pictures(model: CaBins, trained_on: str | None, args: argparse.Names
         factor = max(width / max(picture.shape[:2]), 64 / min(picture.shape[:2]))
         size = [max(64, round(side * factor)) for side in picture.shape[:2]]
         image = F.interpolate(image, size, mode="bilinear", antialias=True)
-        return path, picture, normalize(image, Config.image_mean, Config.image_std)
+        return path, picture, normalize(image, cabins.Config.image_mean, cabins.Config.image_std)
 
     def write(path: Path, picture: np.ndarray, image: Tensor, depth: Tensor) -> None:
         name = path.stem
         while name in names:  # of another folder, or with another suffix
             name += "_"
         names.add(name)
-        depth = resize(depth[None], picture.shape[:2])[0, 0].cpu().numpy()
+        depth = cabins.resize(depth[None], picture.shape[:2])[0, 0].cpu().numpy()
         draw(out / f"{name}_depth.png", [[Panel(name, depth, "depth (m)", 0, float(depth.max()))]])
         about = PngInfo()
         about.add_text("Description", f"depth in 1/{scale} m ({unit}); CaBins, {args.checkpoint}")
         values = Image.fromarray((depth * scale).round().astype(np.uint16))
-        write_whole(
-            out / f"{name}_depth_{unit}.png", lambda p: values.save(p, "png", pnginfo=about)
-        )
+        path_of_values = out / f"{name}_depth_{unit}.png"
+        cabins.write_whole(path_of_values, lambda p: values.save(p, "png", pnginfo=about))
         line = f"{path}: {depth.min():.2f} to {depth.max():.2f} m, median {np.median(depth):.2f} m"
         if args.ply:
             pixels = args.focal or focal * picture.shape[1] / width
@@ -514,9 +465,8 @@ def predict_pictures(model: CaBins, trained_on: str | None, args: argparse.Names
 
 
 def default_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    available = torch.accelerator.is_available()
+    return torch.accelerator.current_accelerator() if available else torch.device("cpu")
 
 
 def default_workers() -> int:
@@ -527,20 +477,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("checkpoint", help="train.py's or the authors'; or depthclip, the zero-shot baseline")
-    add("--data", choices=DATASETS, help="default: what it was trained on")
-    add_data_options(parser)
+    add("--data", choices=data.DATASETS, help="default: what it was trained on")
+    data.add_data_options(parser)
     add("--split", dest="test_split", metavar="FILE", help="the same as --test-split")
     add("--clip", default="RN50", help="depthclip only: a name or a file")
     add("--flip", action=argparse.BooleanOptionalAction, default=True)
     add("--out", metavar="DIR", help="keep results.csv and depth PNGs; for pictures: where to")
-    add(
-        "--explain",
-        nargs="?",
-        type=int,
-        const=4,
-        metavar="N",
-        help="figures of N samples, or of the pictures",
-    )
+    about = "figures of N samples, or of the pictures"
+    add("--explain", nargs="?", type=int, const=4, metavar="N", help=about)
     add("--images", nargs="+", metavar="PICTURE", help="files, folders or patterns of your own")
     add("--ply", action="store_true", help="write a point cloud of each picture")
     add("--focal", type=float, help="of the pictures' camera, in pixels; default: in training")
@@ -552,14 +496,14 @@ def main() -> None:
         args.data = args.data or "nyu"
         if args.data == "kitti" or args.images or args.explain:
             raise ValueError("depthclip is measured only, and only with its distances for NYU")
-        predict, flip = depthclip(load_clip(args.clip).to(device)), False
+        predict, flip = depthclip(cabins.load_clip(args.clip).to(device)), False
     else:
-        content = read_checkpoint(args.checkpoint)
+        content = cabins.read_checkpoint(args.checkpoint)
         saved = content.get("args") or {}
         max_depth = args.max_depth
         if "config" not in content and args.data:
-            max_depth = max_depth or DATASETS[args.data].max_depth
-        model = restore(content, args.checkpoint, max_depth).to(device)
+            max_depth = max_depth or data.DATASETS[args.data].max_depth
+        model = cabins.restore(content, args.checkpoint, max_depth).to(device)
         predict, flip = predictor(model, args.flip), args.flip
         origin = "train.py's" if "config" in content else "the authors'"
         print(
@@ -574,7 +518,7 @@ def main() -> None:
     known = saved if name == saved.get("data") else {}
     keys = ("root", "test_split", "depth_scale", "max_depth")
     root, split, scale, max_depth = (getattr(args, key) or known.get(key) for key in keys)
-    dataset = DepthDataset(name, root, split, depth_scale=scale, max_depth=max_depth)
+    dataset = data.DepthDataset(name, root, split, depth_scale=scale, max_depth=max_depth)
     if args.explain:
         out = Path(args.out or "runs/explained")
         draw_samples(out, model, dataset, args.explain, predict)
@@ -591,4 +535,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    data.run_command(main)

@@ -896,13 +896,13 @@ def test_an_interrupted_run_resumes_to_the_same_weights(few_rooms, tmp_path, mon
         if len(calls) == 6:
             raise KeyboardInterrupt
         calls.append(1)
-        return cabins.total_loss(prediction, *rest)
+        return total_loss(prediction, *rest)
 
-    calls = []
-    monkeypatch.setattr(train, "total_loss", stop)
+    calls, total_loss = [], cabins.total_loss
+    monkeypatch.setattr(cabins, "total_loss", stop)
     with pytest.raises(KeyboardInterrupt):
         run_train(*options, "--out", tmp_path / "parts")
-    monkeypatch.setattr(train, "total_loss", cabins.total_loss)
+    monkeypatch.setattr(cabins, "total_loss", total_loss)
     with pytest.raises(ValueError, match="was trained with batch_size 2, not 4"):
         run_train("--resume", "--out", tmp_path / "parts", "--batch-size", 4)
     run_train("--resume", "--out", tmp_path / "parts")
@@ -962,7 +962,7 @@ def test_every_row_of_the_tables(
 
 def test_a_loss_that_is_not_finite_stops_the_run(few_rooms, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        train, "total_loss", lambda prediction, *_: prediction.depth.sum() * math.nan
+        cabins, "total_loss", lambda prediction, *_: prediction.depth.sum() * math.nan
     )
     with pytest.raises(
         ValueError, match=r"loss nan .* at step 1, learning rate .*, of the images room \d, room"

@@ -5,57 +5,30 @@ laptop's CPU, and shows what it has learnt under runs/toy/.
 """
 
 import argparse
-import csv
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cabins import (
-    BACKBONES,
-    DISTANCE_CLASSES,
-    CaBins,
-    Config,
-    chamfer_loss,
-    load_clip,
-    read_checkpoint,
-    restore,
-    save_checkpoint,
-    total_loss,
-    write_whole,
-)
+import cabins
+import eval as evaluation
 from data import DATASETS, DepthDataset, add_data_options, augment, run_command
-from eval import (
-    default_device,
-    default_workers,
-    draw_samples,
-    evaluate,
-    evaluate_windows,
-    format_table,
-    predictor,
-    protocol,
-)
 
-RECIPE = {  # Sec. 4.1
-    "backbone": "RN101",
-    "distance_class": "cabins",
-    "epochs": 25,
-    "batch_size": 8,
-    "lr": 3.57e-5,
-    "seed": 0,
-    "as_released": False,
-}
+# Sec. 4.1
+RECIPE = {"backbone": "RN101", "distance_class": "cabins", "epochs": 25, "batch_size": 8}
+RECIPE |= {"lr": 3.57e-5, "seed": 0, "as_released": False}
 TOY_RECIPE = RECIPE | {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # from random weights
 CLIP_NORM = 0.1
 LOG_EVERY = 10  # steps
 
 
-def parameter_groups(model: CaBins, as_released: bool = False) -> list[dict]:
+def parameter_groups(model: cabins.CaBins, as_released: bool = False) -> list[dict]:
     """All that is trained, each tensor in exactly one group; all groups learn at the same rate.
 
     NOTE(differs): the released code's optimizer lacks prompts and γ, and has the token embedding.
@@ -91,16 +64,6 @@ def batches(n: int, batch_size: int, seed: int, steps: range) -> Iterator[list[i
         yield order[batch * batch_size : (batch + 1) * batch_size]
 
 
-def append_row(path: Path, row: dict) -> None:
-    """Add a row to a CSV file, which begins with the names of its columns."""
-    is_new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def drop_rows_from(path: Path, step: int) -> None:
     """Cut off the rows of this step and later ones, which a resumed run will write again."""
     if path.exists():
@@ -112,7 +75,7 @@ def drop_rows_from(path: Path, step: int) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train from args.resume or from the start, to the last epoch."""
-    device, out = default_device(), Path(args.out)
+    device, out = evaluation.default_device(), Path(args.out)
     if (out / "last.pt").exists() and not args.resume and out != Path("runs/toy"):
         raise ValueError(f"{out} holds another run: go on with --resume, or choose another --out")
     scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
@@ -123,29 +86,22 @@ def train(args: argparse.Namespace) -> None:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(dataset)} pairs")
     n_steps = args.epochs * per_epoch
 
-    saved = read_checkpoint(args.resume) if args.resume else {}
+    saved = cabins.read_checkpoint(args.resume) if args.resume else {}
     if saved:
-        if saved["n_pairs"] != len(dataset):
-            raise ValueError(
-                f"{args.resume} was trained on {saved['n_pairs']} pairs, but here are {len(dataset)}"
-            )
-        model = restore(saved, args.resume)
+        if (n := saved["n_pairs"]) != len(dataset):
+            raise ValueError(f"{args.resume} was trained on {n} pairs, but here are {len(dataset)}")
+        model = cabins.restore(saved, args.resume)
     else:
         torch.manual_seed(args.seed)
-        config = Config(args.backbone, args.distance_class, max_depth=dataset.recipe.max_depth)
-        model = CaBins(config, None if args.clip == "none" else load_clip(args.clip))
+        config = cabins.Config(
+            args.backbone, args.distance_class, max_depth=dataset.recipe.max_depth
+        )
+        model = cabins.CaBins(config, None if args.clip == "none" else cabins.load_clip(args.clip))
     model = model.to(device)
     groups = parameter_groups(model, args.as_released)
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=0.1)
-    scheduler = OneCycleLR(
-        optimizer,
-        max_lr=args.lr,
-        total_steps=n_steps,
-        div_factor=25,
-        final_div_factor=100,
-        base_momentum=0.85,
-        max_momentum=0.95,
-    )
+    # from lr / 25 up to lr and down to lr / 2500, the momentum from 0.95 to 0.85 and back
+    scheduler = OneCycleLR(optimizer, args.lr, n_steps, div_factor=25, final_div_factor=100)
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
@@ -164,26 +120,21 @@ def train(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     drop_rows_from(out / "log.csv", first + 1)
     drop_rows_from(out / "metrics.csv", first)
-    predict = predictor(model)
+    predict = evaluation.predictor(model)
 
     def save(name: str) -> None:  # no random states: all that is random follows from (seed, step)
-        save_checkpoint(
-            out / name,
-            model,
-            args=vars(args),
-            n_pairs=len(dataset),
-            step=step,
-            best=best,
-            optimizer=optimizer.state_dict(),
-            scheduler=scheduler.state_dict(),
-        )
+        state = {"args": vars(args), "n_pairs": len(dataset), "step": step, "best": best}
+        state |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        cabins.save_checkpoint(out / name, model, **state)
 
     def validate() -> dict[str, dict[str, float]]:
         nonlocal best
-        windows = evaluate_windows(predict, test_set, progress=True)
+        windows = evaluation.evaluate_windows(predict, test_set, progress=True)
         row = next(iter(windows.values()))
-        append_row(out / "metrics.csv", {"step": step, "epoch": step // per_epoch, **row})
-        draw_samples(out, model, test_set, 1, predict)
+        evaluation.append_row(
+            out / "metrics.csv", {"step": step, "epoch": step // per_epoch, **row}
+        )
+        evaluation.draw_samples(out, model, test_set, 1, predict)
         epoch = f"epoch {step // per_epoch}/{args.epochs}"
         tqdm.write(f"{epoch}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))
         if row["abs_rel"] < best:
@@ -196,25 +147,18 @@ def train(args: argparse.Namespace) -> None:
     step = first
     if step and step % per_epoch == 0:  # stopped after its save, perhaps before its validation
         windows = validate()
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches(len(dataset), args.batch_size, args.seed, range(first, n_steps)),
-        num_workers=default_workers(),
-        pin_memory=device.type == "cuda",
-    )
-    bar = tqdm(
-        initial=first * args.batch_size,
-        total=n_steps * args.batch_size,
-        unit="image",
-        disable=None,
-    )
+    order = batches(len(dataset), args.batch_size, args.seed, range(first, n_steps))
+    how = {"num_workers": evaluation.default_workers(), "pin_memory": device.type == "cuda"}
+    loader = DataLoader(dataset, batch_sampler=order, **how)
+    done, total = first * args.batch_size, n_steps * args.batch_size
+    bar = tqdm(initial=done, total=total, unit="image", disable=None)
     model.train()
     for step, batch in enumerate(loader, first + 1):
         torch.manual_seed(seed_of(args.seed, step))  # of the augmentation and of dropout
         image, depth = (batch[k].to(device, non_blocking=True) for k in ("image", "depth"))
         image, depth = augment(image, depth, dataset)
         prediction = model(image)
-        loss = total_loss(prediction, depth, model.config.min_depth, args.as_released)
+        loss = cabins.total_loss(prediction, depth, model.config.min_depth, args.as_released)
         model.zero_grad()  # of more than the optimizer has, with --as-released
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
@@ -231,10 +175,10 @@ def train(args: argparse.Namespace) -> None:
 
         if step % LOG_EVERY == 0 or step == n_steps:
             mask = depth > model.config.min_depth
-            bins = chamfer_loss(prediction.centers.detach(), depth, mask).item()
+            bins = cabins.chamfer_loss(prediction.centers.detach(), depth, mask).item()
             row = {"loss": loss.item(), "bins": bins, "lr": lr}
             bar.set_postfix({k: f"{v:.3g}" for k, v in row.items()})
-            append_row(out / "log.csv", {"step": step, "epoch": step / per_epoch, **row})
+            evaluation.append_row(out / "log.csv", {"step": step, "epoch": step / per_epoch, **row})
         if step % per_epoch == 0:
             save("last.pt")
             windows = validate()
@@ -244,8 +188,8 @@ def train(args: argparse.Namespace) -> None:
     if args.data == "toy":
         rows |= baselines(dataset, test_set)
     for window in windows:
-        print(protocol(test_set, window, flip=True))
-    print(format_table(args.data, rows))
+        print(evaluation.protocol(test_set, window, flip=True))
+    print(evaluation.format_table(args.data, rows))
     draw_curves(out)
     print(
         f"{out} has last.pt; best.pt, chosen by AbsRel on these very test images; "
@@ -258,19 +202,17 @@ def draw_curves(out: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
-    files = (
-        ("log.csv", "step", ("loss", "bins")),
-        ("metrics.csv", "epoch", ("abs_rel", "rmse", "d1")),
-    )
-    for axis, (file, x, columns) in zip(figure.subplots(1, 2), files):
-        with open(out / file, newline="") as opened:
-            rows = list(csv.DictReader(opened))
+    log = ("log.csv", "step", ("loss", "bins"), "")
+    metrics = ("metrics.csv", "epoch", ("abs_rel", "rmse", "d1"), ".")
+    for axis, (file, x, columns, marker) in zip(figure.subplots(1, 2), (log, metrics)):
+        curves = np.genfromtxt(out / file, delimiter=",", names=True)
         for column in columns:
-            xs, ys = zip(*((float(row[x]), float(row[column])) for row in rows))
-            axis.plot(xs, ys, marker="." if file == "metrics.csv" else "", label=column)
+            axis.plot(curves[x], curves[column], marker=marker, label=column)
         axis.set(xlabel=x, yscale="log")
         axis.legend()
-    write_whole(out / "curves.png", lambda partial: figure.savefig(partial, dpi=100, format="png"))
+    cabins.write_whole(
+        out / "curves.png", lambda partial: figure.savefig(partial, dpi=100, format="png")
+    )
 
 
 def baselines(dataset: DepthDataset, test_set: DepthDataset) -> dict[str, dict[str, float]]:
@@ -279,12 +221,9 @@ def baselines(dataset: DepthDataset, test_set: DepthDataset) -> dict[str, dict[s
     weights = (1 / depths).cumsum(0)  # Σ |c - d*| / d* is least at the median weighted with 1 / d*
     constant = depths[torch.searchsorted(weights, weights[-1] / 2)]
     mean = torch.stack([dataset[i]["depth"] for i in range(256)]).mean(0, keepdim=True)
-    return {
-        f"best constant, {constant:.2f} m": evaluate(
-            lambda _: constant.expand(mean.shape), test_set
-        ),
-        "mean of 256 training rooms": evaluate(lambda _: mean, test_set),
-    }
+    names = (f"best constant, {constant:.2f} m", "mean of 256 training rooms")
+    maps = (constant.expand(mean.shape), mean)
+    return {k: evaluation.evaluate(lambda _, v=v: v, test_set) for k, v in zip(names, maps)}
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -300,18 +239,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", choices=DATASETS, help="default: toy")
     add_data_options(parser)
-    add("--backbone", choices=BACKBONES, help="default: RN101; toy: tiny")
+    add("--backbone", choices=cabins.BACKBONES, help="default: RN101; toy: tiny")
     add("--clip", metavar="NAME|FILE|none", help="CLIP's weights; default: the backbone's own")
-    add("--distance-class", choices=DISTANCE_CLASSES, help="row of Table 3; default: cabins")
+    add("--distance-class", choices=cabins.DISTANCE_CLASSES, help="row of Table 3; default: cabins")
     add("--epochs", type=int, help="default: 25; toy: 3")
     add("--batch-size", type=int, help="default: 8")
     add("--lr", type=float, help="highest learning rate; default: 3.57e-5; toy: 2e-3")
     add("--seed", type=int, help="default: 0")
-    add(
-        "--as-released",
-        action=argparse.BooleanOptionalAction,
-        help="train as the released code does where it is not the paper: see the README's ledger",
-    )
+    about = "train as the released code does where it is not the paper: see the README's ledger"
+    add("--as-released", action=argparse.BooleanOptionalAction, help=about)
     add("--out", metavar="DIR", help="default: runs/DATA")
     add("--resume", nargs="?", const="", metavar="CKPT", help="go on; default: OUT/last.pt")
     given = vars(parser.parse_args(argv))
@@ -331,18 +267,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 raise ValueError(f"--{name.replace('_', '-')} is not for toy rooms: add --data")
     if resume is not None:
         resume = resume or str(Path(out) / "last.pt")
-        content = read_checkpoint(resume)
+        content = cabins.read_checkpoint(resume)
         if not {"args", "step", "optimizer", "scheduler"} <= content.keys():
             raise ValueError(f"{resume} was not written by train.py: it cannot be resumed")
         args = content["args"]
         movable = ("root", "train_split", "test_split", "out")  # may have another place by now
         changed = [k for k in given if k not in movable and given[k] != args[k]]
         if changed:
-            raise ValueError(
-                f"{resume} was trained with "
-                + ", ".join(f"{k} {args[k]}, not {given[k]}" for k in changed)
-                + ": leave these options out, or start another run"
-            )
+            found = ", ".join(f"{k} {args[k]}, not {given[k]}" for k in changed)
+            remedy = "leave these options out, or start another run"
+            raise ValueError(f"{resume} was trained with {found}: {remedy}")
         out = given.get("out", str(Path(resume).parent))
         return argparse.Namespace(**args | given | {"out": out, "resume": resume})
     places = dict.fromkeys(("root", "train_split", "test_split", "depth_scale", "max_depth"))
