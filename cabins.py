@@ -425,10 +425,12 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -
     """Load a state dict that must fit exactly, or raise one ValueError that says what does not."""
     ours, given = ({k: tuple(v.shape) for k, v in s.items()} for s in (module.state_dict(), state))
     others = [k for k in ours if k in given and given[k] != ours[k]]
+    broken = [k for k, v in state.items() if not torch.isfinite(v).all()]
     misfits = {
         "missing": [k for k in ours if k not in given],
         "unknown": [k for k in given if k not in ours],
         "of another shape": [f"{k} {given[k]} for {ours[k]}" for k in others],
+        "not finite": broken,
     }
     found = [f"{len(names)} {what} ({names[0]}, …)" for what, names in misfits.items() if names]
     if found:
@@ -470,9 +472,13 @@ class AdaptiveBins(nn.Module):
         super().__init__()
         # NOTE(differs): the paper says "MLP with ReLU". The released one has LeakyReLU between its
         # layers, and ReLU + 0.1 at its end, which keeps every bin open; so does this.
-        first, second = nn.Linear(embed_dim, 512), nn.Linear(512, 256)
-        last = nn.Linear(256, n_bins)
-        self.mlp = nn.Sequential(first, nn.LeakyReLU(), second, nn.LeakyReLU(), last)
+        self.mlp = nn.Sequential(
+            nn.Linear(embed_dim, 512),
+            nn.LeakyReLU(),
+            nn.Linear(512, 256),
+            nn.LeakyReLU(),
+            nn.Linear(256, n_bins),
+        )
 
     def forward(self, z_bar: Tensor) -> Tensor:
         b = F.relu(self.mlp(z_bar)) + 0.1  # b'
@@ -637,13 +643,15 @@ class DepthDecoder(nn.Module):
         self.reduce = nn.Conv2d(last + n_cabins, last, 1, padding=1)
         self.up = nn.ModuleList()
         for skip in reversed(skips):  # x3, x2, x1
-            last, layers = last // 2, []
-            for inputs in (2 * last + skip, last):
-                layers += [nn.Conv2d(inputs, last, 3, padding=1), nn.BatchNorm2d(last)]
-                layers.append(nn.LeakyReLU())
-            self.up.append(nn.Sequential(*layers))
+            last, before = last // 2, last + skip
+            self.up.append(nn.Sequential(*self.layers(before, last), *self.layers(last, last)))
         self.features = nn.Conv2d(last, n_bins, 3, padding=1)
         self.logits = nn.Conv2d(n_bins, n_bins, 1)
+
+    @staticmethod
+    def layers(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
+        conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+        return conv, nn.BatchNorm2d(outputs), nn.LeakyReLU()
 
     def forward(self, pyramid: list[Tensor], s: Tensor) -> Tensor:
         *skips, x4 = pyramid
@@ -885,7 +893,9 @@ def read_checkpoint(path: str | Path) -> dict:
     content = read_tensors(Path(path), "a checkpoint of train.py or of the authors")
     if not (content.get("model") and isinstance(content["model"], dict)):
         found = ", ".join(map(str, list(content)[:3]))
-        raise ValueError(f"{path} is no checkpoint of CaBins: it has no 'model', but {found}, …")
+        raise ValueError(
+            f"{path} is no checkpoint of CaBins: it has no network as 'model', but {found}, …"
+        )
     return content
 
 

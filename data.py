@@ -149,7 +149,11 @@ class DepthDataset(Dataset):
         if name not in DATASETS:
             raise ValueError(f"data is {name!r}; it must be one of {', '.join(DATASETS)}")
         given = {"max_depth": max_depth, "depth_scale": depth_scale}
-        self.recipe = DATASETS[name]._replace(**{k: v for k, v in given.items() if v})
+        given = {k: v for k, v in given.items() if v is not None}
+        for option, value in given.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{option} is {value}; it must be positive")
+        self.recipe = DATASETS[name]._replace(**given)
         self.name, self.train, self.n_left_out = name, train, 0
         self.labelled, self.size_to_train = False, None
         part = "train" if train else "test"

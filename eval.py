@@ -189,7 +189,8 @@ def keep_predictions(predict: Predict, dataset: data.DepthDataset, folder: Path)
         depth = predict(image)
         values = (depth[0, 0].cpu().numpy() * dataset.recipe.depth_scale).round()
         picture = Image.fromarray(values.clip(0, 65535).astype(np.uint16))
-        picture.save(folder / f"{next(numbers):05}.png")
+        path = folder / f"{next(numbers):05}.png"
+        cabins.write_whole(path, lambda partial: picture.save(partial, "png"))
         return depth
 
     return predict_and_keep
@@ -242,7 +243,7 @@ def draw_grid(figure, rows: list[list[Panel]]) -> None:
     for row_of_axes, row in zip(axes, rows):
         for axis, bar, panel in zip(row_of_axes, bars, row):
             axis.set_axis_off()
-            axis.set_title(panel.title, fontsize=10)
+            axis.set_title(panel.title, fontsize=10, parse_math=False)
             scale = {"cmap": panel.cmap, "vmin": panel.low, "vmax": panel.high}
             shown = axis.imshow(panel.values, **scale)
             bar.clear()
@@ -274,9 +275,10 @@ def draw(path: str | Path, rows: list[list[Panel]], bins: Bins | None = None) ->
     from matplotlib.figure import Figure
 
     height, width = rows[0][0].values.shape[:2]
-    inches = [0.9 + len(rows) * (0.25 + 13 / len(rows[0]) * height / width)]
+    shape = min(height / width, 2.5)  # a picture taller than that gets margins
+    inches = [0.9 + len(rows) * (0.25 + 13 / len(rows[0]) * shape)]
     if bins is not None:
-        inches += [3.3, 0.9 + 13 / len(bins.cabins) * height / width]
+        inches += [3.3, 0.9 + 13 / len(bins.cabins) * shape]
     figure = Figure(figsize=(13, sum(inches)), layout="constrained")
     parts = figure.subfigures(len(inches), 1, squeeze=False, height_ratios=inches)[:, 0]
     draw_grid(parts[0], rows)
@@ -359,7 +361,7 @@ def draw_samples(
 
 # ---- Your own pictures ---------------------------------------------------------------------------
 
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 # width of an image and focal length, in pixels, of the training sets' cameras
 CAMERAS = {"nyu": (640, 518.86), "kitti": (1242, 721.54), "toy": (128, 100.0)}
 
@@ -371,7 +373,8 @@ def find_pictures(arguments: list[str]) -> list[Path]:
         path = Path(argument)
         paths = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(argument))]
         if path.is_dir():
-            paths = [p for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURES]
+            found_there = [p for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURES]
+            paths = [p for p in found_there if p.is_file()]
         if not paths:
             raise FileNotFoundError(f"{argument}: no picture there, nor any that the pattern fits")
         found += paths
@@ -382,8 +385,11 @@ def read_picture(path: Path) -> np.ndarray:
     """(H, W, 3) uint8, upright, of a picture of any mode."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("its values are floating-point numbers; save it in 8 or 16 bits")
         if image.mode.startswith("I"):  # 16-bit grey
-            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            values = np.asarray(image)
+            image = Image.fromarray((values >> (8 if values.max() > 255 else 0)).astype(np.uint8))
         return np.asarray(image.convert("RGB"))
 
 
@@ -409,6 +415,8 @@ def predict_pictures(model: cabins.CaBins, trained_on: str | None, args: argpars
     """
     out, predict = Path(args.out or "runs/pictures"), predictor(model, args.flip)
     paths = find_pictures(args.images)
+    if own := [path for path in paths if path.resolve().parent == out.resolve()]:
+        raise ValueError(f"--out {out} is the folder of {own[0]}, which must stay: choose another")
     out.mkdir(parents=True, exist_ok=True)
     like = "kitti" if model.config.max_depth > 10 else "nyu"
     width, focal = CAMERAS.get(trained_on, CAMERAS[like])
@@ -423,7 +431,7 @@ def predict_pictures(model: cabins.CaBins, trained_on: str | None, args: argpars
             failed.append(path)
             return None
         image = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
-        factor = max(width / max(picture.shape[:2]), 64 / min(picture.shape[:2]))
+        factor = width / max(picture.shape[:2])
         size = [max(64, round(side * factor)) for side in picture.shape[:2]]
         image = F.interpolate(image, size, mode="bilinear", antialias=True)
         return path, picture, normalize(image, cabins.Config.image_mean, cabins.Config.image_std)
@@ -490,8 +498,12 @@ def main() -> None:
     add("--focal", type=float, help="of the pictures' camera, in pixels; default: in training")
     add("--fov", type=float, help="in the place of --focal: degrees from left to right")
     args = parser.parse_args()
+    for option, limit in (("explain", np.inf), ("focal", np.inf), ("fov", 180)):
+        value = getattr(args, option)
+        if value is not None and not 0 < value < limit:
+            raise ValueError(f"--{option} is {value}; it must be above 0 and below {limit}")
 
-    device, saved = default_device(), {}
+    device, saved, model_depth = default_device(), {}, None
     if args.checkpoint == "depthclip":
         args.data = args.data or "nyu"
         if args.data == "kitti" or args.images or args.explain:
@@ -504,7 +516,7 @@ def main() -> None:
         if "config" not in content and args.data:
             max_depth = max_depth or data.DATASETS[args.data].max_depth
         model = cabins.restore(content, args.checkpoint, max_depth).to(device)
-        predict, flip = predictor(model, args.flip), args.flip
+        predict, flip, model_depth = predictor(model, args.flip), args.flip, model.config.max_depth
         origin = "train.py's" if "config" in content else "the authors'"
         print(
             f"{args.checkpoint} is {origin}: {model.config.backbone}, {model.config.distance_class}, "
@@ -519,6 +531,10 @@ def main() -> None:
     keys = ("root", "test_split", "depth_scale", "max_depth")
     root, split, scale, max_depth = (getattr(args, key) or known.get(key) for key in keys)
     dataset = data.DepthDataset(name, root, split, depth_scale=scale, max_depth=max_depth)
+    if max_depth is None and model_depth not in (None, dataset.recipe.max_depth):
+        print(
+            f"note: the network predicts to {model_depth} m, {name} goes to {dataset.recipe.max_depth} m"
+        )
     if args.explain:
         out = Path(args.out or "runs/explained")
         draw_samples(out, model, dataset, args.explain, predict)

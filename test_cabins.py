@@ -618,10 +618,14 @@ def test_quoted_rows_are_the_papers():
 # ---- Your own pictures, and figures --------------------------------------------------------------
 
 
-def run_eval(monkeypatch, *arguments) -> int:
+def run_eval_main(monkeypatch, *arguments) -> None:
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+    evaluation.main()
+
+
+def run_eval(monkeypatch, *arguments) -> int:
     with pytest.raises(SystemExit) as stop:
-        evaluation.main()
+        run_eval_main(monkeypatch, *arguments)
     return stop.value.code
 
 
@@ -672,7 +676,29 @@ def test_pictures_beyond_65_m_and_none(tmp_path, monkeypatch):
     assert run_eval(monkeypatch, *command, tmp_path / "*.png") == 0
     assert "1/100 m (cm)" in Image.open(tmp_path / "out" / "a_depth_cm.png").text["Description"]
     with pytest.raises(FileNotFoundError, match="none.png: no picture there"):
-        run_eval(monkeypatch, *command, tmp_path / "none.png")
+        run_eval_main(monkeypatch, *command, tmp_path / "none.png")
+    own = (tmp_path / "far.pt", "--out", tmp_path, "--images", tmp_path / "a.png")
+    with pytest.raises(ValueError, match="is the folder of .*a.png, which must stay"):
+        run_eval_main(monkeypatch, *own)
+    for option, value in (("--fov", 180), ("--focal", "nan"), ("--explain", 0)):
+        with pytest.raises(ValueError, match=f"{option} is .*; it must be above 0 and below"):
+            run_eval_main(monkeypatch, *command, tmp_path / "a.png", option, value)
+
+
+def test_thin_pictures_and_odd_values(tiny, tmp_path, monkeypatch, capsys):
+    cabins.save_checkpoint(tmp_path / "tiny.pt", tiny, args={"data": "toy"})
+    Image.new("RGB", (1, 300)).save(tmp_path / "$thin_{$.png")
+    Image.fromarray(np.zeros((20, 20), np.float32)).save(tmp_path / "float.tif")
+    options = ("--images", tmp_path, "--out", tmp_path / "out")
+    assert run_eval(monkeypatch, tmp_path / "tiny.pt", *options) == 1
+    assert "its values are floating-point numbers" in capsys.readouterr().err
+    assert Image.open(tmp_path / "out" / "$thin_{$_depth_mm.png").size == (1, 300)
+    with torch.no_grad():
+        tiny.prompts[0, 0], kept = math.nan, tiny.prompts[0, 0].item()
+        cabins.save_checkpoint(tmp_path / "nan.pt", tiny)
+        tiny.prompts[0, 0] = kept
+    with pytest.raises(ValueError, match=r"tensors 1 not finite \(prompts, …\)"):
+        cabins.load_checkpoint(tmp_path / "nan.pt")
 
 
 def test_explained_bins_and_spread_are_the_networks(tiny):
@@ -1106,7 +1132,7 @@ def test_wrong_checkpoints(tiny, tmp_path, monkeypatch):
         cabins.load_checkpoint(tmp_path / "good.pt", max_depth=80)
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
     with pytest.raises(
-        ValueError, match="no checkpoint of CaBins: it has no 'model', but state_dict"
+        ValueError, match="no checkpoint of CaBins: it has no network as 'model', but state_dict"
     ):
         cabins.load_checkpoint(tmp_path / "other.pt")
     with pytest.raises(ValueError, match="--resume|cannot be resumed"):

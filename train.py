@@ -76,7 +76,9 @@ def drop_rows_from(path: Path, step: int) -> None:
 def train(args: argparse.Namespace) -> None:
     """Train from args.resume or from the start, to the last epoch."""
     device, out = evaluation.default_device(), Path(args.out)
-    if (out / "last.pt").exists() and not args.resume and out != Path("runs/toy"):
+    taken = (out / "last.pt").exists() or (out / "best.pt").exists()
+    is_demo = args.data == "toy" and out == Path("runs/toy")
+    if taken and not args.resume and not is_demo:
         raise ValueError(f"{out} holds another run: go on with --resume, or choose another --out")
     scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
     dataset = DepthDataset(args.data, args.root, args.train_split, train=True, **scale)
@@ -251,7 +253,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", metavar="DIR", help="default: runs/DATA")
     add("--resume", nargs="?", const="", metavar="CKPT", help="go on; default: OUT/last.pt")
     given = vars(parser.parse_args(argv))
-    for name in ("epochs", "batch_size", "lr", "depth_scale", "max_depth"):
+    for name in ("epochs", "batch_size", "lr"):
         if not 0 < given.get(name, 1) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {given[name]}; it must be positive")
     if not 0 <= given.get("seed", 0) < 2**31:
@@ -270,7 +272,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         content = cabins.read_checkpoint(resume)
         if not {"args", "step", "optimizer", "scheduler"} <= content.keys():
             raise ValueError(f"{resume} was not written by train.py: it cannot be resumed")
-        args = content["args"]
+        if not isinstance(args := content["args"], dict):
+            raise ValueError(f"{resume} does not say how it was trained: it cannot be resumed")
         movable = ("root", "train_split", "test_split", "out")  # may have another place by now
         changed = [k for k in given if k not in movable and given[k] != args[k]]
         if changed:
