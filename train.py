@@ -204,13 +204,14 @@ def draw_curves(out: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
-    log = ("log.csv", "step", ("loss", "bins"), "")
-    metrics = ("metrics.csv", "epoch", ("abs_rel", "rmse", "d1"), ".")
-    for axis, (file, x, columns, marker) in zip(figure.subplots(1, 2), (log, metrics)):
+    losses = {"loss": "total loss", "bins": "bins loss (m²)"}
+    metrics = {"abs_rel": "AbsRel", "rmse": "RMSE (m)", "d1": "δ < 1.25"}
+    files = (("log.csv", losses, ""), ("metrics.csv", metrics, "."))
+    for axis, (file, columns, marker) in zip(figure.subplots(1, 2), files):
         curves = np.genfromtxt(out / file, delimiter=",", names=True)
-        for column in columns:
-            axis.plot(curves[x], curves[column], marker=marker, label=column)
-        axis.set(xlabel=x, yscale="log")
+        for column, label in columns.items():
+            axis.plot(curves["epoch"], curves[column], marker=marker, label=label)
+        axis.set(xlabel="epoch", ylim=(0, None))
         axis.legend()
     cabins.write_whole(
         out / "curves.png", lambda partial: figure.savefig(partial, dpi=100, format="png")
