@@ -28,7 +28,8 @@ Read downwards: each part uses only what stands above it; `CaBins.forward` is Fi
     target         d*, X         (B, 1, H, W)          ground truth, m; 0 is none         3.3
 
 K is n_cabins = 8, N is n_prompts = 8, n_bins = 256. D is CLIP's joint width: 1024 for RN50, 512 for
-RN101, for which the paper writes it out, and for ViT-B/16, whose z has stride 16. Sizes such as H/32 are rounded where they do not divide.
+RN101, for which the paper writes it out, and for ViT-B/16, whose z has stride 16. Sizes such as
+H/32 are rounded where they do not divide.
 NOTE(differs) marks where the paper, the authors' code and this file are not the same; the README's
 ledger lists all such places.
 """
@@ -242,6 +243,8 @@ class SelfAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    """A pre-norm layer of CLIP's transformers: (B, L, width) -> (B, L, width)."""
+
     def __init__(self, width: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
@@ -256,11 +259,13 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
+    """CLIP's stack of blocks, of which a text token sees only those before it (`is_causal`)."""
+
     def __init__(self, width: int, n_layers: int):
         super().__init__()
         self.resblocks = nn.ModuleList(TransformerBlock(width) for _ in range(n_layers))
 
-    def forward(self, x: Tensor, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, is_causal: bool) -> Tensor:
         for block in self.resblocks:
             x = block(x, is_causal)
         return x
@@ -548,8 +553,9 @@ def number_tokens(depths: Tensor, integer_digits: int = 4) -> Tensor:
     whole, decimals = (digits * keep).split((integer_digits, DECIMALS), -1)
     one = torch.ones_like(number)
     ids = torch.cat([SOT * one, whole, POINT * one, decimals, EOT * one], -1)  # (…, T)
+    # what is left out is 0 by now, and no id of a digit is: the rest moves together, to the left
     order = (ids > 0).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    return ids.gather(-1, order).to(depths.device)  # what is kept, to the left
+    return ids.gather(-1, order).to(depths.device)
 
 
 class Attention(nn.Module):
@@ -891,7 +897,8 @@ def save_checkpoint(path: str | Path, model: CaBins, **state) -> None:
 def read_checkpoint(path: str | Path) -> dict:
     """All that a checkpoint holds: "model", and in ours "config" and what training needs."""
     content = read_tensors(Path(path), "a checkpoint of train.py or of the authors")
-    if not (content.get("model") and isinstance(content["model"], dict)):
+    state = content.get("model")
+    if not (state and isinstance(state, dict) and all(map(torch.is_tensor, state.values()))):
         found = ", ".join(map(str, list(content)[:3]))
         raise ValueError(
             f"{path} is no checkpoint of CaBins: it has no network as 'model', but {found}, …"

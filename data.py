@@ -117,6 +117,7 @@ def evaluation_windows(name: str, height: int, width: int) -> dict[str, tuple[sl
 
 
 def garg(height: int, width: int) -> tuple[slice, slice]:
+    """Garg's rows and columns of a frame."""
     rows = slice(int(0.40810811 * height), int(0.99189189 * height))
     return rows, slice(int(0.03594771 * width), int(0.96405229 * width))
 
@@ -197,7 +198,9 @@ class DepthDataset(Dataset):
             if fields[1] == "None":
                 self.n_left_out += 1
             elif self.labelled:  # the digits in the file's name count the pairs from 0
-                pairs.append((root, int(re.sub(r"\D", "", Path(fields[0]).stem))))
+                if not (digits := re.sub(r"\D", "", Path(fields[0]).stem)):
+                    raise ValueError(f"{split}, line {number}: {fields[0]} has no number to go by")
+                pairs.append((root, int(digits)))
             else:
                 image = find(root, self.recipe.image_folders, fields[0], (".png", ".jpg", ".jpeg"))
                 depth = find(root, self.recipe.depth_folders, fields[1], (".png",))

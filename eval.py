@@ -148,13 +148,12 @@ def depthclip(clip: cabins.CLIP) -> Predict:
     Each place in the image is likened to "This object is giant", … "unseen"; its depth is the mean
     of seven fixed distances (those for NYU), weighted by the softmax of the similarities.
     """
-    phrases = [
-        phrase for phrase in cabins.SEMANTIC_BINS if phrase != "farthest"
-    ]  # which CaBins added
+    # its seven phrases, to which CaBins added one
+    texts = [f"This object is {p}" for p in cabins.SEMANTIC_BINS if p != "farthest"]
     distances = torch.tensor([[1.0, 1.5, 2.0, 2.25, 2.5, 2.75, 3.0]])  # (1, 7) metres
     clip_mean, clip_std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     with torch.inference_mode():
-        t = clip.eval().encode_text(tokenize([f"This object is {phrase}" for phrase in phrases]))
+        t = clip.eval().encode_text(tokenize(texts))  # (7, D)
 
     @torch.inference_mode()
     def predict(image: Tensor) -> Tensor:
@@ -198,7 +197,7 @@ def keep_predictions(predict: Predict, dataset: data.DepthDataset, folder: Path)
 
 def append_row(path: Path, row: dict) -> None:
     """Add a row to a CSV file, which begins with the names of its columns."""
-    is_new = not path.exists()
+    is_new = not path.exists() or path.stat().st_size == 0
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, row, lineterminator="\n")
         if is_new:

@@ -369,7 +369,6 @@ def released(tmp_path_factory) -> Path:
     made = {}
     for ours, tensor in state.items():
         name = their_name(ours)
-        made[name] = made_tensor(name, tuple(tensor.shape)) if "logit" not in ours else tensor
         made[name] = tensor if name == "clip_model.logit_scale" else made_tensor(name, tensor.shape)
     if GOLDENS.is_dir():
         shapes = json.loads((GOLDENS / "cabins_rn101_state_dict.json").read_text())
@@ -834,6 +833,9 @@ def test_labelled_mat(tmp_path):
     assert image[:, :7].abs().max() < 1e-3 and image[:, :, 632:].abs().max() < 1e-3  # black frame
     value = (2 * 3 * 640 * 480 + 1 * 640 * 480 + 20 * 480 + 10) % 256  # green, column 20, row 10
     assert image[1, 10, 20].item() == pytest.approx(value, abs=1e-3)
+    split.write_text("bath/rgb.jpg bath/depth.png 518.8579\n")
+    with pytest.raises(ValueError, match="line 1: bath/rgb.jpg has no number to go by"):
+        data.DepthDataset("nyu", tmp_path / "nyu.mat", split)
     split.write_text("bath/rgb_00003.jpg bath/sync_depth_00003.png 518.8579\n")
     with pytest.raises(ValueError, match="nyu.mat has no pair 3"):
         data.DepthDataset("nyu", tmp_path / "nyu.mat", split)[0]
@@ -1135,7 +1137,10 @@ def test_wrong_checkpoints(tiny, tmp_path, monkeypatch):
         ValueError, match="no checkpoint of CaBins: it has no network as 'model', but state_dict"
     ):
         cabins.load_checkpoint(tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="--resume|cannot be resumed"):
+    torch.save({"model": {"prompts": 1}}, tmp_path / "numbers.pt")
+    with pytest.raises(ValueError, match="no checkpoint of CaBins: it has no network"):
+        cabins.load_checkpoint(tmp_path / "numbers.pt")
+    with pytest.raises(ValueError, match="cannot be resumed"):
         train.parse_args(["--resume", str(tmp_path / "good.pt")])
     assert "does not say what data it is for: give --data" in run_script(
         monkeypatch, "eval.py", tmp_path / "good.pt"

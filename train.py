@@ -70,7 +70,8 @@ def drop_rows_from(path: Path, step: int) -> None:
         header, *rows = path.read_text().splitlines(keepends=True) or [""]
         steps = [row.split(",")[0] for row in rows]
         kept = [row for row, s in zip(rows, steps) if s.isdigit() and int(s) < step]
-        path.write_text("".join([header, *kept])) if kept else path.unlink()
+        text = "".join([header, *kept] if kept else [])  # an empty file gets a header again
+        cabins.write_whole(path, lambda partial: partial.write_text(text))
 
 
 def train(args: argparse.Namespace) -> None:
