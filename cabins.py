@@ -486,7 +486,8 @@ class AdaptiveBins(nn.Module):
         )
 
     def forward(self, z_bar: Tensor) -> Tensor:
-        b = F.relu(self.mlp(z_bar)) + 0.1  # b'
+        # float32 from here on under autocast too, whose types cannot tell a centimetre at 10 m
+        b = F.relu(self.mlp(z_bar).float()) + 0.1  # b'
         return b / b.sum(1, keepdim=True)
 
 
@@ -667,13 +668,17 @@ class DepthDecoder(nn.Module):
             x = torch.cat([resize(x, skip.shape[-2:]), skip], dim=1)  # (B, C + C_skip, h_skip, …)
             x = up(x)  # (B, C / 2, h_skip, w_skip)
         x = resize(x, (2 * x.shape[-2], 2 * x.shape[-1]))  # (B, 4 width, H/2, W/2)
+        # the largest map, of which only the softmax is kept: neither its gradient needs the logits
+        # nor that of the convolution before; under autocast it is computed in float32
         return self.logits(self.features(x)).softmax(dim=1)  # (B, n_bins, H/2, W/2)
 
 
 def expected_depth(centers: Tensor, p: Tensor) -> Tensor:
     """Depth (B, 1, h, w) in metres of centres (B, n_bins) with probabilities p (B, n_bins, h, w)."""
     # Eq. 5:  d_i = Σ_k c(b_k) p_ik
-    return torch.einsum("bk,bkhw->bhw", centers, p)[:, None]
+    return (centers[:, :, None, None] * p).sum(
+        1, keepdim=True
+    )  # of float32: no product of matrices
 
 
 # ---- Figure 2: the network -----------------------------------------------------------------------
@@ -760,7 +765,7 @@ class CaBins(nn.Module):
         d = expected_depth(c, p)  # (B, 1, H/2, W/2)
         if upsample:
             d = resize(d, image.shape[-2:])  # (B, 1, H, W)
-        return Prediction(d, c, e, s)
+        return Prediction(d, c, e, s.float())
 
 
 # ---- Sec. 3.3  Training loss. A mask (B, 1, H, W) says where ground truth is valid. --------------

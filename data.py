@@ -224,12 +224,14 @@ class DepthDataset(Dataset):
 
     def __getitem__(self, i: int) -> dict:
         path, depth_path = self.pairs[i]
+        scale = 1.0
         if self.name == "toy":
             image, depth = draw_room(depth_path)
         elif self.labelled:
             image, depth = read_labelled(path, depth_path)
         else:
-            image, depth = read_image(path), read_depth(depth_path) / self.recipe.depth_scale
+            image, depth = read_image(path), read_depth(depth_path)
+            scale = self.recipe.depth_scale
         if image.shape[:2] != depth.shape:
             raise ValueError(f"{path} has {image.shape[:2]} pixels, {depth_path} {depth.shape}")
         height, width = depth.shape
@@ -243,7 +245,8 @@ class DepthDataset(Dataset):
         except ValueError as error:
             raise ValueError(f"{path} has {error}") from None
         image = torch.from_numpy(image[top:bottom, left:right].copy()).permute(2, 0, 1)  # (3, h, w)
-        depth = torch.from_numpy(depth[top:bottom, left:right].copy())[None]  # (1, h, w)
+        depth = np.divide(depth[top:bottom, left:right], scale, dtype=np.float32)
+        depth = torch.from_numpy(depth)[None]  # (1, h, w)
         if not self.train:
             image = normalize(image / 255, Config.image_mean, Config.image_std)
         name = str(path) if isinstance(depth_path, str) else f"{path} {depth_path}"
@@ -266,16 +269,16 @@ def read_image(path: str | Path) -> np.ndarray:
     """(H, W, 3) uint8."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from None
 
 
 def read_depth(path: str | Path) -> np.ndarray:
-    """(H, W) float32, in the file's own units."""
+    """(H, W), 16-bit, in the file's own units."""
     try:
         with Image.open(path) as image:
-            mode, depth = image.mode, np.asarray(image).astype(np.float32)
+            mode, depth = image.mode, np.asarray(image)
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as a depth map: {error}") from None
     if not mode.startswith("I"):
@@ -296,15 +299,21 @@ def read_labelled(path: Path, index: int) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path} has no pair {index}: {error}") from None
     framed = np.zeros_like(image)  # the recipe's test images have a black frame
     framed[7:474, 7:632] = image[7:474, 7:632]
-    return framed, depth.astype(np.float32)
+    return framed, depth
 
 
 # ---- Augmentation, on the batch ------------------------------------------------------------------
 
 
+def mean_and_std(image: Tensor) -> Tensor:
+    """Those of images in training, (2, 3, 1, 1), on the device of `image`, which is not waited for."""
+    statistics = torch.tensor([Config.image_mean, Config.image_std])[..., None, None]
+    return statistics.to(image.device, non_blocking=True)
+
+
 def denormalize(image: Tensor) -> Tensor:
     """Normalised images (…, 3, H, W) as colours from 0 to 1."""
-    mean, std = torch.tensor([Config.image_mean, Config.image_std])[..., None, None].to(image)
+    mean, std = mean_and_std(image)
     return (image * std + mean).clamp(0, 1)
 
 
@@ -313,18 +322,25 @@ def augment(
     depth: Tensor,
     dataset: str | DepthDataset,
     generator: torch.Generator | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[Tensor, Tensor]:
     """Random rotation, crop, flip and colour of a batch, by the recipe of `dataset`.
 
     image uint8 (B, 3, h, w), depth (B, 1, h, w) in metres -> image normalised (B, 3, H, W), depth
-    (B, 1, H, W), on the inputs' device. `generator` is on the CPU and decides everything.
+    (B, 1, H, W), on the inputs' device. `generator` is on the CPU and decides everything. `share`
+    (i, k) says that these are the images i, i + k, i + 2k, … of a larger batch.
     """
     recipe = DATASETS[dataset] if isinstance(dataset, str) else dataset.recipe
     n, _, h, w = image.shape
     rows, columns = recipe.crop
     if rows > h or columns > w:
         raise ValueError(f"images of {h} x {w} pixels are too small to crop to {rows} x {columns}")
-    u = torch.rand(n, 10, generator=generator).to(image.device)
+    i, k = share
+    u = torch.rand(k * n, 10, generator=generator)[i::k]  # (B, 10)
+    # factors from 1 - spread to 1 + spread; of red, green and blue each their own
+    spread = torch.tensor([recipe.gamma, recipe.brightness, *[recipe.colour] * 3])
+    u[:, 5:] = 1 + spread * (2 * u[:, 5:] - 1)
+    u = u.to(image.device, non_blocking=True)
     angle, top, left, flip, recolour = u[:, :5].unbind(1)  # (B,) each
 
     # where each output pixel comes from, in input pixels: unflip, uncrop, turn about the centre
@@ -341,12 +357,11 @@ def augment(
     image = F.grid_sample(image / 255, grid, "bilinear", align_corners=True)  # zeros outside
     depth = F.grid_sample(depth, grid, "nearest", align_corners=True)
 
-    # factors from 1 - spread to 1 + spread; of red, green and blue each their own
-    spread = torch.tensor([recipe.gamma, recipe.brightness, *[recipe.colour] * 3]).to(u)
-    factor = (1 + spread * (2 * u[:, 5:] - 1))[..., None, None]  # (B, 5, 1, 1)
+    factor = u[:, 5:, None, None]  # (B, 5, 1, 1)
     coloured = (image ** factor[:, :1] * factor[:, 1:2] * factor[:, 2:]).clamp(0, 1)
     image = torch.where(recolour[:, None, None, None] < 0.5, coloured, image)
-    return normalize(image, Config.image_mean, Config.image_std), depth
+    mean, std = mean_and_std(image)
+    return (image - mean) / std, depth
 
 
 # ---- Toy rooms: a data set that needs no download ------------------------------------------------
@@ -498,6 +513,8 @@ def run_command(main) -> None:
     except (OSError, ValueError) as error:
         # of an error in a loader's worker, what follows its traceback
         sys.exit("error: " + re.sub(r"(?s)^Caught .*\n\w+Error: ", "", str(error)).strip())
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: {str(error).splitlines()[0]} Choose a smaller --batch-size")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)

@@ -6,22 +6,30 @@ python eval.py runs/toy/best.pt --images *.jpg      depth of your own pictures
 """
 
 import argparse
+import copy
 import csv
 import glob
 import itertools
 import os
+import statistics
 import sys
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Subset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
 
@@ -83,12 +91,16 @@ def evaluate_windows(
     `predict` takes normalised images (1, 3, H, W) to depth (1, 1, H, W) in metres, which is clipped
     to the data set's range; NaN counts as its minimum. Ground truth counts strictly inside the
     range. A metric is the mean over images of its mean over an image's pixels; images without a
-    pixel of ground truth in a window are left out of that window's mean.
+    pixel of ground truth in a window are left out of that window's mean. Processes that torchrun
+    started share the images out, and all return the same.
     """
     low, high = cabins.Config.min_depth, dataset.recipe.max_depth
-    found: dict[str, list[dict[str, Tensor]]] = {}
-    loader = DataLoader(dataset, num_workers=default_workers())
-    for sample in tqdm(loader, desc="evaluating", disable=None if progress else True, leave=False):
+    found: dict[str, dict[int, dict[str, float]]] = {}  # by window and number of the image
+    rank, n_processes = rank_of()
+    mine = range(rank, len(dataset), n_processes)
+    loader = DataLoader(Subset(dataset, mine), num_workers=default_workers())
+    hidden = None if progress and rank == 0 else True
+    for i, sample in zip(mine, tqdm(loader, desc="evaluating", disable=hidden, leave=False)):
         depth, target = predict(sample["image"]).cpu(), sample["depth"]
         depth = depth.nan_to_num(low, high, low).clamp(low, high)
         if depth.shape != target.shape:
@@ -99,14 +111,18 @@ def evaluate_windows(
             mask = (d_star > low) & (d_star < high)
             if mask.any():
                 metrics = cabins.depth_metrics(d[mask].double(), d_star[mask].double())
-                found.setdefault(window, []).append(metrics)
-    if not found:
+                found.setdefault(window, {})[i] = {k: v.item() for k, v in metrics.items()}
+    if n_processes > 1:
+        parts = [None] * n_processes
+        dist.all_gather_object(parts, found)
+        found = {w: dict(sorted(m for p in parts for m in p.get(w, {}).items())) for w in windows}
+    if not any(found.values()):
         raise ValueError(f"none of the {len(dataset)} images has ground truth to measure against")
     for window, images in found.items():
         if missing := len(dataset) - len(images):
             print(f"{missing} of the images have no ground truth in window {window}: left out")
     return {
-        window: {k: float(torch.stack([m[k] for m in images]).mean()) for k in images[0]}
+        window: {k: statistics.fmean(m[k] for m in images.values()) for k in HEADINGS}
         for window, images in found.items()
     }
 
@@ -358,6 +374,156 @@ def draw_samples(
         draw(out / f"explained_{i}.png", *picture)
 
 
+# ---- Speed ---------------------------------------------------------------------------------------
+
+SIZES = [(480, 640), (352, 1216)]  # of NYU's and KITTI's test images
+AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Run = Callable[[Callable[[], None]], object]  # calls its argument before, between and after phases
+
+
+def default_amp() -> str:
+    """bf16 where it is known to be faster: not on every CPU that can compute in it."""
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else "off"
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """Convolutions and products of matrices in the precision `amp`, a key of AMP."""
+    return torch.autocast(device.type, None if amp == "off" else AMP[amp], amp != "off")
+
+
+def go_fast(fast: bool = True) -> None:
+    """On GPUs: TF32 in what is left of float32, and the fastest kernels for images of one size."""
+    torch.set_float32_matmul_precision("high" if fast else "highest")
+    torch.backends.cudnn.benchmark = fast
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that the tensors made within it took at one time: an estimate of a GPU's."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages = weakref.WeakSet()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(result) if torch.is_tensor(x)):
+            if storage not in self.storages:
+                self.storages.add(storage)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def add(self, n: int) -> None:
+        self.now += n
+        self.peak = max(self.peak, self.now)
+
+
+def time_phases(run: Run, device: torch.device) -> list[float]:
+    """Milliseconds of each phase of a run, on the device's own clock."""
+    marks = []
+
+    def mark() -> None:
+        if device.type == "cpu":
+            marks.append(time.perf_counter())
+        else:
+            marks.append(torch.Event(device, enable_timing=True))
+            marks[-1].record()
+
+    run(mark)
+    if device.type == "cpu":
+        return [1000 * (end - start) for start, end in itertools.pairwise(marks)]
+    torch.accelerator.synchronize()
+    return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
+
+
+def print_bench_header(phases: tuple[str, ...]) -> None:
+    memory = "peak GB" if default_device().type == "cuda" else "peak GB (estimate)"
+    columns = ["", *(f"{p} ms" for p in phases), "all ms", "against plain", "images/s", memory]
+    columns += ["GFLOP", "TFLOP/s", "of a matrix product's"]
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+
+
+def bench(
+    title: str,
+    settings: dict[str, tuple[str, Callable[[], Run]]],
+    batch_size: int,
+    device: torch.device,
+    n_rounds: int,
+) -> None:
+    """Print a Markdown row of each setting: its precision, and what makes its run.
+
+    Settings take turns, so that a machine that slows down slows all of them; times are medians,
+    ± half of what lies between the quartiles. The first setting is what others are compared with.
+    """
+    runs, flop, peak, times = {}, {}, {}, {name: [] for name in settings}
+    for name, (_, make) in settings.items():
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        with PeakMemory() as memory, FlopCounterMode(display=False) as counter:
+            runs[name] = make()
+            for _ in range(2):  # from the second on, gradients and the optimizer's state are there
+                runs[name](lambda: None)
+        peak[name] = memory.peak
+        if device.type == "cuda":
+            peak[name] = torch.cuda.max_memory_allocated() - before
+        flop[name] = counter.get_total_flops() / 2
+        runs[name](lambda: None)  # compiles, where it does
+    for _ in range(n_rounds):
+        for name, run in runs.items():
+            times[name].append(time_phases(run, device))
+    plain = None
+    for name, (amp, _) in settings.items():
+        phases = [*zip(*times[name]), [sum(phases) for phases in times[name]]]
+        cells = [f"{title}, {name}"]
+        for values in phases:
+            low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+            cells.append(f"{middle:.4g} ± {(high - low) / 2:.2g}")
+        # a compiled run cannot be counted; the plain one, which is the first, does the same
+        plain, work = plain or middle, flop[next(iter(flop))]
+        rate = work / middle / 1e9
+        cells += [f"{plain / middle:.2f}", f"{1000 * batch_size / middle:.3g}"]
+        cells += [f"{peak[name] / 1e9:.1f}", f"{work / 1e9:.0f}", f"{rate:.3g}"]
+        cells.append(f"{rate / matmul_rate(device, AMP[amp]):.0%}")
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large product of matrices."""
+    n = 2048 if device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=device).to(dtype)
+    times = [time_phases(lambda mark: (mark(), a @ a, mark()), device)[0] for _ in range(9)]
+    return 2 * n**3 / statistics.median(times) / 1e9
+
+
+def bench_inference(model: cabins.CaBins, device: torch.device, n_rounds: int) -> None:
+    """Print what depth of images of NYU's and KITTI's size costs, in Markdown."""
+    fast = copy.deepcopy(model).to(memory_format=torch.channels_last)
+
+    def setting(network: cabins.CaBins, amp: str, image: Tensor) -> tuple[str, Callable[[], Run]]:
+        @torch.inference_mode()
+        def run(mark: Callable[[], None]) -> None:
+            mark()
+            with autocast(device, amp):
+                network(image)
+            mark()
+
+        return amp, lambda: run
+
+    print_bench_header(("forward",))
+    for height, width in SIZES:
+        for n in (1, 8):
+            image = torch.randn(n, 3, height, width, device=device)
+            settings = {
+                "plain fp32": setting(model, "off", image),
+                "fp32, channels_last": setting(fast, "off", image),
+                "bf16, channels_last": setting(fast, "bf16", image),
+            }
+            title = f"{model.config.backbone}, {height}x{width}, batch {n}"
+            bench(title, settings, n, device, n_rounds)
+
+
 # ---- Your own pictures ---------------------------------------------------------------------------
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
@@ -471,13 +637,20 @@ def predict_pictures(model: cabins.CaBins, trained_on: str | None, args: argpars
 # ---- Command line --------------------------------------------------------------------------------
 
 
+def rank_of() -> tuple[int, int]:
+    """This process's number, and of how many that torchrun started."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def default_device() -> torch.device:
     available = torch.accelerator.is_available()
     return torch.accelerator.current_accelerator() if available else torch.device("cpu")
 
 
 def default_workers() -> int:
-    return min(8, os.cpu_count() - 1)
+    """Of each process's data loader."""
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
+    return min(8, max(os.cpu_count() // n_processes - 1, 0))
 
 
 def main() -> None:
@@ -496,8 +669,9 @@ def main() -> None:
     add("--ply", action="store_true", help="write a point cloud of each picture")
     add("--focal", type=float, help="of the pictures' camera, in pixels; default: in training")
     add("--fov", type=float, help="in the place of --focal: degrees from left to right")
+    add("--bench", nargs="?", type=int, const=5, metavar="N", help="only measure speed, N times")
     args = parser.parse_args()
-    for option, limit in (("explain", np.inf), ("focal", np.inf), ("fov", 180)):
+    for option, limit in (("bench", np.inf), ("explain", np.inf), ("focal", np.inf), ("fov", 180)):
         value = getattr(args, option)
         if value is not None and not 0 < value < limit:
             raise ValueError(f"--{option} is {value}; it must be above 0 and below {limit}")
@@ -505,7 +679,7 @@ def main() -> None:
     device, saved, model_depth = default_device(), {}, None
     if args.checkpoint == "depthclip":
         args.data = args.data or "nyu"
-        if args.data == "kitti" or args.images or args.explain:
+        if args.data == "kitti" or args.images or args.explain or args.bench:
             raise ValueError("depthclip is measured only, and only with its distances for NYU")
         predict, flip = depthclip(cabins.load_clip(args.clip).to(device)), False
     else:
@@ -521,6 +695,9 @@ def main() -> None:
             f"{args.checkpoint} is {origin}: {model.config.backbone}, {model.config.distance_class}, "
             f"depths to {model.config.max_depth} m; all of its {len(content['model'])} tensors are used"
         )
+    if args.bench:
+        bench_inference(model, device, args.bench)
+        return
     name = args.data or saved.get("data")
     if args.images:
         sys.exit(1 if predict_pictures(model, name, args) else 0)

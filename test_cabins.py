@@ -323,6 +323,42 @@ def test_forward_asks_nothing_of_the_host(tiny):
     assert model(torch.empty(2, 3, 96, 128, device="meta")).depth.shape == (2, 1, 96, 128)
 
 
+def test_forward_compiles_as_one_graph(tiny):
+    image = torch.randn(2, 3, 96, 128, generator=generator())
+    compiled = torch.compile(tiny, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=False):
+        close(compiled(image).depth, tiny(image).depth, 1e-5)
+
+
+@pytest.mark.parametrize("max_depth", [10.0, 80.0])
+def test_bfloat16_agrees_within_a_hundredth(max_depth):
+    torch.manual_seed(0)
+    model = cabins.CaBins(cabins.Config(backbone="tiny", max_depth=max_depth)).eval()
+    torch.nn.init.normal_(model.depth_decoder.logits.weight, std=1)  # as sure as a trained one
+    image = torch.randn(2, 3, 96, 128, generator=generator())
+    with torch.no_grad():
+        exact = model(image)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(image)
+    assert exact.depth.std() > 0.02 * max_depth
+    for name, tensor in rounded._asdict().items():
+        assert tensor.dtype == torch.float32, name
+    assert ((rounded.depth - exact.depth).abs() / exact.depth).mean() < 0.01
+    assert ((rounded.centers - exact.centers).abs() / exact.centers).max() < 0.01
+    assert ((rounded.cabins - exact.cabins).abs() / exact.cabins).max() < 0.01
+
+
+def test_no_logits_are_kept_beside_the_probabilities(tiny):
+    """The largest map of all is kept once for Eq. 5, in float32, and once before the logits."""
+    kept = []
+    pyramid = [torch.randn(1, c, 64 // 2**i, 96 // 2**i) for i, c in enumerate((40, 80, 160, 320))]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        p = tiny.depth_decoder(pyramid, torch.randn(1, 8, 8, 12))
+        cabins.expected_depth(torch.linspace(1, 9, 256)[None], p)
+    maps = {t.data_ptr() for t in kept if t.shape == p.shape}
+    assert len(maps) == 2 and p.data_ptr() in maps
+
+
 # ---- The released network, on made weights -------------------------------------------------------
 
 PREDICTED_CABINS = [
@@ -586,7 +622,7 @@ def test_kept_predictions_give_the_same_row(tiny, tmp_path):
     row = evaluation.evaluate(predict, pairs)
     files = iter(sorted(tmp_path.iterdir()))
     again = evaluation.evaluate(
-        lambda image: torch.from_numpy(data.read_depth(next(files)))[None, None] / 1000, pairs
+        lambda image: torch.from_numpy(data.read_depth(next(files)) / 1000)[None, None], pairs
     )
     assert again == pytest.approx(row, abs=1e-3) and row["abs_rel"] == pytest.approx(0.1, rel=1e-3)
     evaluation.append_results(tmp_path / "results.csv", ["how"], {"a": row})
@@ -897,10 +933,148 @@ def test_every_trained_parameter_is_in_the_optimizer_once(tiny):
 
 
 def test_batches_shuffle_each_epoch_and_can_start_anywhere():
-    whole = list(train.batches(10, 3, 0, range(9)))
-    assert whole[4:] == list(train.batches(10, 3, 0, range(4, 9)))
+    whole = list(train.batches(range(10), 3, 0, range(9)))
+    assert whole[4:] == list(train.batches(range(10), 3, 0, range(4, 9)))
     epochs = [[i for batch in whole[k : k + 3] for i in batch] for k in (0, 3, 6)]
     assert all(len(set(epoch)) == 9 for epoch in epochs) and epochs[0] != epochs[1]
+
+
+def toy_learner(*options) -> tuple[train.Learner, dict]:
+    args = train.parse_args(list(options))
+    learner = train.Learner(cabins.CaBins(TINY), args, "toy", 100, torch.device("cpu"))
+    image = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8, generator=generator())
+    return learner, {"image": image, "depth": torch.rand(2, 1, 96, 128) * 9 + 0.5}
+
+
+class NothingRead(torch.utils._python_dispatch.TorchDispatchMode):
+    """Refuses what would make a GPU's host wait: to read a value, or a size that depends on one."""
+
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert not operation.__name__.startswith(self.READS), operation
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_step_does_not_wait_for_the_device(amp):
+    learner, batch = toy_learner("--amp", amp)
+    with NothingRead():
+        for number in (1, 2):
+            _, _, result = learner.step(batch, number)
+        with pytest.raises(AssertionError):
+            result[0].item()
+    assert result.isfinite().all()
+
+
+def test_plain_and_fast_steps_learn_the_same():
+    weights = []
+    for plain in (True, False):
+        torch.manual_seed(0)
+        learner, batch = toy_learner()
+        model = cabins.CaBins(TINY)
+        torch.manual_seed(1)
+        learner = train.Learner(model, learner.args, "toy", 100, torch.device("cpu"), plain)
+        losses = [learner.step(batch, number)[2][0] for number in range(3)]
+        weights.append((torch.stack(losses), model.depth_decoder.logits.weight.detach()))
+    close(weights[1][0], weights[0][0], 1e-4)
+    close(weights[1][1], weights[0][1], 1e-3)
+
+
+def test_bench_measures_steps_and_inference(tiny, tmp_path, monkeypatch, capsys):
+    options = ("--bench", "--backbone", "tiny", "--size", "96x128", "--batch-size", "1")
+    train.bench(train.parse_args([*options, "--steps", "2", "--amp", "bf16"]))
+    cabins.save_checkpoint(tmp_path / "tiny.pt", tiny)
+    monkeypatch.setattr(evaluation, "SIZES", [(64, 64)])
+    run_eval_main(monkeypatch, tmp_path / "tiny.pt", "--bench", 2)
+    header, _, *rows = (line.split(" | ") for line in capsys.readouterr().out.splitlines())
+    rows = [row for row in rows if "tiny, 96x128" in row[0]]
+    assert len(rows) == 2 and all(len(row) == len(header) for row in rows)
+    columns = dict(zip(header, rows[0]))
+    parts = [float(v.split()[0]) for k, v in columns.items() if k.endswith(" ms")]
+    assert (
+        sum(parts[:-1]) == pytest.approx(parts[-1], rel=0.5) and columns["against plain"] == "1.00"
+    )
+    flop = torch.utils.flop_counter.FlopCounterMode(display=False)
+    with flop, torch.no_grad():
+        tiny(torch.zeros(1, 3, 96, 128))
+    assert float(columns["GFLOP"]) == pytest.approx(3 * flop.get_total_flops() / 1e9, rel=0.15)
+
+
+def test_peak_memory_counts_what_lives_at_one_time():
+    with evaluation.PeakMemory() as memory:
+        a = torch.zeros(1000)
+        b = a + 1
+        b.view(10, 100).add_(1)  # no memory of its own
+        del a, b
+        torch.zeros(500)
+    assert (memory.peak, memory.now) == (8000, 0)
+
+
+DISTRIBUTED = """
+import os, sys
+sys.path.insert(0, {here!r})
+import torch.nn.functional as F
+from torch import nn
+import data, train
+# of its own images each process would have other statistics, which torch joins on GPUs only
+nn.BatchNorm2d.forward = lambda self, x: F.batch_norm(
+    x, self.running_mean, self.running_var, self.weight, self.bias)
+nn.Dropout.forward = lambda self, x: x
+data.TOY_ROOMS = {{"train": range(9), "test": range(1_000_000, 1_000_003)}}
+train.LOG_EVERY, train.baselines = 1, lambda *_: {{}}
+draw = data.draw_room
+def room(i):
+    if i == {broken} and os.environ.get("RANK") == "1":
+        raise ValueError(f"room {{i}} is on fire")
+    return draw(i)
+data.draw_room = room
+data.run_command(train.main)
+"""
+
+
+def run_processes(folder: Path, n: int, broken: int = -1) -> subprocess.CompletedProcess:
+    folder.mkdir()
+    (folder / "script.py").write_text(DISTRIBUTED.format(here=str(HERE), broken=broken))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    options = ["--epochs", "2", "--batch-size", "4", "--out", "."]
+    command = [sys.executable, *(torchrun if n > 1 else []), "script.py", *options]
+    return subprocess.run(
+        command, check=False, cwd=folder, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, n in ((one, 1), (two, 2)):
+        run = run_processes(folder, n)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("epoch 2/2") == 1  # only the first process speaks
+    for file, tolerance in (("log.csv", 1e-5), ("metrics.csv", 1e-5)):
+        tables = [np.genfromtxt(f / file, delimiter=",", skip_header=1) for f in (one, two)]
+        assert len(tables[0]) == (4 if file == "log.csv" else 2)
+        np.testing.assert_allclose(*tables, rtol=tolerance)
+    weights = [cabins.read_checkpoint(folder / "last.pt")["model"] for folder in (one, two)]
+    start = cabins.CaBins(TINY).state_dict()
+    for name, tensor in weights[0].items():
+        if tensor.is_floating_point():
+            close(weights[1][name], tensor, 1e-5)
+    assert not torch.equal(weights[0]["prompts"], start["prompts"])
+
+
+def test_a_process_that_ends_ends_the_run(tmp_path):
+    run = run_processes(tmp_path / "run", 2, broken=3)  # in at most 120 s
+    assert run.returncode != 0 and "error: room 3 is on fire" in run.stderr
+    assert not (tmp_path / "run" / "best.pt").exists()
+
+
+def test_shares_of_a_batch_are_augmented_as_the_whole():
+    image = torch.randint(0, 256, (4, 3, 96, 128), dtype=torch.uint8, generator=generator())
+    depth = torch.rand(4, 1, 96, 128, generator=generator())
+    whole = data.augment(image, depth, "toy", generator(1))
+    for i in (0, 1):
+        part = data.augment(image[i::2], depth[i::2], "toy", generator(1), (i, 2))
+        assert torch.equal(part[0], whole[0][i::2]) and torch.equal(part[1], whole[1][i::2])
 
 
 @pytest.fixture

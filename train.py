@@ -6,14 +6,22 @@ laptop's CPU, and shows what it has learnt under runs/toy/.
 
 import argparse
 import math
-from collections.abc import Iterator
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
 import cabins
@@ -22,10 +30,13 @@ from data import DATASETS, DepthDataset, add_data_options, augment, run_command
 
 # Sec. 4.1
 RECIPE = {"backbone": "RN101", "distance_class": "cabins", "epochs": 25, "batch_size": 8}
-RECIPE |= {"lr": 3.57e-5, "seed": 0, "as_released": False}
+RECIPE |= {"lr": 3.57e-5, "seed": 0, "as_released": False, "compile": False}
 TOY_RECIPE = RECIPE | {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # from random weights
 CLIP_NORM = 0.1
-LOG_EVERY = 10  # steps
+LOG_EVERY, SAVE_EVERY = 10, 500  # steps; also at the end of each epoch
+
+
+# ---- One step ------------------------------------------------------------------------------------
 
 
 def parameter_groups(model: cabins.CaBins, as_released: bool = False) -> list[dict]:
@@ -48,35 +59,171 @@ def parameter_groups(model: cabins.CaBins, as_released: bool = False) -> list[di
     return [{"name": name, "params": parameters} for name, parameters in groups.items()]
 
 
-def seed_of(seed: int, number: int) -> int:
-    """One seed out of two numbers. All that is random in a step follows from (seed, step)."""
-    return (seed << 32) + number
+def seed_of(*numbers: int) -> int:
+    """One seed out of several numbers. All that is random in a step follows from (seed, step)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def batches(n: int, batch_size: int, seed: int, steps: range) -> Iterator[list[int]]:
-    """Indices of the batch of each step, of n pairs that are shuffled anew in each epoch."""
-    per_epoch = n // batch_size
+def gather(tensor: Tensor) -> Tensor:
+    """The tensors (b, …) of all processes as one batch. Gradients go to this process's own part."""
+    rank, n = evaluation.rank_of()
+    parts = [torch.empty_like(tensor) for _ in range(n)]
+    dist.all_gather(parts, tensor.detach())
+    parts[rank] = tensor
+    return torch.cat(parts)
+
+
+class Learner:
+    """A network and what trains it, by `step`. `plain` is without what makes it fast, for --bench."""
+
+    def __init__(self, model, args, dataset, n_steps: int, device, plain: bool = False):
+        self.args, self.dataset, self.device = args, dataset, device
+        self.model = model = model.to(device)
+        if not plain:
+            model.to(memory_format=torch.channels_last)
+        self.amp = evaluation.autocast(device, "off" if plain else args.amp)
+        self.rank, self.n_processes = evaluation.rank_of()
+        if self.n_processes > 1 and device.type == "cuda":  # torch has it for GPUs only
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.groups = parameter_groups(model, args.as_released)
+        fused = None if plain else True
+        self.optimizer = torch.optim.AdamW(self.groups, args.lr, weight_decay=0.1, fused=fused)
+        # from lr / 25 up to lr and down to lr / 2500, the momentum from 0.95 to 0.85 and back
+        self.scheduler = OneCycleLR(
+            self.optimizer, args.lr, n_steps, div_factor=25, final_div_factor=100
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16" and not plain)
+        self.network = DistributedDataParallel(model) if self.n_processes > 1 else model
+        if args.compile and not plain:
+            self.network = torch.compile(self.network)
+
+    def step(
+        self, batch: dict, number: int, mark: Callable[[], None] = lambda: None
+    ) -> tuple[cabins.Prediction, Tensor, Tensor]:
+        """Learn from this process's share of batch `number`; `mark` is called after each part.
+
+        Returns prediction and ground truth of the whole batch, and (loss, gradient norm), all left
+        on the device: nothing here waits for it.
+        """
+        mark()
+        image, depth = (batch[k].to(self.device, non_blocking=True) for k in ("image", "depth"))
+        generator = torch.Generator().manual_seed(seed_of(self.args.seed, number))
+        share = (self.rank, self.n_processes)
+        image, depth = augment(image, depth, self.dataset, generator, share)
+        mark()
+        torch.manual_seed(seed_of(self.args.seed, number, 1 + self.rank))  # of dropout
+        with self.amp:
+            prediction = self.network(image)
+        mark()
+        if self.n_processes > 1:  # the loss is of the whole batch, as if it were in one process
+            whole = {"depth": gather(prediction.depth), "centers": gather(prediction.centers)}
+            prediction, depth = prediction._replace(**whole), gather(depth)
+        low, as_released = self.model.config.min_depth, self.args.as_released
+        loss = cabins.total_loss(prediction, depth, low, as_released)
+        mark()
+        self.model.zero_grad()  # of more than the optimizer has, with --as-released
+        self.scaler.scale(loss * self.n_processes).backward()  # DDP takes the mean of gradients
+        mark()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        mark()
+        return prediction, depth, torch.stack([loss.detach(), norm])
+
+    def state_dict(self) -> dict:
+        """What training needs beside the model. No random states: they follow from (seed, step)."""
+        return {k: getattr(self, k).state_dict() for k in ("optimizer", "scheduler", "scaler")}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in self.state_dict():
+            getattr(self, name).load_state_dict(state[name])
+
+
+# ---- The run -------------------------------------------------------------------------------------
+
+
+def batches(dataset, batch_size: int, seed: int, steps: range) -> Iterator[list[int]]:
+    """This process's indices of the batch of each step, of pairs shuffled anew in each epoch."""
+    rank, n = evaluation.rank_of()
+    sampler = DistributedSampler(dataset, n, rank, seed=seed, drop_last=True)
+    per_epoch, share = len(dataset) // batch_size, batch_size // n
     for step in steps:
         epoch, batch = divmod(step, per_epoch)
         if batch == 0 or step == steps.start:
-            generator = torch.Generator().manual_seed(seed_of(seed, epoch))
-            order = torch.randperm(n, generator=generator).tolist()
-        yield order[batch * batch_size : (batch + 1) * batch_size]
+            sampler.set_epoch(epoch)
+            order = list(sampler)
+        yield order[batch * share : (batch + 1) * share]
 
 
 def drop_rows_from(path: Path, step: int) -> None:
-    """Cut off the rows of this step and later ones, which a resumed run will write again."""
+    """Cut off the rows of this step and later ones, and half a row, before going on."""
     if path.exists():
         header, *rows = path.read_text().splitlines(keepends=True) or [""]
+        rows = [r for r in rows if r.endswith("\n") and r.count(",") == header.count(",")]
         steps = [row.split(",")[0] for row in rows]
         kept = [row for row, s in zip(rows, steps) if s.isdigit() and int(s) < step]
         text = "".join([header, *kept] if kept else [])  # an empty file gets a header again
         cabins.write_whole(path, lambda partial: partial.write_text(text))
 
 
+def start_process() -> torch.device:
+    """This process's device; joins the others first, if torchrun started several."""
+    device = evaluation.default_device()
+    if "LOCAL_RANK" in os.environ:
+        if device.type != "cpu":
+            index, n = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+            if index >= n:
+                raise ValueError(f"there are {n} GPUs here: --nproc_per_node may be at most {n}")
+            torch.accelerator.set_device_index(index)
+        dist.init_process_group()
+    return device
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """In a loader's worker: an interrupted run still finishes its step, for which it needs data."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Interrupts:
+    """Notes Ctrl-C and SIGTERM, so that a step is finished and saved; a second one stops at once."""
+
+    def __init__(self):
+        self.number, self.process = None, os.getpid()
+
+    def __enter__(self):
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.note) for number in numbers}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, _) -> None:
+        if self.number is not None and not dist.is_initialized():  # torchrun passes on one as two
+            sys.exit(128 + number)
+        self.number = number
+
+    def agreed(self) -> int | None:
+        """The signal that any of the processes has got; to be asked by all of them at one step."""
+        if dist.is_initialized():
+            number = torch.tensor(self.number or 0, device=evaluation.default_device())
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.number = number.item() or None
+        return self.number
+
+
 def train(args: argparse.Namespace) -> None:
     """Train from args.resume or from the start, to the last epoch."""
-    device, out = evaluation.default_device(), Path(args.out)
+    device, out = start_process(), Path(args.out)
+    rank, n_processes = evaluation.rank_of()
+    if args.batch_size % n_processes:
+        raise ValueError(
+            f"--batch-size {args.batch_size} is the total; {n_processes} processes must divide it"
+        )
     taken = (out / "last.pt").exists() or (out / "best.pt").exists()
     is_demo = args.data == "toy" and out == Path("runs/toy")
     if taken and not args.resume and not is_demo:
@@ -100,46 +247,51 @@ def train(args: argparse.Namespace) -> None:
             args.backbone, args.distance_class, max_depth=dataset.recipe.max_depth
         )
         model = cabins.CaBins(config, None if args.clip == "none" else cabins.load_clip(args.clip))
-    model = model.to(device)
-    groups = parameter_groups(model, args.as_released)
-    optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=0.1)
-    # from lr / 25 up to lr and down to lr / 2500, the momentum from 0.95 to 0.85 and back
-    scheduler = OneCycleLR(optimizer, args.lr, n_steps, div_factor=25, final_div_factor=100)
+    evaluation.go_fast()
+    learner = Learner(model, args, dataset, n_steps, device)
     if saved:
-        optimizer.load_state_dict(saved["optimizer"])
-        scheduler.load_state_dict(saved["scheduler"])
+        learner.load_state_dict(saved)
     first, best = saved.get("step", 0), saved.get("best", math.inf)
     del saved
-
-    print(f"{args.data}: {len(dataset)} training pairs, {len(test_set)} test pairs; {device}")
-    for group in groups:
-        n = sum(p.numel() for p in group["params"])
-        print(f"trained  {group['name']:18} {n:>12,} parameters in {len(group['params'])} tensors")
-    n = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    print(f"frozen   {'text encoder':18} {n:>12,} parameters")
-    if args.as_released:
-        print("as released: prompts and gamma stay, token embedding learns, unbiased SILog")
-
-    out.mkdir(parents=True, exist_ok=True)
-    drop_rows_from(out / "log.csv", first + 1)
-    drop_rows_from(out / "metrics.csv", first)
     predict = evaluation.predictor(model)
 
-    def save(name: str) -> None:  # no random states: all that is random follows from (seed, step)
-        state = {"args": vars(args), "n_pairs": len(dataset), "step": step, "best": best}
-        state |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        cabins.save_checkpoint(out / name, model, **state)
+    def say(*lines: str) -> None:
+        if rank == 0:
+            tqdm.write("\n".join(lines))
+
+    say(
+        f"{args.data}: {len(dataset)} training pairs, {len(test_set)} test pairs; "
+        f"{n_processes} x {device}, {args.amp if args.amp != 'off' else 'fp32'}"
+    )
+    for group in learner.groups:
+        n = sum(p.numel() for p in group["params"])
+        say(f"trained  {group['name']:18} {n:>12,} parameters in {len(group['params'])} tensors")
+    n = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    say(f"frozen   {'text encoder':18} {n:>12,} parameters")
+    if args.as_released:
+        say("as released: prompts and gamma stay, token embedding learns, unbiased SILog")
+
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        drop_rows_from(out / "log.csv", first + 1)
+        drop_rows_from(out / "metrics.csv", first)
+
+    def save(name: str) -> None:
+        if rank == 0:
+            state = {"args": vars(args), "n_pairs": len(dataset), "step": step, "best": best}
+            cabins.save_checkpoint(out / name, model, **state, **learner.state_dict())
 
     def validate() -> dict[str, dict[str, float]]:
         nonlocal best
         windows = evaluation.evaluate_windows(predict, test_set, progress=True)
         row = next(iter(windows.values()))
-        evaluation.append_row(
-            out / "metrics.csv", {"step": step, "epoch": step // per_epoch, **row}
-        )
-        evaluation.draw_samples(out, model, test_set, 1, predict)
-        epoch = f"epoch {step // per_epoch}/{args.epochs}"
-        tqdm.write(f"{epoch}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))
+        if rank == 0:
+            epoch = step // per_epoch
+            evaluation.append_row(out / "metrics.csv", {"step": step, "epoch": epoch, **row})
+            evaluation.draw_samples(out, model, test_set, 1, predict)
+            say(
+                f"epoch {epoch}/{args.epochs}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items())
+            )
         if row["abs_rel"] < best:
             best = row["abs_rel"]
             save("best.pt")
@@ -147,57 +299,77 @@ def train(args: argparse.Namespace) -> None:
         model.train()  # which measuring and drawing left in eval mode
         return windows
 
-    step = first
+    def check() -> None:
+        """Stop if a step since the last look was not finite; looking at each would hold it up."""
+        values = torch.stack(results).tolist() if results else []
+        for (number, lr, paths), (loss, norm) in zip(pending, values):
+            if not math.isfinite(loss if args.amp == "fp16" else loss + norm):  # fp16 skips steps
+                raise ValueError(
+                    f"loss {loss} and gradient norm {norm} at step {number}, learning rate "
+                    f"{lr:.3g}, of the images {', '.join(paths)}; "
+                    f"what was saved in {out} is from before"
+                )
+        pending.clear(), results.clear()
+
+    step, pending, results = first, [], []
     if step and step % per_epoch == 0:  # stopped after its save, perhaps before its validation
         windows = validate()
-    order = batches(len(dataset), args.batch_size, args.seed, range(first, n_steps))
-    how = {"num_workers": evaluation.default_workers(), "pin_memory": device.type == "cuda"}
-    loader = DataLoader(dataset, batch_sampler=order, **how)
+    order = batches(dataset, args.batch_size, args.seed, range(first, n_steps))
+    workers = evaluation.default_workers()
+    how = {"num_workers": workers, "pin_memory": device.type == "cuda"}
+    how |= {"worker_init_fn": leave_signals_to_parent}
     done, total = first * args.batch_size, n_steps * args.batch_size
-    bar = tqdm(initial=done, total=total, unit="image", disable=None)
+    bar = tqdm(initial=done, total=total, unit="image", disable=None if rank == 0 else True)
+    about = f"still on the first step: {workers} workers read, and a GPU's kernels are chosen"
+    patience = threading.Timer(20, say, [about])
+    patience.daemon = True
+    patience.start()
     model.train()
-    for step, batch in enumerate(loader, first + 1):
-        torch.manual_seed(seed_of(args.seed, step))  # of the augmentation and of dropout
-        image, depth = (batch[k].to(device, non_blocking=True) for k in ("image", "depth"))
-        image, depth = augment(image, depth, dataset)
-        prediction = model(image)
-        loss = cabins.total_loss(prediction, depth, model.config.min_depth, args.as_released)
-        model.zero_grad()  # of more than the optimizer has, with --as-released
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        lr = scheduler.get_last_lr()[0]
-        if not torch.isfinite(loss + norm):
-            raise ValueError(
-                f"loss {loss.item()} and gradient norm {norm.item()} at step {step}, learning rate "
-                f"{lr:.3g}, of the images {', '.join(batch['path'])}; "
-                f"what was saved in {out} is from before"
-            )
-        optimizer.step()
-        scheduler.step()
-        bar.update(args.batch_size)
+    with Interrupts() as interrupts:
+        for step, batch in enumerate(DataLoader(dataset, batch_sampler=order, **how), first + 1):
+            lr = learner.scheduler.get_last_lr()[0]
+            prediction, depth, result = learner.step(batch, step)
+            pending.append((step, lr, batch["path"]))
+            results.append(result)
+            patience.cancel()
+            bar.update(args.batch_size)
 
-        if step % LOG_EVERY == 0 or step == n_steps:
-            mask = depth > model.config.min_depth
-            bins = cabins.chamfer_loss(prediction.centers.detach(), depth, mask).item()
-            row = {"loss": loss.item(), "bins": bins, "lr": lr}
-            bar.set_postfix({k: f"{v:.3g}" for k, v in row.items()})
-            evaluation.append_row(out / "log.csv", {"step": step, "epoch": step / per_epoch, **row})
-        if step % per_epoch == 0:
-            save("last.pt")
-            windows = validate()
+            is_log, is_end = step % LOG_EVERY == 0 or step == n_steps, step % per_epoch == 0
+            if is_log:
+                check()
+                mask = depth > model.config.min_depth
+                bins = cabins.chamfer_loss(prediction.centers.detach(), depth, mask).item()
+                row = {"loss": result[0].item(), "bins": bins, "lr": lr}
+                bar.set_postfix({k: f"{v:.3g}" for k, v in row.items()})
+                row = {"step": step, "epoch": step / per_epoch, **row}
+                if rank == 0:
+                    evaluation.append_row(out / "log.csv", row)
+            stopped = interrupts.agreed() if is_log or n_processes == 1 else None
+            if stopped or is_end or step % SAVE_EVERY == 0:
+                check()
+                save("last.pt")
+            if stopped:
+                bar.close()
+                say(f"stopped after step {step} of {n_steps}; go on with --resume {out}/last.pt")
+                sys.exit(128 + stopped)
+            if is_end:
+                windows = validate()
     bar.close()
 
     rows = {f"last.pt, {window}": row for window, row in windows.items()}
     if args.data == "toy":
         rows |= baselines(dataset, test_set)
-    for window in windows:
-        print(evaluation.protocol(test_set, window, flip=True))
-    print(evaluation.format_table(args.data, rows))
-    draw_curves(out)
-    print(
-        f"{out} has last.pt; best.pt, chosen by AbsRel on these very test images; "
-        "log.csv and metrics.csv, drawn in curves.png; comparison.png and explained_0.png"
-    )
+    if rank == 0:
+        for window in windows:
+            print(evaluation.protocol(test_set, window, flip=True))
+        print(evaluation.format_table(args.data, rows))
+        draw_curves(out)
+        print(
+            f"{out} has last.pt; best.pt, chosen by AbsRel on these very test images; "
+            "log.csv and metrics.csv, drawn in curves.png; comparison.png and explained_0.png"
+        )
+    if n_processes > 1:
+        dist.destroy_process_group()
 
 
 def draw_curves(out: Path) -> None:
@@ -230,6 +402,44 @@ def baselines(dataset: DepthDataset, test_set: DepthDataset) -> dict[str, dict[s
     return {k: evaluation.evaluate(lambda _, v=v: v, test_set) for k, v in zip(names, maps)}
 
 
+# ---- Speed ---------------------------------------------------------------------------------------
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Print what a step costs on random data, plain and as `train` takes it, in Markdown."""
+    device, n = evaluation.default_device(), args.batch_size
+    size = args.size or DATASETS[args.data].crop
+    image = torch.randint(0, 256, (n, 3, size[0] + 11, size[1] + 21), dtype=torch.uint8)
+    depth = 10 * torch.rand(n, 1, *image.shape[2:])  # of some pixels more than the random crop
+    batch = {"image": image, "depth": depth}
+    if device.type == "cuda":
+        batch = {k: v.pin_memory() for k, v in batch.items()}
+    crop = SimpleNamespace(recipe=DATASETS[args.data]._replace(crop=size))
+
+    def make(plain: bool) -> evaluation.Run:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that weights are random
+            model = cabins.CaBins(cabins.Config(args.backbone, args.distance_class))
+        learner, numbers = Learner(model, args, crop, 10**6, device, plain), iter(range(10**6))
+
+        def run(mark: Callable[[], None]) -> None:
+            evaluation.go_fast(not plain)
+            learner.step(batch, next(numbers), mark)
+
+        return run
+
+    fast = ["fp32" if args.amp == "off" else args.amp, "channels_last", "fused AdamW"]
+    fast += ["compiled"] if args.compile else []
+    settings = {
+        "plain fp32": ("off", lambda: make(plain=True)),
+        ", ".join(fast): (args.amp, lambda: make(plain=False)),
+    }
+    phases = ("data", "forward", "loss", "backward", "optimizer")
+    title = f"{args.backbone}, {size[0]}x{size[1]}, batch {n}"
+    evaluation.print_bench_header(phases)
+    evaluation.bench(title, settings, n, device, args.steps)
+
+
 # ---- Command line --------------------------------------------------------------------------------
 
 
@@ -250,18 +460,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, help="default: 8")
     add("--lr", type=float, help="highest learning rate; default: 3.57e-5; toy: 2e-3")
     add("--seed", type=int, help="default: 0")
+    about = "precision of the convolutions and products; default: bf16 on GPUs that have it, or off"
+    add("--amp", choices=evaluation.AMP, help=about)
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network")
     about = "train as the released code does where it is not the paper: see the README's ledger"
     add("--as-released", action=argparse.BooleanOptionalAction, help=about)
     add("--out", metavar="DIR", help="default: runs/DATA")
     add("--resume", nargs="?", const="", metavar="CKPT", help="go on; default: OUT/last.pt")
+    add("--bench", action="store_true", help="only measure a step, on random data")
+    add("--size", type=size_of, metavar="HxW", help="--bench: of the images; default: the crop")
+    add("--steps", type=int, help="--bench: how many; default: 5")
     given = vars(parser.parse_args(argv))
+    bench = {k: given.pop(k, default) for k, default in (("size", None), ("steps", 5))}
+    bench["bench"] = given.pop("bench", False)
     for name in ("epochs", "batch_size", "lr"):
         if not 0 < given.get(name, 1) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {given[name]}; it must be positive")
     if not 0 <= given.get("seed", 0) < 2**31:
         raise ValueError(f"--seed is {given['seed']}; it must be from 0 to 2147483647")
 
-    data = given.get("data", "toy")
+    data = given.get("data", "nyu" if bench["bench"] else "toy")
     out = given.get("out", f"runs/{data}")
     resume = given.pop("resume", None)
     for name in ("root", "train_split", "test_split"):
@@ -283,12 +501,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             remedy = "leave these options out, or start another run"
             raise ValueError(f"{resume} was trained with {found}: {remedy}")
         out = given.get("out", str(Path(resume).parent))
-        return argparse.Namespace(**args | given | {"out": out, "resume": resume})
+        return argparse.Namespace(**args | given | bench | {"out": out, "resume": resume})
     places = dict.fromkeys(("root", "train_split", "test_split", "depth_scale", "max_depth"))
     args = places | (TOY_RECIPE if data == "toy" else RECIPE) | given | {"data": data, "out": out}
     args.setdefault("clip", "none" if args["backbone"] == "tiny" else args["backbone"])
-    return argparse.Namespace(**args, resume=None)
+    args.setdefault("amp", evaluation.default_amp())
+    if args["amp"] == "fp16" and args["as_released"]:
+        raise ValueError("--as-released has gradients that fp16's scaler does not see: --amp bf16")
+    return argparse.Namespace(**args, **bench, resume=None)
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Rows and columns that a text such as 416x544 names."""
+    height, width = map(int, text.split("x"))
+    if min(height, width) < 64:
+        raise ValueError
+    return height, width
+
+
+def main() -> None:
+    args = parse_args()
+    bench(args) if args.bench else train(args)
 
 
 if __name__ == "__main__":
-    run_command(lambda: train(parse_args()))
+    run_command(main)
