@@ -6,6 +6,7 @@ python eval.py runs/toy/best.pt --images *.jpg      depth of your own pictures
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import glob
@@ -456,35 +457,33 @@ def bench(
     Settings take turns, so that a machine that slows down slows all of them; times are medians,
     ± half of what lies between the quartiles. The first setting is what others are compared with.
     """
-    runs, flop, peak, times = {}, {}, {}, {name: [] for name in settings}
+    runs, peak, times = {}, {}, {name: [] for name in settings}
+    counter = FlopCounterMode(display=False)
     for name, (_, make) in settings.items():
         if device.type == "cuda":
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-        with PeakMemory() as memory, FlopCounterMode(display=False) as counter:
+        # FLOP of the first, which is not compiled; the others do the same
+        with PeakMemory() as memory, contextlib.nullcontext() if runs else counter:
             runs[name] = make()
             for _ in range(2):  # from the second on, gradients and the optimizer's state are there
                 runs[name](lambda: None)
         peak[name] = memory.peak
         if device.type == "cuda":
             peak[name] = torch.cuda.max_memory_allocated() - before
-        flop[name] = counter.get_total_flops() / 2
         runs[name](lambda: None)  # compiles, where it does
     for _ in range(n_rounds):
         for name, run in runs.items():
             times[name].append(time_phases(run, device))
-    plain = None
+    flop, plain = counter.get_total_flops() / 2, None
     for name, (amp, _) in settings.items():
-        phases = [*zip(*times[name]), [sum(phases) for phases in times[name]]]
         cells = [f"{title}, {name}"]
-        for values in phases:
+        for values in [*zip(*times[name]), [sum(phases) for phases in times[name]]]:
             low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
             cells.append(f"{middle:.4g} ± {(high - low) / 2:.2g}")
-        # a compiled run cannot be counted; the plain one, which is the first, does the same
-        plain, work = plain or middle, flop[next(iter(flop))]
-        rate = work / middle / 1e9
+        plain, rate = plain or middle, flop / middle / 1e9
         cells += [f"{plain / middle:.2f}", f"{1000 * batch_size / middle:.3g}"]
-        cells += [f"{peak[name] / 1e9:.1f}", f"{work / 1e9:.0f}", f"{rate:.3g}"]
+        cells += [f"{peak[name] / 1e9:.1f}", f"{flop / 1e9:.0f}", f"{rate:.3g}"]
         cells.append(f"{rate / matmul_rate(device, AMP[amp]):.0%}")
         print("| " + " | ".join(cells) + " |", flush=True)
 
@@ -502,7 +501,7 @@ def bench_inference(model: cabins.CaBins, device: torch.device, n_rounds: int) -
     fast = copy.deepcopy(model).to(memory_format=torch.channels_last)
 
     def setting(network: cabins.CaBins, amp: str, image: Tensor) -> tuple[str, Callable[[], Run]]:
-        @torch.inference_mode()
+        @torch.no_grad()  # not inference_mode, under which nothing is counted
         def run(mark: Callable[[], None]) -> None:
             mark()
             with autocast(device, amp):

@@ -334,7 +334,7 @@ def test_forward_compiles_as_one_graph(tiny):
 def test_bfloat16_agrees_within_a_hundredth(max_depth):
     torch.manual_seed(0)
     model = cabins.CaBins(cabins.Config(backbone="tiny", max_depth=max_depth)).eval()
-    torch.nn.init.normal_(model.depth_decoder.logits.weight, std=1)  # as sure as a trained one
+    torch.nn.init.normal_(model.depth_decoder.logits.weight, std=30)  # as sure as a trained one
     image = torch.randn(2, 3, 96, 128, generator=generator())
     with torch.no_grad():
         exact = model(image)
@@ -1058,7 +1058,7 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     start = cabins.CaBins(TINY).state_dict()
     for name, tensor in weights[0].items():
         if tensor.is_floating_point():
-            close(weights[1][name], tensor, 1e-5)
+            torch.testing.assert_close(weights[1][name], tensor, rtol=1e-5, atol=1e-6)
     assert not torch.equal(weights[0]["prompts"], start["prompts"])
 
 

@@ -181,10 +181,9 @@ def start_process() -> torch.device:
     return device
 
 
-def leave_signals_to_parent(worker: int) -> None:
-    """In a loader's worker: an interrupted run still finishes its step, for which it needs data."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def stand_apart(worker: int) -> None:
+    """In a loader's worker: Ctrl-C is for the run, whose last step still needs data."""
+    os.setpgrp()
 
 
 class Interrupts:
@@ -317,7 +316,7 @@ def train(args: argparse.Namespace) -> None:
     order = batches(dataset, args.batch_size, args.seed, range(first, n_steps))
     workers = evaluation.default_workers()
     how = {"num_workers": workers, "pin_memory": device.type == "cuda"}
-    how |= {"worker_init_fn": leave_signals_to_parent}
+    how |= {"worker_init_fn": stand_apart}
     done, total = first * args.batch_size, n_steps * args.batch_size
     bar = tqdm(initial=done, total=total, unit="image", disable=None if rank == 0 else True)
     about = f"still on the first step: {workers} workers read, and a GPU's kernels are chosen"
