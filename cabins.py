@@ -35,7 +35,9 @@ ledger lists all such places.
 """
 
 import dataclasses
+import hashlib
 import math
+import os
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -363,6 +365,10 @@ CLIP_SHA256 = {
 }
 
 
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def download(url: str, file: str, sha256: str) -> Path:
     """The path of `file` in torch.hub's cache, where a download with the right hash is put."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / file
@@ -374,25 +380,37 @@ def download(url: str, file: str, sha256: str) -> Path:
             raise FileNotFoundError(
                 f"{url} could not be fetched ({error}); put the file at {path}, or name one of yours"
             ) from None
+    if sha256_of(path) != sha256:
+        raise ValueError(f"{path} is not what {url} was: delete it, and it is fetched again")
     return path
 
 
 def read_tensors(path: Path, expected: str) -> dict:
-    """The dictionary that a PyTorch file holds."""
+    """The dictionary that a PyTorch file holds. No code in the file is run."""
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"
         raise FileNotFoundError(f"{path}: {what}; expected {expected}")
     try:
-        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-        if any(name.endswith("/constants.pkl") for name in names):
-            content = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
+        is_script = False
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                is_script = any(n.endswith("/constants.pkl") for n in archive.namelist())
+                if broken := archive.testzip():  # torch does not look at the sums of the parts
+                    raise ValueError(broken)
+        if not is_script:
             content = torch.load(path, map_location="cpu", weights_only=True)
+        elif is_known := sha256_of(path) in CLIP_SHA256.values():
+            content = torch.jit.load(path, map_location="cpu").state_dict()
     except Exception as error:  # of many kinds: it depends on what the bytes happen to be
         size = path.stat().st_size
         raise ValueError(
             f"{path} ({size} bytes) is cut off, damaged or of another kind; expected {expected}"
         ) from error
+    if is_script and not is_known:
+        raise ValueError(
+            f"{path} is a TorchScript archive, and none of OpenAI's: it could run any code. Where you "
+            f"trust it, make a state dict: torch.save(torch.jit.load({path.name!r}).state_dict(), 'clip.pt')"
+        )
     if not (isinstance(content, dict) and content and all(isinstance(k, str) for k in content)):
         raise ValueError(f"{path} holds {str(content)[:40]!r}; expected {expected}")
     return content
@@ -886,6 +904,8 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
     partial = Path(f"{path}.partial")
     try:
         write(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the name without the content
         partial.replace(path)
     except RuntimeError as error:  # torch's own, of a full disk
         raise OSError(f"{path} could not be written: {error}") from None

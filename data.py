@@ -194,7 +194,12 @@ class DepthDataset(Dataset):
             if not (fields := line.split()):
                 continue
             if len(fields) not in (2, 3):
-                raise ValueError(f"{split}, line {number}: {line!r} is not 'image depth focal'")
+                raise ValueError(
+                    f"{split}, line {number}: {line!r} is not 'image depth focal', "
+                    "of which the paths hold no spaces"
+                )
+            if any(".." in Path(field).parts for field in fields):
+                raise ValueError(f"{split}, line {number}: {line!r} leads out of {root}")
             if fields[1] == "None":
                 self.n_left_out += 1
             elif self.labelled:  # the digits in the file's name count the pairs from 0
@@ -204,7 +209,8 @@ class DepthDataset(Dataset):
             else:
                 image = find(root, self.recipe.image_folders, fields[0], (".png", ".jpg", ".jpeg"))
                 depth = find(root, self.recipe.depth_folders, fields[1], (".png",))
-                missing += [f for f, path in zip(fields, (image, depth)) if path is None]
+                for field, path in zip(fields, (image, depth)):
+                    missing += [f"{field} (line {number})"] if path is None else []
                 pairs.append((image, depth))
         if not pairs:
             raise ValueError(f"{split} names no pair of image and depth")

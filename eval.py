@@ -116,11 +116,12 @@ def evaluate_windows(
     if n_processes > 1:
         parts = [None] * n_processes
         dist.all_gather_object(parts, found)
-        found = {w: dict(sorted(m for p in parts for m in p.get(w, {}).items())) for w in windows}
-    if not any(found.values()):
+        names = dict.fromkeys(window for part in parts for window in part)
+        found = {w: dict(sorted(m for p in parts for m in p.get(w, {}).items())) for w in names}
+    if not found:
         raise ValueError(f"none of the {len(dataset)} images has ground truth to measure against")
     for window, images in found.items():
-        if missing := len(dataset) - len(images):
+        if (missing := len(dataset) - len(images)) and rank == 0:
             print(f"{missing} of the images have no ground truth in window {window}: left out")
     return {
         window: {k: statistics.fmean(m[k] for m in images.values()) for k in HEADINGS}

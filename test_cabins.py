@@ -4,8 +4,13 @@ Goldens are what the authors' and CLIP's own code computed on made weights. A fe
 stand here; the files themselves, and real pictures, are used where they lie in ../shared.
 """
 
+import hashlib
 import json
 import math
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -176,7 +181,7 @@ class ClipLike(torch.nn.Module):
         return x
 
 
-def test_load_clip_reads_half_precision_torchscript_and_plain_files(tiny, tmp_path):
+def test_load_clip_reads_half_precision_torchscript_and_plain_files(tiny, tmp_path, monkeypatch):
     plain, archive = tmp_path / "plain.pt", tmp_path / "archive.pt"
     half = cabins.CLIP(cabins.BACKBONES["tiny"])
     half.load_state_dict(tiny.clip.state_dict())
@@ -184,6 +189,12 @@ def test_load_clip_reads_half_precision_torchscript_and_plain_files(tiny, tmp_pa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.trace(ClipLike(half), torch.zeros(1)).save(archive)
+    with pytest.raises(
+        ValueError, match="archive.pt is a TorchScript archive, and none of OpenAI's"
+    ):
+        cabins.load_clip(archive)
+    known = {"tiny": cabins.sha256_of(archive)}
+    monkeypatch.setattr(cabins, "CLIP_SHA256", known)
     for path in (plain, archive):
         clip = cabins.load_clip(path)
         assert clip.architecture == cabins.BACKBONES["tiny"]
@@ -461,6 +472,41 @@ def test_losses_without_error_or_without_truth_have_finite_gradients():
         cabins.total_loss(prediction, target, 1e-3).backward()
         assert depth.grad.isfinite().all() and centers.grad.isfinite().all()
     assert cabins.chamfer_loss(centers, target, target > 0).item() == 0
+
+
+def test_two_hundred_random_networks_images_and_truths(tiny):
+    """Finite losses and gradients and depth inside the range, whatever the sizes and the truth."""
+    random = np.random.default_rng(0)
+    clip = cabins.CLIP(cabins.BACKBONES["tiny"])
+    kinds = ("dense", "sparse", "one pixel", "none", "constant", "the range's ends")
+    for i in range(200):
+        torch.manual_seed(i)
+        distance_class = str(random.choice(cabins.DISTANCE_CLASSES))
+        n_cabins = 8 if distance_class == "semantic" else int(random.integers(1, 10))
+        low = 10 ** random.uniform(-4, 0)
+        sizes = {"n_cabins": n_cabins, "n_bins": n_cabins * int(random.integers(2, 20))}
+        sizes |= {"n_prompts": int(random.integers(0, 20))}
+        sizes |= {"min_depth": low, "max_depth": low * 10 ** random.uniform(0.1, 3)}
+        model = cabins.CaBins(cabins.Config("tiny", distance_class, **sizes), clip).train()
+        batch, height, width = 1 + i % 3, *random.integers(64, 90, 2)  # of one: BatchNorm as well
+        top = model.config.max_depth
+        target = low + (top - low) * torch.rand(batch, 1, height, width)
+        if (kind := kinds[i % len(kinds)]) == "sparse":
+            target *= torch.rand_like(target) < 0.01
+        elif kind in ("one pixel", "none"):
+            kept, target = target[0, 0, 5, 7].item(), torch.zeros_like(target)
+            target[0, 0, 5, 7] = kept if kind == "one pixel" else 0
+        elif kind == "constant":
+            target[:] = top / 2 + low / 2
+        elif kind == "the range's ends":
+            target = torch.where(target > top / 2, top, low)
+        prediction = model(torch.randn(batch, 3, height, width) * random.uniform(0, 3))
+        loss = cabins.total_loss(prediction, target, low)
+        model.zero_grad()
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        assert loss.isfinite() and all(g.isfinite().all() for g in gradients), (i, kind, sizes)
+        assert low < prediction.depth.min() and prediction.depth.max() < top, (i, kind, sizes)
 
 
 def brute_force_chamfer(centers, target, mask):
@@ -1124,6 +1170,178 @@ def test_an_interrupted_run_resumes_to_the_same_weights(few_rooms, tmp_path, mon
     assert "window whole" in printed and "flip averaging off" in printed
 
 
+RUN = """
+import sys
+sys.path.insert(0, {here!r})
+import data, train
+data.TOY_ROOMS = {{"train": range(8), "test": range(1_000_000, 1_000_002)}}
+train.LOG_EVERY = train.SAVE_EVERY = 1
+train.baselines = lambda *_: {{}}
+data.run_command(train.main)
+"""
+
+
+def start_run(out: Path, *options) -> subprocess.Popen:
+    """Eight steps of training in a process of its own, each of which is logged and saved."""
+    command = [sys.executable, "-c", RUN.format(here=str(HERE)), "--epochs", "2"]
+    command += ["--batch-size", "2", "--out", str(out), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_until(process: subprocess.Popen, condition) -> None:
+    while process.poll() is None and not condition():
+        time.sleep(0.001)
+
+
+def same_run(one: Path, other: Path) -> None:
+    """To the last bit: weights, optimizer, schedule, best metric, both tables."""
+    contents = [cabins.read_checkpoint(folder / "last.pt") for folder in (one, other)]
+    for content in contents:
+        del content["args"]  # which name their folders
+    leaves = [torch.utils._pytree.tree_flatten_with_path(content)[0] for content in contents]
+    assert len(leaves[0]) == len(leaves[1]) > 500
+    for (path, a), (_, b) in zip(*leaves):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
+    for file in ("log.csv", "metrics.csv"):
+        assert (one / file).read_text() == (other / file).read_text(), file
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    printed = start_run(out).communicate()[0]
+    assert "epoch 2/2" in printed, printed
+    return out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_finish_and_saves_it(number, whole_run, tmp_path):
+    run = start_run(tmp_path)
+    wait_until(run, (tmp_path / "log.csv").exists)
+    run.send_signal(number)
+    printed = run.communicate()[0]
+    assert run.returncode == 128 + number, printed
+    last = printed.splitlines()[-1]
+    step = cabins.read_checkpoint(tmp_path / "last.pt")["step"]
+    assert last == f"stopped after step {step} of 8; go on with --resume {tmp_path}/last.pt"
+    assert 1 <= step < 8
+    printed = start_run(tmp_path, "--resume").communicate()[0]
+    assert "epoch 2/2" in printed, printed
+    same_run(tmp_path, whole_run)
+
+
+def test_killed_again_and_again_also_while_saving(whole_run, tmp_path):
+    random = np.random.default_rng(0)
+    log, partial = tmp_path / "log.csv", tmp_path / "new.pt.partial"
+    for is_in_save in (True, False, True):
+        options = ["--resume"] if list(tmp_path.glob("last*.pt")) else []
+        run, before = start_run(tmp_path, *options), log.stat().st_size if log.exists() else 0
+        wait_until(run, lambda before=before: log.exists() and log.stat().st_size > before)
+        if is_in_save:
+            wait_until(run, partial.exists)
+        else:
+            time.sleep(random.uniform(0, 0.2))
+        run.kill()
+        assert run.wait() == -signal.SIGKILL, run.communicate()[0]
+    printed = start_run(tmp_path, "--resume").communicate()[0]
+    assert "epoch 2/2" in printed, printed
+    same_run(tmp_path, whole_run)
+
+
+@pytest.fixture
+def saves_each_step(few_rooms, monkeypatch):
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    monkeypatch.setattr(train, "SAVE_EVERY", 1)
+
+
+SHORT = ("--epochs", 2, "--batch-size", 2)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    whole_run, saves_each_step, tmp_path, capsys
+):
+    last, previous = tmp_path / "last.pt", tmp_path / "last.prev.pt"
+    for damage in ("cut", "one bit", "gone"):
+        for path in whole_run.iterdir():
+            shutil.copy(path, tmp_path)
+        content = bytearray(last.read_bytes())
+        content[len(content) // 2] ^= 1
+        last.write_bytes(content[:100_000] if damage == "cut" else content)
+        if damage == "gone":
+            last.unlink()
+        run_train("--resume", last)
+        expected = "no such file" if damage == "gone" else "is cut off, damaged"
+        printed = capsys.readouterr().err
+        assert re.search(f"last.pt.* {expected}.*; going on from {previous}", printed)
+        same_run(tmp_path, whole_run)
+    for path in (last, previous):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"last.prev.pt \(0 bytes\) is cut off, damaged"):
+        run_train("--resume", last)
+
+
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+def test_a_full_disk_loses_nothing(kind, whole_run, saves_each_step, tmp_path, monkeypatch):
+    torch_save, saved = torch.save, []
+
+    def save(content, path):
+        saved.append(path)
+        if len(saved) > 3:
+            Path(path).write_bytes(b"half")
+            raise kind("No space left on device")
+        torch_save(content, path)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        run_train(*SHORT, "--out", tmp_path)
+    monkeypatch.setattr(torch, "save", torch_save)
+    assert [cabins.read_checkpoint(tmp_path / f"last{s}.pt")["step"] for s in ("", ".prev")] == [
+        3,
+        2,
+    ]
+    assert not list(tmp_path.glob("*.partial"))
+    rows = (tmp_path / "log.csv").read_text()
+    assert rows == "".join((whole_run / "log.csv").read_text().splitlines(True)[:5])
+    (tmp_path / "log.csv").write_text(rows + "5,1.2")  # half a row, of the full disk too
+    run_train("--resume", "--out", tmp_path)
+    same_run(tmp_path, whole_run)
+
+
+def test_a_long_run_takes_no_more_memory_or_files(few_rooms, tmp_path, monkeypatch, capsys):
+    """500 steps, with the data loader's worker."""
+    found = []
+    of_bar = train.tqdm.update
+
+    def look(bar, n):
+        here = Path("/proc/self")
+        workers = [
+            Path("/proc") / pid
+            for pid in (here / "task" / str(os.getpid()) / "children").read_text().split()
+        ]
+        pages = sum(int((p / "statm").read_text().split()[1]) for p in (here, *workers))
+        found.append((pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(list((here / "fd").iterdir()))))
+        of_bar(bar, n)
+
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("reads /proc, which only Linux has")
+    monkeypatch.setattr(train.tqdm, "update", look)
+    monkeypatch.setattr(train, "PATIENCE", 0.0)
+    monkeypatch.setattr(
+        evaluation,
+        "evaluate_windows",
+        lambda *_, **__: {"whole": dict.fromkeys(evaluation.HEADINGS, 1.0)},
+    )
+    monkeypatch.setattr(data, "TOY_ROOMS", {"train": range(500), "test": range(2)})
+    small = data.DATASETS["toy"]._replace(crop=(64, 64))
+    monkeypatch.setitem(data.DATASETS, "toy", small)
+    run_train("--epochs", 1, "--batch-size", 1, "--out", tmp_path)
+    assert "still on the first step" in capsys.readouterr().out
+    memory, files = np.array(found).T
+    assert len(found) == 500
+    assert np.median(memory[-100:]) < np.median(memory[:100]) + 30  # MB
+    assert files[-1] <= files[50:100].max()
+
+
 ROWS = [  # of Tables 1 to 4
     ("RN101", "cabins", False),
     ("RN50", "semantic", False),
@@ -1219,11 +1437,31 @@ def test_train_and_eval_on_real_pairs(name, tmp_path, monkeypatch, capsys):
     options = ("--data", name, "--root", SAMPLES / name, "--train-split", split)
     options += ("--test-split", split, "--backbone", "tiny", "--epochs", 1, "--batch-size", 2)
     run_train(*options, "--out", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "last.pt")])
-    evaluation.main()
+    run_eval_main(monkeypatch, tmp_path / "last.pt", "--no-flip")
     printed = capsys.readouterr().out
     assert printed.count("CaBins (quoted)") == 2
     assert "window eigen" in printed if name == "nyu" else "window full" in printed
+
+
+def test_downloads_are_whole_and_checked(tmp_path, monkeypatch):
+    content = np.random.default_rng(0).bytes(5_000_000)
+    (tmp_path / "source").write_bytes(content)
+    url, sha256 = (tmp_path / "source").as_uri(), hashlib.sha256(content).hexdigest()
+    code = f"import sys, torch, cabins; torch.hub.set_dir({str(tmp_path / 'hub')!r}); "
+    code += f"cabins.download({url!r}, 'file', {sha256!r})"
+    both = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    cache = tmp_path / "hub" / "checkpoints"
+    assert [path.name for path in cache.iterdir()] == ["file"]
+    assert (cache / "file").read_bytes() == content
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(FileNotFoundError, match="could not be fetched .invalid hash value"):
+        cabins.download(url, "other", "0" * 64)
+    assert not (cache / "other").exists()
+    (cache / "file").write_bytes(b"changed")
+    with pytest.raises(ValueError, match="file is not what .* was: delete it"):
+        cabins.download(url, "file", sha256)
+    assert cabins.CLIP_URL.startswith("https://") and data.LIST_URL.startswith("https://")
 
 
 # ---- Bad input: one sentence that names the file or value, and the remedy ------------------------
@@ -1278,102 +1516,219 @@ def test_random_weights_warn_and_wrong_clip_is_refused(tiny, monkeypatch):
         tiny(torch.zeros(1, 3, 63, 64))
 
 
-def test_wrong_clip_files(tiny, tmp_path):
-    state = tiny.clip.state_dict()
-    torch.save(state, tmp_path / "clip.pt")
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "clip.pt").read_bytes()[:100_000])
-    (tmp_path / "text.pt").write_text("not a network")
-    (tmp_path / "empty.pt").write_bytes(b"")
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
-    torch.save({k: v for k, v in state.items() if k != "visual.bn1.bias"}, tmp_path / "less.pt")
-    cases = {
-        "none.pt": "no such file, and no CLIP of that name; known are RN50, RN101, ViT-B/16",
-        "": "a folder; expected a CLIP file",
-        "cut.pt": r"cut.pt \(100000 bytes\) is cut off, damaged or of another kind; expected a CLIP",
-        "text.pt": r"text.pt \(13 bytes\) is cut off, damaged or of another kind; expected a CLIP",
-        "empty.pt": r"empty.pt \(0 bytes\) is cut off",
-        "list.pt": r"holds '\[1, 2\]'; expected a CLIP file",
-        "other.pt": "is no CLIP with its two encoders, for want of '.*; its 1 tensors begin with weight",
-        "less.pt": r"does not fit the network: tensors 1 missing \(visual.bn1.bias, …\)",
+class Evil:
+    """What pickle would build by running a command."""
+
+    def __reduce__(self):
+        return os.system, ("touch was_run",)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> Path:
+    """A folder of good and of broken files."""
+    root = tmp_path_factory.mktemp("broken")
+    for name, size in (("1", (480, 640)), ("small", (100, 100)), ("zero", (480, 640))):
+        write_pair(root / "a", name, *size, depth=0 if name == "zero" else 1500)
+    for name in ("1", "2"):
+        write_pair(root / "küche", name, 96, 128)
+    write_pair(root / "küche", "low", 80, 128)
+    jpg, png = root / "a" / "rgb_1.jpg", root / "a" / "sync_depth_1.png"
+    (root / "a" / "cut.jpg").write_bytes(jpg.read_bytes()[:2000])
+    (root / "a" / "cut.png").write_bytes(png.read_bytes()[:200])
+    (root / "a" / "empty.jpg").write_bytes(b"")
+    (root / "a" / "text.jpg").write_text("no picture")
+    shutil.copy(jpg, root / "a" / "jpg.png")
+    shutil.copy(jpg, root / "a" / "closed.jpg")
+    (root / "a" / "closed.jpg").chmod(0)
+    Image.new("L", (640, 480)).save(root / "a" / "8bit.png")
+    Image.new("RGB", (640, 480)).save(root / "a" / "colours.png")
+    Image.fromarray(np.full((480, 640), 1500, np.uint16)).save(root / "a" / "16bit.png")
+    (root / "loop").symlink_to(root / "loop")
+    (root / "a" / "loop.jpg").symlink_to(root / "a" / "loop.jpg")
+    (root / "nyu.mat").write_text("no HDF5")
+    good = "a/rgb_1.jpg a/sync_depth_1.png 518.8579"
+    lists = {
+        "good": good,
+        "windows": f"/{good}\r\n\r\n",
+        "byte_order_mark": f"\ufeff{good}\n",
+        "kueche": "küche/rgb_1.jpg küche/sync_depth_1.png\nküche/rgb_2.jpg küche/sync_depth_2.png",
+        "two_sizes": "küche/rgb_1.jpg küche/sync_depth_1.png\nküche/rgb_low.jpg küche/sync_depth_low.png",
+        "wrong_suffix": "a/jpg.png a/16bit.png 1",
+        "nothing": "",
+        "no_truth": "a/rgb_1.jpg None 1",
+        "nonsense": f"{good}\nnonsense\n",
+        "spaces": "my room/rgb.jpg my room/depth.png 518.8579",
+        "outside": f"{good}\n../a/rgb_1.jpg a/sync_depth_1.png 1",
+        "absolute": f"{jpg} {png} 1",
+        "missing": f"{good}\nb/x b/y 1",
+        "loop": "a/loop.jpg a/sync_depth_1.png 1",
+        "small": "a/rgb_small.jpg a/sync_depth_small.png 1",
+        "other_size": "a/rgb_1.jpg a/sync_depth_small.png 1",
+        "zero": "a/rgb_zero.jpg a/sync_depth_zero.png 1",
     }
-    for name, message in cases.items():
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            cabins.load_clip(tmp_path / name)
+    for image in ("cut", "empty", "text", "closed"):
+        lists[image] = f"a/{image}.jpg a/sync_depth_1.png 1"
+    for depth in ("8bit", "colours", "jpg"):
+        lists[depth] = f"a/rgb_1.jpg a/{depth}.png 1"
+    lists["cut_depth"] = "a/rgb_1.jpg a/cut.png 1"
+    for name, text in lists.items():
+        (root / f"{name}.txt").write_text(text, encoding="utf-8", newline="")
+    (root / "binary.txt").write_bytes(b"\xff\xfe\x00")
+
+    torch.manual_seed(0)
+    model = cabins.CaBins(TINY)
+    cabins.save_checkpoint(root / "tiny.pt", model)
+    cabins.save_checkpoint(root / "trained.pt", model, args={"data": "nyu"})
+    cabins.save_checkpoint(root / "newer.pt", model)
+    content = torch.load(root / "newer.pt", weights_only=True)
+    torch.save(content | {"config": content["config"] | {"n_heads": 4}}, root / "newer.pt")
+    torch.save(content | {"config": content["config"] | {"n_bins": 128}}, root / "shapes.pt")
+    state = model.clip.state_dict()
+    torch.save(state, root / "clip.pt")
+    torch.save({k: v for k, v in state.items() if k != "visual.bn1.bias"}, root / "less.pt")
+    whole = bytearray((root / "tiny.pt").read_bytes())
+    (root / "cut.pt").write_bytes(whole[:100_000])
+    whole[len(whole) // 2] ^= 1
+    (root / "bit.pt").write_bytes(whole)
+    (root / "text.pt").write_text("not a network")
+    (root / "empty.pt").write_bytes(b"")
+    torch.save([1, 2], root / "list.pt")
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, root / "other.pt")
+    torch.save({"model": {"prompts": 1}}, root / "numbers.pt")
+    torch.save({"model": state, "args": Evil()}, root / "evil.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(ClipLike(model.clip), torch.zeros(1)).save(root / "script.pt")
+    (root / "run").mkdir()
+    shutil.copy(root / "tiny.pt", root / "run" / "last.pt")
+    (root / "pictures").mkdir()
+    shutil.copy(jpg, root / "pictures" / "a.jpg")
+    return root
 
 
-def test_wrong_checkpoints(tiny, tmp_path, monkeypatch):
-    cabins.save_checkpoint(tmp_path / "good.pt", tiny)
-    with pytest.raises(ValueError, match="is for depths to 10.0 m, not to 80"):
-        cabins.load_checkpoint(tmp_path / "good.pt", max_depth=80)
-    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
-    with pytest.raises(
-        ValueError, match="no checkpoint of CaBins: it has no network as 'model', but state_dict"
-    ):
-        cabins.load_checkpoint(tmp_path / "other.pt")
-    torch.save({"model": {"prompts": 1}}, tmp_path / "numbers.pt")
-    with pytest.raises(ValueError, match="no checkpoint of CaBins: it has no network"):
-        cabins.load_checkpoint(tmp_path / "numbers.pt")
-    with pytest.raises(ValueError, match="cannot be resumed"):
-        train.parse_args(["--resume", str(tmp_path / "good.pt")])
-    assert "does not say what data it is for: give --data" in run_script(
-        monkeypatch, "eval.py", tmp_path / "good.pt"
-    )
-    assert "none.pt: no such file; expected a checkpoint" in run_script(
-        monkeypatch, "eval.py", "none.pt"
-    )
+NYU = "data.py nyu --root . --train-split good.txt --test-split"
+TRAIN = (
+    "train.py --data nyu --root . --backbone tiny --batch-size 1 --out out --test-split good.txt"
+)
+OWN = (
+    "train.py --data list --root . --backbone tiny --batch-size 1 --out out --test-split kueche.txt"
+)
+ONE_LINE = r"\(line 1\)"
+DAMAGED = "is cut off, damaged or of another kind; expected a"
+FAULTS = {
+    # the data set
+    "data.py nyu": "data 'nyu' needs --root, the folder that holds it",
+    "data.py nyu --root none": "none: no such folder; --root must be where nyu lies",
+    "data.py nyu --root loop": "loop: no such folder; --root must be where nyu lies",
+    "data.py list --root .": "data 'list' needs --train-split, a list of its train pairs",
+    f"{NYU} none.txt": "none.txt: no such split list",
+    f"{NYU} a": "a: no such split list",
+    f"{NYU} binary.txt": "binary.txt is no text in UTF-8",
+    f"{NYU} nothing.txt": "nothing.txt names no pair of image and depth",
+    f"{NYU} no_truth.txt": "no_truth.txt names no pair of image and depth",
+    f"{NYU} nonsense.txt": "nonsense.txt, line 2: 'nonsense' is not 'image depth focal'",
+    f"{NYU} spaces.txt": "spaces.txt, line 1: 'my room.*, of which the paths hold no spaces",
+    f"{NYU} outside.txt": "outside.txt, line 2: '../a/rgb_1.jpg .* leads out of .",
+    f"{NYU} absolute.txt": f"2 of the 2 files that absolute.txt names .* {ONE_LINE}",
+    f"{NYU} missing.txt": r"2 of the 4 files .* being b/x \(line 2\), b/y \(line 2\); . has .*; the README",
+    f"{NYU} loop.txt": f"1 of the 2 files .* being a/loop.jpg {ONE_LINE}",
+    f"{NYU} cut.txt": "a/cut.jpg cannot be read as an image: .*truncated",
+    f"{NYU} good.txt --depth-scale 0": "depth_scale is 0.0; it must be positive",
+    f"{NYU} good.txt --max-depth nan": "max_depth is nan; it must be positive",
+    f"{NYU} empty.txt": "a/empty.jpg cannot be read as an image: cannot identify",
+    f"{NYU} text.txt": "a/text.jpg cannot be read as an image: cannot identify",
+    f"{NYU} closed.txt": "a/closed.jpg cannot be read as an image: .*Permission denied",
+    f"{NYU} cut_depth.txt": "a/cut.png cannot be read as a depth map",
+    f"{NYU} 8bit.txt": "a/8bit.png is no depth map: its mode is L, not 16-bit grey",
+    f"{NYU} colours.txt": "a/colours.png is no depth map: its mode is RGB, not 16-bit grey",
+    f"{NYU} jpg.txt": "a/jpg.png is no depth map: its mode is RGB, not 16-bit grey",
+    f"{NYU} other_size.txt": r"rgb_1.jpg has \(480, 640\) pixels, a/sync_depth_small.png \(100, 100\)",
+    f"{NYU} small.txt": "rgb_small.jpg has 100 x 100 pixels; NYU's images have 480 x 640",
+    f"{NYU} zero.txt": "test: there is no depth at all in a/rgb_zero.jpg",
+    f"{NYU} good.txt --depth-scale 10": r"median of 150.00 m .* wrong --depth-scale \(10.0\)",
+    "data.py kitti --root . --train-split good.txt": "has 480 x 640 pixels; KITTI's images have at",
+    "data.py nyu --root nyu.mat --test-split good.txt": "nyu.mat (has no pair 1|needs h5py)",
+    # training
+    "train.py --epochs 0": "--epochs is 0; it must be positive",
+    "train.py --batch-size -1": "--batch-size is -1; it must be positive",
+    "train.py --lr nan": "--lr is nan; it must be positive",
+    "train.py --seed -1": "--seed is -1; it must be from 0 to 2147483647",
+    "train.py --root .": "--root is not for toy rooms: add --data",
+    "train.py --data nyu --root none": "none: no such folder",
+    "train.py --batch-size 1000 --out out": "--batch-size 1000 is more than the 640 pairs",
+    "train.py --amp fp16 --as-released": "--as-released has gradients that fp16's scaler does not",
+    "train.py --out run": "run holds another run: go on with --resume, or take another --out",
+    f"{TRAIN} --train-split cut.txt": "^error: .*a/cut.jpg cannot be read as an image",
+    f"{TRAIN} --train-split nothing.txt": "nothing.txt names no pair",
+    f"{TRAIN} --train-split 8bit.txt": "^error: .*a/8bit.png is no depth map",
+    f"{TRAIN} --train-split other_size.txt": "^error: .*rgb_1.jpg has .480, 640. pixels",
+    f"{OWN} --train-split two_sizes.txt": "rgb_low.jpg has 80 x 128 pixels; to be trained on, all",
+    f"{TRAIN} --train-split good.txt --clip none.pt": "none.pt: no such file, and no CLIP of that",
+    f"{TRAIN} --train-split good.txt --clip a": "a: a folder; expected a CLIP file",
+    f"{TRAIN} --train-split good.txt --clip text.pt": f"text.pt .13 bytes. {DAMAGED} CLIP file",
+    f"{TRAIN} --train-split good.txt --clip empty.pt": f"empty.pt .0 bytes. {DAMAGED} CLIP file",
+    f"{TRAIN} --train-split good.txt --clip list.pt": r"list.pt holds '\[1, 2\]'; expected a CLIP",
+    f"{TRAIN} --train-split good.txt --clip other.pt": "other.pt is no CLIP with its two encoders",
+    f"{TRAIN} --train-split good.txt --clip less.pt": r"tensors 1 missing \(visual.bn1.bias, …\)",
+    f"{TRAIN} --train-split good.txt --clip evil.pt": f"evil.pt .* {DAMAGED} CLIP file",
+    f"{TRAIN} --train-split good.txt --clip script.pt": "script.pt is a TorchScript archive, and none of "
+    r"OpenAI's: .* torch.save\(torch.jit.load\('script.pt'\).state_dict\(\), 'clip.pt'\)",
+    "train.py --clip clip.pt --backbone RN50 --out out": "backbone is RN50, but the CLIP given is tiny",
+    "train.py --resume none.pt": "none.pt: no such file; expected a checkpoint of train.py",
+    "train.py --resume --out out": "out/last.pt: no such file",
+    "train.py --resume tiny.pt": "tiny.pt was not written by train.py: it cannot be resumed",
+    "train.py --resume evil.pt": f"evil.pt .* {DAMAGED} checkpoint",
+    # evaluation and pictures
+    "eval.py none.pt": "none.pt: no such file; expected a checkpoint of train.py or of the authors",
+    "eval.py a": "a: a folder; expected a checkpoint",
+    "eval.py cut.pt": f"cut.pt .100000 bytes. {DAMAGED} checkpoint",
+    "eval.py bit.pt": f"bit.pt .* {DAMAGED} checkpoint",
+    "eval.py text.pt": f"text.pt .* {DAMAGED} checkpoint",
+    "eval.py list.pt": "list.pt holds",
+    "eval.py other.pt": "other.pt is no checkpoint of CaBins: it has no network as 'model', but state_dict",
+    "eval.py numbers.pt": "numbers.pt is no checkpoint of CaBins",
+    "eval.py newer.pt": "newer.pt is of another version of CaBins: .*n_heads",
+    "eval.py shapes.pt": "shapes.pt does not fit the network: tensors .* of another shape",
+    "eval.py evil.pt": f"evil.pt .* {DAMAGED} checkpoint",
+    "eval.py script.pt": "script.pt is a TorchScript archive",
+    "eval.py tiny.pt": "tiny.pt does not say what data it is for: give --data",
+    "eval.py tiny.pt --max-depth 80": "tiny.pt is for depths to 10.0 m, not to 80",
+    "eval.py trained.pt": "data 'nyu' needs --root",
+    "eval.py trained.pt --root . --split zero.txt": "none of the 1 images has ground truth",
+    "eval.py trained.pt --root . --split cut.txt": "^error: .*a/cut.jpg cannot be read as an image",
+    "eval.py depthclip --data kitti": "depthclip is measured only, and only with its distances for NYU",
+    "eval.py depthclip --clip script.pt": "script.pt is a TorchScript archive",
+    "eval.py tiny.pt --images none.png": "none.png: no picture there, nor any that the pattern fits",
+    "eval.py tiny.pt --images pictures --out pictures": "is the folder of .*a.jpg, which must stay",
+    "eval.py tiny.pt --images pictures --fov 180": "--fov is 180.0; it must be above 0 and below 180",
+    "eval.py tiny.pt --images pictures --focal nan": "--focal is nan; it must be above 0 and below",
+    "eval.py tiny.pt --explain 0": "--explain is 0; it must be above 0",
+    "eval.py tiny.pt --bench 0": "--bench is 0; it must be above 0",
+}
 
 
-def test_wrong_data(tmp_path, monkeypatch):
-    write_pair(tmp_path / "a", "1")
-    write_pair(tmp_path / "a", "small", 100, 100)
-    write_pair(tmp_path / "a", "zero", depth=0)
-    write_pair(tmp_path / "a", "cut")
-    cut = tmp_path / "a" / "rgb_cut.jpg"
-    cut.write_bytes(cut.read_bytes()[:2000])
-    Image.new("L", (640, 480)).save(tmp_path / "a" / "sync_depth_8bit.png")
+@pytest.mark.parametrize("command", FAULTS)
+def test_a_fault_gives_one_sentence(command, broken, monkeypatch):
+    if "closed" in command and os.access(broken / "a" / "closed.jpg", os.R_OK):
+        pytest.skip("this user may read everything")
+    monkeypatch.chdir(broken)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of random weights
+        sentence = run_script(monkeypatch, *command.split())
+    assert re.search(FAULTS[command], sentence), sentence
+    assert sentence.startswith("error: ") and "\n" not in sentence and "Traceback" not in sentence
+    assert not (broken / "was_run").exists()
+    assert not list((broken / "out").glob("*.pt")) if (broken / "out").exists() else True
 
-    def read(text, train=False):
-        split = tmp_path / "list.txt"
-        split.write_text(text)
-        return data.DepthDataset("nyu", tmp_path, split, train)[0]
 
-    good = "a/rgb_1.jpg a/sync_depth_1.png 518.8579\n"
-    assert read(good)["depth"].max() == 1.5
-    assert read("a/rgb_zero.jpg a/sync_depth_zero.png 1")["depth"].max() == 0
-    cases = {
-        "": "list.txt names no pair of image and depth",
-        "a/rgb_1.jpg None 1": "list.txt names no pair of image and depth",
-        good + "nonsense\n": "list.txt, line 2: 'nonsense' is not 'image depth focal'",
-        good
-        + "b/x b/y 1": "2 of the 4 files .* first being b/x, b/y; .* has a, list.txt, …; the README",
-        "a/rgb_1.jpg a/sync_depth_small.png 1": r"rgb_1.jpg has .480, 640. pixels.* .100, 100.",
-        "a/rgb_1.jpg a/sync_depth_8bit.png 1": "its mode is L, not 16-bit grey",
-        "a/rgb_cut.jpg a/sync_depth_cut.png 1": "rgb_cut.jpg cannot be read as an image",
-    }
-    for text, message in cases.items():
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            read(text)
-    with pytest.raises(ValueError, match="100 x 100 pixels; NYU"):
-        read("a/rgb_small.jpg a/sync_depth_small.png 1", train=True)
-    with pytest.raises(ValueError, match="data is 'nyv2'; it must be one of nyu, kitti, toy, list"):
-        data.DepthDataset("nyv2", tmp_path)
-    with pytest.raises(ValueError, match="needs --root"):
-        data.DepthDataset("kitti")
-    with pytest.raises(FileNotFoundError, match="no such split list"):
-        data.DepthDataset("nyu", tmp_path, tmp_path / "none.txt")
-    (tmp_path / "list.txt").write_text("a/rgb_cut.jpg a/sync_depth_cut.png 1\n")
-    options = ("--data", "nyu", "--root", tmp_path, "--train-split", tmp_path / "list.txt")
-    options += ("--test-split", tmp_path / "list.txt", "--backbone", "tiny", "--out", tmp_path)
-    assert "rgb_cut.jpg cannot be read as an image" in run_script(
-        monkeypatch, "train.py", *options, "--batch-size", 1
-    )
-    assert "--root is not for toy rooms: add --data" in run_script(
-        monkeypatch, "train.py", "--root", tmp_path
-    )
-    assert "no such folder" in run_script(
-        monkeypatch, "train.py", "--data", "nyu", "--root", tmp_path / "none"
-    )
-    assert "--epochs is 0; it must be positive" in run_script(
-        monkeypatch, "train.py", "--epochs", 0
-    )
+@pytest.mark.parametrize("name", ["windows", "byte_order_mark", "wrong_suffix", "zero"])
+def test_odd_lists_that_work(name, broken):
+    pair = data.DepthDataset("nyu", broken, broken / f"{name}.txt", train=True)[0]
+    assert pair["depth"].max() == (0 if name == "zero" else 1.5) and pair["image"].shape[0] == 3
+
+
+def test_training_on_odd_paths(broken, tmp_path, monkeypatch):
+    monkeypatch.chdir(broken)
+    options = f"{OWN} --epochs 1 --train-split kueche.txt --out".split()[1:]
+    run_train(*options, tmp_path)
+    assert (tmp_path / "last.pt").exists()

@@ -34,6 +34,7 @@ RECIPE |= {"lr": 3.57e-5, "seed": 0, "as_released": False, "compile": False}
 TOY_RECIPE = RECIPE | {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # from random weights
 CLIP_NORM = 0.1
 LOG_EVERY, SAVE_EVERY = 10, 500  # steps; also at the end of each epoch
+PATIENCE = 20.0  # seconds for the first step
 
 
 # ---- One step ------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def gather(tensor: Tensor) -> Tensor:
     """The tensors (b, …) of all processes as one batch. Gradients go to this process's own part."""
     rank, n = evaluation.rank_of()
     parts = [torch.empty_like(tensor) for _ in range(n)]
-    dist.all_gather(parts, tensor.detach())
+    dist.all_gather(parts, tensor.detach().contiguous())
     parts[rank] = tensor
     return torch.cat(parts)
 
@@ -157,6 +158,18 @@ def batches(dataset, batch_size: int, seed: int, steps: range) -> Iterator[list[
         yield order[batch * share : (batch + 1) * share]
 
 
+def read_newest(path: Path) -> tuple[Path, dict]:
+    """A run's checkpoint, or where it is damaged or gone the one before it, and which it is."""
+    try:
+        return path, cabins.read_checkpoint(path)
+    except (OSError, ValueError) as error:
+        previous = path.with_name("last.prev.pt")
+        if path.name != "last.pt" or not previous.exists():
+            raise
+        print(f"{error}; going on from {previous}", file=sys.stderr)
+        return previous, cabins.read_checkpoint(previous)
+
+
 def drop_rows_from(path: Path, step: int) -> None:
     """Cut off the rows of this step and later ones, and half a row, before going on."""
     if path.exists():
@@ -186,33 +199,23 @@ def stand_apart(worker: int) -> None:
     os.setpgrp()
 
 
-class Interrupts:
-    """Notes Ctrl-C and SIGTERM, so that a step is finished and saved; a second one stops at once."""
+stops: list[int] = []  # Ctrl-C and SIGTERM that came
 
-    def __init__(self):
-        self.number, self.process = None, os.getpid()
 
-    def __enter__(self):
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.before = {number: signal.signal(number, self.note) for number in numbers}
-        return self
+def note_stop(number: int, _) -> None:
+    """A signal waits until the step is done and saved; a second one does not."""
+    if stops and not dist.is_initialized():  # torchrun passes one on as two
+        sys.exit(128 + number)
+    stops.append(number)
 
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
-    def note(self, number: int, _) -> None:
-        if self.number is not None and not dist.is_initialized():  # torchrun passes on one as two
-            sys.exit(128 + number)
-        self.number = number
-
-    def agreed(self) -> int | None:
-        """The signal that any of the processes has got; to be asked by all of them at one step."""
-        if dist.is_initialized():
-            number = torch.tensor(self.number or 0, device=evaluation.default_device())
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.number = number.item() or None
-        return self.number
+def agreed_stop(device: torch.device) -> int:
+    """The signal that this process or another has got, or 0; all have to ask at the same step."""
+    stop = stops[0] if stops else 0
+    if dist.is_initialized():
+        stop = torch.tensor(stop, device=device)
+        dist.all_reduce(stop, dist.ReduceOp.MAX)
+    return int(stop)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -223,10 +226,13 @@ def train(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--batch-size {args.batch_size} is the total; {n_processes} processes must divide it"
         )
-    taken = (out / "last.pt").exists() or (out / "best.pt").exists()
-    is_demo = args.data == "toy" and out == Path("runs/toy")
-    if taken and not args.resume and not is_demo:
-        raise ValueError(f"{out} holds another run: go on with --resume, or choose another --out")
+    if not args.resume:
+        names = ("last.pt", "last.prev.pt", "best.pt")
+        taken = [out / name for name in names if (out / name).exists()]
+        if taken and not (args.data == "toy" and out == Path("runs/toy")):  # the demo's place
+            raise ValueError(f"{out} holds another run: go on with --resume, or take another --out")
+        for path in taken if rank == 0 else []:
+            path.unlink()
     scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
     dataset = DepthDataset(args.data, args.root, args.train_split, train=True, **scale)
     test_set = DepthDataset(args.data, args.root, args.test_split, **scale)
@@ -278,7 +284,10 @@ def train(args: argparse.Namespace) -> None:
     def save(name: str) -> None:
         if rank == 0:
             state = {"args": vars(args), "n_pairs": len(dataset), "step": step, "best": best}
-            cabins.save_checkpoint(out / name, model, **state, **learner.state_dict())
+            cabins.save_checkpoint(out / "new.pt", model, **state, **learner.state_dict())
+            if name == "last.pt" and (out / name).exists():
+                (out / name).replace(out / "last.prev.pt")
+            (out / "new.pt").replace(out / name)
 
     def validate() -> dict[str, dict[str, float]]:
         nonlocal best
@@ -320,39 +329,38 @@ def train(args: argparse.Namespace) -> None:
     done, total = first * args.batch_size, n_steps * args.batch_size
     bar = tqdm(initial=done, total=total, unit="image", disable=None if rank == 0 else True)
     about = f"still on the first step: {workers} workers read, and a GPU's kernels are chosen"
-    patience = threading.Timer(20, say, [about])
+    patience = threading.Timer(PATIENCE, say, [about])
     patience.daemon = True
     patience.start()
     model.train()
-    with Interrupts() as interrupts:
-        for step, batch in enumerate(DataLoader(dataset, batch_sampler=order, **how), first + 1):
-            lr = learner.scheduler.get_last_lr()[0]
-            prediction, depth, result = learner.step(batch, step)
-            pending.append((step, lr, batch["path"]))
-            results.append(result)
-            patience.cancel()
-            bar.update(args.batch_size)
+    for step, batch in enumerate(DataLoader(dataset, batch_sampler=order, **how), first + 1):
+        lr = learner.scheduler.get_last_lr()[0]
+        prediction, depth, result = learner.step(batch, step)
+        pending.append((step, lr, batch["path"]))
+        results.append(result)
+        patience.cancel()
+        bar.update(args.batch_size)
 
-            is_log, is_end = step % LOG_EVERY == 0 or step == n_steps, step % per_epoch == 0
-            if is_log:
-                check()
-                mask = depth > model.config.min_depth
-                bins = cabins.chamfer_loss(prediction.centers.detach(), depth, mask).item()
-                row = {"loss": result[0].item(), "bins": bins, "lr": lr}
-                bar.set_postfix({k: f"{v:.3g}" for k, v in row.items()})
-                row = {"step": step, "epoch": step / per_epoch, **row}
-                if rank == 0:
-                    evaluation.append_row(out / "log.csv", row)
-            stopped = interrupts.agreed() if is_log or n_processes == 1 else None
-            if stopped or is_end or step % SAVE_EVERY == 0:
-                check()
-                save("last.pt")
-            if stopped:
-                bar.close()
-                say(f"stopped after step {step} of {n_steps}; go on with --resume {out}/last.pt")
-                sys.exit(128 + stopped)
-            if is_end:
-                windows = validate()
+        is_log, is_end = step % LOG_EVERY == 0 or step == n_steps, step % per_epoch == 0
+        if is_log:
+            check()
+            mask = depth > model.config.min_depth
+            bins = cabins.chamfer_loss(prediction.centers.detach(), depth, mask).item()
+            row = {"loss": result[0].item(), "bins": bins, "lr": lr}
+            bar.set_postfix({k: f"{v:.3g}" for k, v in row.items()})
+            row = {"step": step, "epoch": step / per_epoch, **row}
+            if rank == 0:
+                evaluation.append_row(out / "log.csv", row)
+        stop = agreed_stop(device) if is_log or n_processes == 1 else 0
+        if stop or is_end or step % SAVE_EVERY == 0:
+            check()
+            save("last.pt")
+        if stop:
+            bar.close()
+            say(f"stopped after step {step} of {n_steps}; go on with --resume {out}/last.pt")
+            sys.exit(128 + stop)
+        if is_end:
+            windows = validate()
     bar.close()
 
     rows = {f"last.pt, {window}": row for window, row in windows.items()}
@@ -487,16 +495,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             if data == "toy" and resume is None:
                 raise ValueError(f"--{name.replace('_', '-')} is not for toy rooms: add --data")
     if resume is not None:
-        resume = resume or str(Path(out) / "last.pt")
-        content = cabins.read_checkpoint(resume)
+        path, content = read_newest(Path(resume or Path(out) / "last.pt"))
+        resume = str(path)
         if not {"args", "step", "optimizer", "scheduler"} <= content.keys():
             raise ValueError(f"{resume} was not written by train.py: it cannot be resumed")
         if not isinstance(args := content["args"], dict):
             raise ValueError(f"{resume} does not say how it was trained: it cannot be resumed")
         movable = ("root", "train_split", "test_split", "out")  # may have another place by now
-        changed = [k for k in given if k not in movable and given[k] != args[k]]
+        changed = [k for k in given if k not in movable and given[k] != args.get(k)]
         if changed:
-            found = ", ".join(f"{k} {args[k]}, not {given[k]}" for k in changed)
+            found = ", ".join(f"{k} {args.get(k)}, not {given[k]}" for k in changed)
             remedy = "leave these options out, or start another run"
             raise ValueError(f"{resume} was trained with {found}: {remedy}")
         out = given.get("out", str(Path(resume).parent))
@@ -520,7 +528,12 @@ def size_of(text: str) -> tuple[int, int]:
 
 def main() -> None:
     args = parse_args()
-    bench(args) if args.bench else train(args)
+    if args.bench:
+        bench(args)
+    else:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, note_stop)
+        train(args)
 
 
 if __name__ == "__main__":
