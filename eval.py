@@ -139,8 +139,8 @@ def evaluate(
     return windows[window or next(iter(windows))]
 
 
-def predictor(model: cabins.CaBins, flip: bool = True) -> Predict:
-    """The function from images to depth that is measured.
+def predictor(model: cabins.CaBins, flip: bool = True, amp: str = "off") -> Predict:
+    """The function from images to depth that is measured, in a precision of AMP.
 
     With `flip`, the mean over the image and its mirror image, each clipped to the depth range, is
     taken at the decoder's size and then upsampled.
@@ -151,7 +151,9 @@ def predictor(model: cabins.CaBins, flip: bool = True) -> Predict:
     def predict(image: Tensor) -> Tensor:
         image = image.to(next(model.parameters()).device)
         both = torch.cat([image, image.flip(-1)]) if flip else image
-        depth = model.eval()(both, upsample=False).depth.nan_to_num(low, high, low).clamp(low, high)
+        with autocast(image.device, amp):
+            depth = model.eval()(both, upsample=False).depth
+        depth = depth.nan_to_num(low, high, low).clamp(low, high)
         if flip:
             straight, mirrored = depth.chunk(2)
             depth = (straight + mirrored.flip(-1)) / 2
@@ -185,12 +187,12 @@ def depthclip(clip: cabins.CLIP) -> Predict:
     return predict
 
 
-def protocol(dataset: data.DepthDataset, window: str, flip: bool) -> str:
+def protocol(dataset: data.DepthDataset, window: str, flip: bool, amp: str = "off") -> str:
     """How a row was measured, in one line."""
     return (
         f"{dataset.name}: {len(dataset)} images ({dataset.n_left_out} without ground truth left out), "
         f"window {window}, {cabins.Config.min_depth} < depth < {dataset.recipe.max_depth} m, "
-        f"flip averaging {'on' if flip else 'off'}, mean of each image's mean"
+        f"flip averaging {'on' if flip else 'off'}, {'fp32' if amp == 'off' else amp}, mean of each image's mean"
     )
 
 
@@ -499,7 +501,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def bench_inference(model: cabins.CaBins, device: torch.device, n_rounds: int) -> None:
     """Print what depth of images of NYU's and KITTI's size costs, in Markdown."""
-    fast = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    fast = model.to(memory_format=torch.channels_last)
 
     def setting(network: cabins.CaBins, amp: str, image: Tensor) -> tuple[str, Callable[[], Run]]:
         @torch.no_grad()  # not inference_mode, under which nothing is counted
@@ -516,7 +519,7 @@ def bench_inference(model: cabins.CaBins, device: torch.device, n_rounds: int) -
         for n in (1, 8):
             image = torch.randn(n, 3, height, width, device=device)
             settings = {
-                "plain fp32": setting(model, "off", image),
+                "plain fp32": setting(plain, "off", image),
                 "fp32, channels_last": setting(fast, "off", image),
                 "bf16, channels_last": setting(fast, "bf16", image),
             }
@@ -578,7 +581,7 @@ def predict_pictures(model: cabins.CaBins, trained_on: str | None, args: argpars
 
     Pictures go through the network at the width of the images that it was trained on.
     """
-    out, predict = Path(args.out or "runs/pictures"), predictor(model, args.flip)
+    out, predict = Path(args.out or "runs/pictures"), predictor(model, args.flip, args.amp)
     paths = find_pictures(args.images)
     if own := [path for path in paths if path.resolve().parent == out.resolve()]:
         raise ValueError(f"--out {out} is the folder of {own[0]}, which must stay: choose another")
@@ -662,6 +665,7 @@ def main() -> None:
     add("--split", dest="test_split", metavar="FILE", help="the same as --test-split")
     add("--clip", default="RN50", help="depthclip only: a name or a file")
     add("--flip", action=argparse.BooleanOptionalAction, default=True)
+    add("--amp", choices=AMP, default="off", help="precision; bf16 is faster where it is at home")
     add("--out", metavar="DIR", help="keep results.csv and depth PNGs; for pictures: where to")
     about = "figures of N samples, or of the pictures"
     add("--explain", nargs="?", type=int, const=4, metavar="N", help=about)
@@ -679,8 +683,8 @@ def main() -> None:
     device, saved, model_depth = default_device(), {}, None
     if args.checkpoint == "depthclip":
         args.data = args.data or "nyu"
-        if args.data == "kitti" or args.images or args.explain or args.bench:
-            raise ValueError("depthclip is measured only, and only with its distances for NYU")
+        if args.data == "kitti" or args.images or args.explain or args.bench or args.amp != "off":
+            raise ValueError("depthclip is only measured, in fp32, with its distances for NYU")
         predict, flip = depthclip(cabins.load_clip(args.clip).to(device)), False
     else:
         content = cabins.read_checkpoint(args.checkpoint)
@@ -688,8 +692,10 @@ def main() -> None:
         max_depth = args.max_depth
         if "config" not in content and args.data:
             max_depth = max_depth or data.DATASETS[args.data].max_depth
-        model = cabins.restore(content, args.checkpoint, max_depth).to(device)
-        predict, flip, model_depth = predictor(model, args.flip), args.flip, model.config.max_depth
+        model = cabins.restore(content, args.checkpoint, max_depth)
+        model = model.to(device, memory_format=torch.channels_last)
+        predict, flip = predictor(model, args.flip, args.amp), args.flip
+        model_depth = model.config.max_depth
         origin = "train.py's" if "config" in content else "the authors'"
         print(
             f"{args.checkpoint} is {origin}: {model.config.backbone}, {model.config.distance_class}, "
@@ -719,7 +725,7 @@ def main() -> None:
     if args.out:
         predict = keep_predictions(predict, dataset, Path(args.out) / "predictions")
     windows = evaluate_windows(predict, dataset, progress=True)
-    protocols = [protocol(dataset, window, flip) for window in windows]
+    protocols = [protocol(dataset, window, flip, args.amp) for window in windows]
     rows = {f"{Path(args.checkpoint).name}, {window}": row for window, row in windows.items()}
     print("\n".join([*protocols, format_table(name, rows)]))
     if args.out:

@@ -1167,7 +1167,12 @@ def test_an_interrupted_run_resumes_to_the_same_weights(few_rooms, tmp_path, mon
     monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "parts" / "best.pt"), "--no-flip"])
     evaluation.main()
     printed = capsys.readouterr().out
-    assert "window whole" in printed and "flip averaging off" in printed
+    assert "window whole" in printed and "flip averaging off, fp32" in printed
+    run_eval_main(monkeypatch, tmp_path / "parts" / "best.pt", "--no-flip", "--amp", "bf16")
+    rounded = capsys.readouterr().out
+    assert "flip averaging off, bf16" in rounded
+    values = [float(text.splitlines()[-1].split()[2]) for text in (printed, rounded)]
+    assert values[1] == pytest.approx(values[0], rel=0.02) and rounded != printed
 
 
 RUN = """
@@ -1652,6 +1657,7 @@ FAULTS = {
     "train.py --epochs 0": "--epochs is 0; it must be positive",
     "train.py --batch-size -1": "--batch-size is -1; it must be positive",
     "train.py --lr nan": "--lr is nan; it must be positive",
+    "train.py --bench --steps 0": "--steps is 0; it must be positive",
     "train.py --seed -1": "--seed is -1; it must be from 0 to 2147483647",
     "train.py --root .": "--root is not for toy rooms: add --data",
     "train.py --data nyu --root none": "none: no such folder",
@@ -1696,7 +1702,7 @@ FAULTS = {
     "eval.py trained.pt": "data 'nyu' needs --root",
     "eval.py trained.pt --root . --split zero.txt": "none of the 1 images has ground truth",
     "eval.py trained.pt --root . --split cut.txt": "^error: .*a/cut.jpg cannot be read as an image",
-    "eval.py depthclip --data kitti": "depthclip is measured only, and only with its distances for NYU",
+    "eval.py depthclip --data kitti": "depthclip is only measured, in fp32, with its distances for NYU",
     "eval.py depthclip --clip script.pt": "script.pt is a TorchScript archive",
     "eval.py tiny.pt --images none.png": "none.png: no picture there, nor any that the pattern fits",
     "eval.py tiny.pt --images pictures --out pictures": "is the folder of .*a.jpg, which must stay",

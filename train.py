@@ -7,6 +7,7 @@ laptop's CPU, and shows what it has learnt under runs/toy/.
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -480,9 +481,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given = vars(parser.parse_args(argv))
     bench = {k: given.pop(k, default) for k, default in (("size", None), ("steps", 5))}
     bench["bench"] = given.pop("bench", False)
-    for name in ("epochs", "batch_size", "lr"):
-        if not 0 < given.get(name, 1) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} is {given[name]}; it must be positive")
+    for name in ("epochs", "batch_size", "lr", "steps"):
+        if not 0 < (value := (given | bench).get(name, 1)) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be positive")
     if not 0 <= given.get("seed", 0) < 2**31:
         raise ValueError(f"--seed is {given['seed']}; it must be from 0 to 2147483647")
 
@@ -520,10 +521,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def size_of(text: str) -> tuple[int, int]:
     """Rows and columns that a text such as 416x544 names."""
-    height, width = map(int, text.split("x"))
-    if min(height, width) < 64:
-        raise ValueError
-    return height, width
+    size = tuple(map(int, re.findall(r"\d+", text)))
+    if len(size) != 2 or min(size) < 64:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers from 64 on, as 416x544")
+    return size
 
 
 def main() -> None:
