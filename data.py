@@ -7,6 +7,7 @@ and recolours the whole batch on the training device. Nothing random happens in 
 
 import argparse
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -123,6 +124,11 @@ def garg(height: int, width: int) -> tuple[slice, slice]:
 
 
 # ---- Samples -------------------------------------------------------------------------------------
+
+
+def stand_apart(worker: int) -> None:
+    """In a loader's worker: Ctrl-C is for the run, whose last step still needs data."""
+    os.setpgrp()
 
 
 class DepthDataset(Dataset):
@@ -520,7 +526,7 @@ def run_command(main) -> None:
         # of an error in a loader's worker, what follows its traceback
         sys.exit("error: " + re.sub(r"(?s)^Caught .*\n\w+Error: ", "", str(error)).strip())
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: {str(error).splitlines()[0]} Choose a smaller --batch-size")
+        sys.exit(f"error: {str(error).splitlines()[0]} Smaller batches or images may fit")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)

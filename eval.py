@@ -96,10 +96,11 @@ def evaluate_windows(
     started share the images out, and all return the same.
     """
     low, high = cabins.Config.min_depth, dataset.recipe.max_depth
-    found: dict[str, dict[int, dict[str, float]]] = {}  # by window and number of the image
+    found: dict[int, dict[str, dict[str, float]]] = {}  # by number of the image, and window
     rank, n_processes = rank_of()
     mine = range(rank, len(dataset), n_processes)
-    loader = DataLoader(Subset(dataset, mine), num_workers=default_workers())
+    how = {"num_workers": default_workers(), "worker_init_fn": data.stand_apart}
+    loader = DataLoader(Subset(dataset, mine), **how)
     hidden = None if progress and rank == 0 else True
     for i, sample in zip(mine, tqdm(loader, desc="evaluating", disable=hidden, leave=False)):
         depth, target = predict(sample["image"]).cpu(), sample["depth"]
@@ -107,26 +108,28 @@ def evaluate_windows(
         if depth.shape != target.shape:
             raise ValueError(f"predict gave {tuple(depth.shape)} for {tuple(target.shape)}")
         windows = data.evaluation_windows(dataset.name, *sample["size"][0].tolist())
+        found[i] = dict.fromkeys(windows)
         for window, (rows, columns) in windows.items():
             d, d_star = depth[..., rows, columns], target[..., rows, columns]
             mask = (d_star > low) & (d_star < high)
             if mask.any():
                 metrics = cabins.depth_metrics(d[mask].double(), d_star[mask].double())
-                found.setdefault(window, {})[i] = {k: v.item() for k, v in metrics.items()}
+                found[i][window] = {k: v.item() for k, v in metrics.items()}
     if n_processes > 1:
         parts = [None] * n_processes
         dist.all_gather_object(parts, found)
-        names = dict.fromkeys(window for part in parts for window in part)
-        found = {w: dict(sorted(m for p in parts for m in p.get(w, {}).items())) for w in names}
-    if not found:
+        found = dict(sorted(item for part in parts for item in part.items()))
+    means = {}
+    for window in found[0]:
+        images = [windows[window] for windows in found.values() if windows[window]]
+        if images:
+            means[window] = {k: statistics.fmean(m[k] for m in images) for k in images[0]}
+            if len(images) < len(found) and rank == 0:
+                missing = f"{len(found) - len(images)} of the images have no ground truth"
+                print(f"{missing} in window {window}: left out")
+    if not means:
         raise ValueError(f"none of the {len(dataset)} images has ground truth to measure against")
-    for window, images in found.items():
-        if (missing := len(dataset) - len(images)) and rank == 0:
-            print(f"{missing} of the images have no ground truth in window {window}: left out")
-    return {
-        window: {k: statistics.fmean(m[k] for m in images.values()) for k in HEADINGS}
-        for window, images in found.items()
-    }
+    return means
 
 
 def evaluate(
@@ -223,12 +226,6 @@ def append_row(path: Path, row: dict) -> None:
         if is_new:
             writer.writeheader()
         writer.writerow(row)
-
-
-def append_results(path: Path, protocols: list[str], rows: dict[str, dict[str, float]]) -> None:
-    """Add a row for each window to a CSV file: label, protocol and metrics."""
-    for line, (label, row) in zip(protocols, rows.items()):
-        append_row(path, {"label": label, "protocol": line, **row})
 
 
 # ---- Figures -------------------------------------------------------------------------------------
@@ -396,9 +393,9 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 
 
 def go_fast(fast: bool = True) -> None:
-    """On GPUs: TF32 in what is left of float32, and the fastest kernels for images of one size."""
+    """On GPUs: TF32 in what is float32, and the fastest kernels for images of one size; or neither."""
     torch.set_float32_matmul_precision("high" if fast else "highest")
-    torch.backends.cudnn.benchmark = fast
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = fast
 
 
 class PeakMemory(TorchDispatchMode):
@@ -426,18 +423,17 @@ class PeakMemory(TorchDispatchMode):
 def time_phases(run: Run, device: torch.device) -> list[float]:
     """Milliseconds of each phase of a run, on the device's own clock."""
     marks = []
+    if device.type == "cpu":
+        run(lambda: marks.append(1000 * time.perf_counter()))
+        return [end - start for start, end in itertools.pairwise(marks)]
 
     def mark() -> None:
-        if device.type == "cpu":
-            marks.append(time.perf_counter())
-        else:
-            marks.append(torch.Event(device, enable_timing=True))
-            marks[-1].record()
+        marks.append(torch.cuda.Event(enable_timing=True))
+        marks[-1].record()
 
+    run(lambda: None)  # so that the host is ahead of the device, as it is in training
     run(mark)
-    if device.type == "cpu":
-        return [1000 * (end - start) for start, end in itertools.pairwise(marks)]
-    torch.accelerator.synchronize()
+    torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
 
 
@@ -461,25 +457,29 @@ def bench(
     ± half of what lies between the quartiles. The first setting is what others are compared with.
     """
     runs, peak, times = {}, {}, {name: [] for name in settings}
-    counter = FlopCounterMode(display=False)
+    counter, is_gpu = FlopCounterMode(display=False), device.type == "cuda"
     for name, (_, make) in settings.items():
-        if device.type == "cuda":
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        # FLOP of the first, which is not compiled; the others do the same
-        with PeakMemory() as memory, contextlib.nullcontext() if runs else counter:
+        go_fast(bool(runs))  # for all but the first
+        before = torch.cuda.memory_allocated() if is_gpu else 0
+        with contextlib.ExitStack() as modes:
+            if not runs:  # the first is not compiled; the others take as many FLOP
+                modes.enter_context(counter)
+            memory = None if is_gpu else modes.enter_context(PeakMemory())
             runs[name] = make()
-            for _ in range(2):  # from the second on, gradients and the optimizer's state are there
-                runs[name](lambda: None)
-        peak[name] = memory.peak
-        if device.type == "cuda":
-            peak[name] = torch.cuda.max_memory_allocated() - before
-        runs[name](lambda: None)  # compiles, where it does
+            runs[name](lambda: None)  # chooses kernels, and makes gradients and moments
+            if is_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            runs[name](lambda: None)
+        peak[name] = torch.cuda.max_memory_allocated() - before if is_gpu else memory.peak
+        runs[name](lambda: None)
+    rates = {name: [] for name in settings}  # of large products
     for _ in range(n_rounds):
-        for name, run in runs.items():
+        for i, (name, run) in enumerate(runs.items()):
+            go_fast(i > 0)
             times[name].append(time_phases(run, device))
+            rates[name].append(matmul_rate(device, AMP[settings[name][0]]))
     flop, plain = counter.get_total_flops() / 2, None
-    for name, (amp, _) in settings.items():
+    for name in settings:
         cells = [f"{title}, {name}"]
         for values in [*zip(*times[name]), [sum(phases) for phases in times[name]]]:
             low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
@@ -487,7 +487,7 @@ def bench(
         plain, rate = plain or middle, flop / middle / 1e9
         cells += [f"{plain / middle:.2f}", f"{1000 * batch_size / middle:.3g}"]
         cells += [f"{peak[name] / 1e9:.1f}", f"{flop / 1e9:.0f}", f"{rate:.3g}"]
-        cells.append(f"{rate / matmul_rate(device, AMP[amp]):.0%}")
+        cells.append(f"{rate / statistics.median(rates[name]):.0%}")
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
@@ -495,7 +495,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """TFLOP/s of a large product of matrices."""
     n = 2048 if device.type == "cpu" else 8192
     a = torch.randn(n, n, device=device).to(dtype)
-    times = [time_phases(lambda mark: (mark(), a @ a, mark()), device)[0] for _ in range(9)]
+    times = [time_phases(lambda mark: (mark(), a @ a, mark()), device)[0] for _ in range(5)]
     return 2 * n**3 / statistics.median(times) / 1e9
 
 
@@ -646,8 +646,7 @@ def rank_of() -> tuple[int, int]:
 
 
 def default_device() -> torch.device:
-    available = torch.accelerator.is_available()
-    return torch.accelerator.current_accelerator() if available else torch.device("cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def default_workers() -> int:
@@ -681,6 +680,7 @@ def main() -> None:
             raise ValueError(f"--{option} is {value}; it must be above 0 and below {limit}")
 
     device, saved, model_depth = default_device(), {}, None
+    go_fast(False)  # what is measured as fp32 is fp32
     if args.checkpoint == "depthclip":
         args.data = args.data or "nyu"
         if args.data == "kitti" or args.images or args.explain or args.bench or args.amp != "off":
@@ -729,7 +729,8 @@ def main() -> None:
     rows = {f"{Path(args.checkpoint).name}, {window}": row for window, row in windows.items()}
     print("\n".join([*protocols, format_table(name, rows)]))
     if args.out:
-        append_results(Path(args.out) / "results.csv", protocols, rows)
+        for line, (label, row) in zip(protocols, rows.items()):
+            append_row(Path(args.out) / "results.csv", {"label": label, "protocol": line, **row})
 
 
 if __name__ == "__main__":

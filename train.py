@@ -5,12 +5,12 @@ laptop's CPU, and shows what it has learnt under runs/toy/.
 """
 
 import argparse
+import itertools
 import math
 import os
 import re
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import cabins
 import eval as evaluation
-from data import DATASETS, DepthDataset, add_data_options, augment, run_command
+from data import DATASETS, DepthDataset, add_data_options, augment, run_command, stand_apart
 
 # Sec. 4.1
 RECIPE = {"backbone": "RN101", "distance_class": "cabins", "epochs": 25, "batch_size": 8}
@@ -35,7 +35,6 @@ RECIPE |= {"lr": 3.57e-5, "seed": 0, "as_released": False, "compile": False}
 TOY_RECIPE = RECIPE | {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # from random weights
 CLIP_NORM = 0.1
 LOG_EVERY, SAVE_EVERY = 10, 500  # steps; also at the end of each epoch
-PATIENCE = 20.0  # seconds for the first step
 
 
 # ---- One step ------------------------------------------------------------------------------------
@@ -69,21 +68,22 @@ def seed_of(*numbers: int) -> int:
 def gather(tensor: Tensor) -> Tensor:
     """The tensors (b, …) of all processes as one batch. Gradients go to this process's own part."""
     rank, n = evaluation.rank_of()
-    parts = [torch.empty_like(tensor) for _ in range(n)]
-    dist.all_gather(parts, tensor.detach().contiguous())
+    own = tensor.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(n)]
+    dist.all_gather(parts, own)
     parts[rank] = tensor
     return torch.cat(parts)
 
 
 class Learner:
-    """A network and what trains it, by `step`. `plain` is without what makes it fast, for --bench."""
+    """A network and what trains it, by `step`. `plain` is as torch has it by default, for --bench."""
 
     def __init__(self, model, args, dataset, n_steps: int, device, plain: bool = False):
         self.args, self.dataset, self.device = args, dataset, device
         self.model = model = model.to(device)
         if not plain:
             model.to(memory_format=torch.channels_last)
-        self.amp = evaluation.autocast(device, "off" if plain else args.amp)
+        self.amp = evaluation.autocast(device, args.amp)
         self.rank, self.n_processes = evaluation.rank_of()
         if self.n_processes > 1 and device.type == "cuda":  # torch has it for GPUs only
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -94,9 +94,9 @@ class Learner:
         self.scheduler = OneCycleLR(
             self.optimizer, args.lr, n_steps, div_factor=25, final_div_factor=100
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16" and not plain)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         self.network = DistributedDataParallel(model) if self.n_processes > 1 else model
-        if args.compile and not plain:
+        if args.compile:
             self.network = torch.compile(self.network)
 
     def step(
@@ -175,9 +175,7 @@ def drop_rows_from(path: Path, step: int) -> None:
     """Cut off the rows of this step and later ones, and half a row, before going on."""
     if path.exists():
         header, *rows = path.read_text().splitlines(keepends=True) or [""]
-        rows = [r for r in rows if r.endswith("\n") and r.count(",") == header.count(",")]
-        steps = [row.split(",")[0] for row in rows]
-        kept = [row for row, s in zip(rows, steps) if s.isdigit() and int(s) < step]
+        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) < step]
         text = "".join([header, *kept] if kept else [])  # an empty file gets a header again
         cabins.write_whole(path, lambda partial: partial.write_text(text))
 
@@ -185,19 +183,14 @@ def drop_rows_from(path: Path, step: int) -> None:
 def start_process() -> torch.device:
     """This process's device; joins the others first, if torchrun started several."""
     device = evaluation.default_device()
-    if "LOCAL_RANK" in os.environ:
-        if device.type != "cpu":
-            index, n = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if device.type == "cuda":
+            index, n = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if index >= n:
                 raise ValueError(f"there are {n} GPUs here: --nproc_per_node may be at most {n}")
-            torch.accelerator.set_device_index(index)
+            torch.cuda.set_device(index)
         dist.init_process_group()
     return device
-
-
-def stand_apart(worker: int) -> None:
-    """In a loader's worker: Ctrl-C is for the run, whose last step still needs data."""
-    os.setpgrp()
 
 
 stops: list[int] = []  # Ctrl-C and SIGTERM that came
@@ -208,6 +201,7 @@ def note_stop(number: int, _) -> None:
     if stops and not dist.is_initialized():  # torchrun passes one on as two
         sys.exit(128 + number)
     stops.append(number)
+    os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
 
 def agreed_stop(device: torch.device) -> int:
@@ -221,16 +215,17 @@ def agreed_stop(device: torch.device) -> int:
 
 def train(args: argparse.Namespace) -> None:
     """Train from args.resume or from the start, to the last epoch."""
+    saved = vars(args).pop("saved")
     device, out = start_process(), Path(args.out)
     rank, n_processes = evaluation.rank_of()
     if args.batch_size % n_processes:
         raise ValueError(
             f"--batch-size {args.batch_size} is the total; {n_processes} processes must divide it"
         )
-    if not args.resume:
+    if not args.resume or Path(args.resume).resolve().parent != out.resolve():
         names = ("last.pt", "last.prev.pt", "best.pt")
         taken = [out / name for name in names if (out / name).exists()]
-        if taken and not (args.data == "toy" and out == Path("runs/toy")):  # the demo's place
+        if taken and (args.resume or out != Path("runs/toy") or args.data != "toy"):  # the demo's
             raise ValueError(f"{out} holds another run: go on with --resume, or take another --out")
         for path in taken if rank == 0 else []:
             path.unlink()
@@ -242,7 +237,6 @@ def train(args: argparse.Namespace) -> None:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(dataset)} pairs")
     n_steps = args.epochs * per_epoch
 
-    saved = cabins.read_checkpoint(args.resume) if args.resume else {}
     if saved:
         if (n := saved["n_pairs"]) != len(dataset):
             raise ValueError(f"{args.resume} was trained on {n} pairs, but here are {len(dataset)}")
@@ -269,11 +263,10 @@ def train(args: argparse.Namespace) -> None:
         f"{args.data}: {len(dataset)} training pairs, {len(test_set)} test pairs; "
         f"{n_processes} x {device}, {args.amp if args.amp != 'off' else 'fp32'}"
     )
-    for group in learner.groups:
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    for group in [*learner.groups, {"name": "frozen: text encoder", "params": frozen}]:
         n = sum(p.numel() for p in group["params"])
-        say(f"trained  {group['name']:18} {n:>12,} parameters in {len(group['params'])} tensors")
-    n = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    say(f"frozen   {'text encoder':18} {n:>12,} parameters")
+        say(f"{group['name']:20} {n:>12,} parameters in {len(group['params'])} tensors")
     if args.as_released:
         say("as released: prompts and gamma stay, token embedding learns, unbiased SILog")
 
@@ -282,16 +275,24 @@ def train(args: argparse.Namespace) -> None:
         drop_rows_from(out / "log.csv", first + 1)
         drop_rows_from(out / "metrics.csv", first)
 
+    rotates = not (args.resume or "").endswith("last.prev.pt")  # last.pt is damaged, or gone
+
     def save(name: str) -> None:
+        nonlocal rotates
         if rank == 0:
             state = {"args": vars(args), "n_pairs": len(dataset), "step": step, "best": best}
             cabins.save_checkpoint(out / "new.pt", model, **state, **learner.state_dict())
-            if name == "last.pt" and (out / name).exists():
+            if name == "last.pt" and (out / name).exists() and rotates:
                 (out / name).replace(out / "last.prev.pt")
             (out / "new.pt").replace(out / name)
+            rotates = rotates or name == "last.pt"
 
     def validate() -> dict[str, dict[str, float]]:
         nonlocal best
+        if n_processes > 1:  # on CPUs their BatchNorms differ; the first one's are saved
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+        evaluation.go_fast(False)
         windows = evaluation.evaluate_windows(predict, test_set, progress=True)
         row = next(iter(windows.values()))
         if rank == 0:
@@ -305,41 +306,39 @@ def train(args: argparse.Namespace) -> None:
             best = row["abs_rel"]
             save("best.pt")
             save("last.pt")  # which knows the best
+        evaluation.go_fast()
         model.train()  # which measuring and drawing left in eval mode
         return windows
 
     def check() -> None:
         """Stop if a step since the last look was not finite; looking at each would hold it up."""
-        values = torch.stack(results).tolist() if results else []
-        for (number, lr, paths), (loss, norm) in zip(pending, values):
+        for number, lr, paths, result in recent:
+            loss, norm = result.tolist()
             if not math.isfinite(loss if args.amp == "fp16" else loss + norm):  # fp16 skips steps
                 raise ValueError(
                     f"loss {loss} and gradient norm {norm} at step {number}, learning rate "
                     f"{lr:.3g}, of the images {', '.join(paths)}; "
                     f"what was saved in {out} is from before"
                 )
-        pending.clear(), results.clear()
+        if learner.scaler.is_enabled() and learner.scaler.get_scale() < 1:
+            raise ValueError("in fp16 every step overflows: train with --amp bf16 or --amp off")
+        recent.clear()
 
-    step, pending, results = first, [], []
+    step, recent = first, []
     if step and step % per_epoch == 0:  # stopped after its save, perhaps before its validation
         windows = validate()
     order = batches(dataset, args.batch_size, args.seed, range(first, n_steps))
     workers = evaluation.default_workers()
     how = {"num_workers": workers, "pin_memory": device.type == "cuda"}
     how |= {"worker_init_fn": stand_apart}
+    say(f"{workers} workers read images; the first step can take a minute, as kernels are chosen")
     done, total = first * args.batch_size, n_steps * args.batch_size
     bar = tqdm(initial=done, total=total, unit="image", disable=None if rank == 0 else True)
-    about = f"still on the first step: {workers} workers read, and a GPU's kernels are chosen"
-    patience = threading.Timer(PATIENCE, say, [about])
-    patience.daemon = True
-    patience.start()
     model.train()
     for step, batch in enumerate(DataLoader(dataset, batch_sampler=order, **how), first + 1):
         lr = learner.scheduler.get_last_lr()[0]
         prediction, depth, result = learner.step(batch, step)
-        pending.append((step, lr, batch["path"]))
-        results.append(result)
-        patience.cancel()
+        recent.append((step, lr, batch["path"], result))
         bar.update(args.batch_size)
 
         is_log, is_end = step % LOG_EVERY == 0 or step == n_steps, step % per_epoch == 0
@@ -389,6 +388,8 @@ def draw_curves(out: Path) -> None:
     metrics = {"abs_rel": "AbsRel", "rmse": "RMSE (m)", "d1": "δ < 1.25"}
     files = (("log.csv", losses, ""), ("metrics.csv", metrics, "."))
     for axis, (file, columns, marker) in zip(figure.subplots(1, 2), files):
+        if not (out / file).exists():  # of a run that was over when it came here
+            continue
         curves = np.genfromtxt(out / file, delimiter=",", names=True)
         for column, label in columns.items():
             axis.plot(curves["epoch"], curves[column], marker=marker, label=label)
@@ -416,7 +417,7 @@ def baselines(dataset: DepthDataset, test_set: DepthDataset) -> dict[str, dict[s
 def bench(args: argparse.Namespace) -> None:
     """Print what a step costs on random data, plain and as `train` takes it, in Markdown."""
     device, n = evaluation.default_device(), args.batch_size
-    size = args.size or DATASETS[args.data].crop
+    size = args.size or DATASETS[args.data].crop or (416, 544)
     image = torch.randint(0, 256, (n, 3, size[0] + 11, size[1] + 21), dtype=torch.uint8)
     depth = 10 * torch.rand(n, 1, *image.shape[2:])  # of some pixels more than the random crop
     batch = {"image": image, "depth": depth}
@@ -428,13 +429,10 @@ def bench(args: argparse.Namespace) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that weights are random
             model = cabins.CaBins(cabins.Config(args.backbone, args.distance_class))
-        learner, numbers = Learner(model, args, crop, 10**6, device, plain), iter(range(10**6))
-
-        def run(mark: Callable[[], None]) -> None:
-            evaluation.go_fast(not plain)
-            learner.step(batch, next(numbers), mark)
-
-        return run
+        how = vars(args) | ({"amp": "off", "compile": False} if plain else {})
+        learner = Learner(model, argparse.Namespace(**how), crop, 10**6, device, plain)
+        numbers = itertools.count()
+        return lambda mark: learner.step(batch, next(numbers), mark)
 
     fast = ["fp32" if args.amp == "off" else args.amp, "channels_last", "fused AdamW"]
     fast += ["compiled"] if args.compile else []
@@ -475,19 +473,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--as-released", action=argparse.BooleanOptionalAction, help=about)
     add("--out", metavar="DIR", help="default: runs/DATA")
     add("--resume", nargs="?", const="", metavar="CKPT", help="go on; default: OUT/last.pt")
-    add("--bench", action="store_true", help="only measure a step, on random data")
-    add("--size", type=size_of, metavar="HxW", help="--bench: of the images; default: the crop")
-    add("--steps", type=int, help="--bench: how many; default: 5")
+    add("--bench", action="store_true", default=False, help="only measure steps on random data")
+    about = "--bench: of the images; default: the crop"
+    add("--size", type=size_of, default=None, metavar="HxW", help=about)
+    add("--steps", type=int, default=5, help="--bench: how many; default: 5")
     given = vars(parser.parse_args(argv))
-    bench = {k: given.pop(k, default) for k, default in (("size", None), ("steps", 5))}
-    bench["bench"] = given.pop("bench", False)
     for name in ("epochs", "batch_size", "lr", "steps"):
-        if not 0 < (value := (given | bench).get(name, 1)) < math.inf:
+        if not 0 < (value := given.get(name, 1)) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be positive")
     if not 0 <= given.get("seed", 0) < 2**31:
         raise ValueError(f"--seed is {given['seed']}; it must be from 0 to 2147483647")
 
-    data = given.get("data", "nyu" if bench["bench"] else "toy")
+    data = given.get("data", "nyu" if given["bench"] else "toy")
     out = given.get("out", f"runs/{data}")
     resume = given.pop("resume", None)
     for name in ("root", "train_split", "test_split"):
@@ -498,25 +495,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if resume is not None:
         path, content = read_newest(Path(resume or Path(out) / "last.pt"))
         resume = str(path)
-        if not {"args", "step", "optimizer", "scheduler"} <= content.keys():
+        if not {"args", "n_pairs", "step", "optimizer", "scheduler", "scaler"} <= content.keys():
             raise ValueError(f"{resume} was not written by train.py: it cannot be resumed")
         if not isinstance(args := content["args"], dict):
             raise ValueError(f"{resume} does not say how it was trained: it cannot be resumed")
-        movable = ("root", "train_split", "test_split", "out")  # may have another place by now
+        movable = ("root", "train_split", "test_split", "out", "compile", "bench", "size", "steps")
         changed = [k for k in given if k not in movable and given[k] != args.get(k)]
         if changed:
             found = ", ".join(f"{k} {args.get(k)}, not {given[k]}" for k in changed)
             remedy = "leave these options out, or start another run"
             raise ValueError(f"{resume} was trained with {found}: {remedy}")
         out = given.get("out", str(Path(resume).parent))
-        return argparse.Namespace(**args | given | bench | {"out": out, "resume": resume})
+        return argparse.Namespace(**args | given | {"out": out, "resume": resume}, saved=content)
     places = dict.fromkeys(("root", "train_split", "test_split", "depth_scale", "max_depth"))
     args = places | (TOY_RECIPE if data == "toy" else RECIPE) | given | {"data": data, "out": out}
     args.setdefault("clip", "none" if args["backbone"] == "tiny" else args["backbone"])
     args.setdefault("amp", evaluation.default_amp())
     if args["amp"] == "fp16" and args["as_released"]:
         raise ValueError("--as-released has gradients that fp16's scaler does not see: --amp bf16")
-    return argparse.Namespace(**args, **bench, resume=None)
+    return argparse.Namespace(**args, resume=None, saved={})
 
 
 def size_of(text: str) -> tuple[int, int]:
@@ -534,7 +531,13 @@ def main() -> None:
     else:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, note_stop)
-        train(args)
+        try:
+            train(args)
+        except RuntimeError:  # a worker or another process, to which the signal came as well
+            if not stops:
+                raise
+            print(f"stopped; {args.out} has what was saved before", file=sys.stderr)
+            sys.exit(128 + stops[0])
 
 
 if __name__ == "__main__":
