@@ -686,24 +686,22 @@ class DepthDecoder(nn.Module):
             x = torch.cat([resize(x, skip.shape[-2:]), skip], dim=1)  # (B, C + C_skip, h_skip, …)
             x = up(x)  # (B, C / 2, h_skip, w_skip)
         x = resize(x, (2 * x.shape[-2], 2 * x.shape[-1]))  # (B, 4 width, H/2, W/2)
-        # the largest map, of which only the softmax is kept: neither its gradient needs the logits
-        # nor that of the convolution before; under autocast it is computed in float32
+        # Of this largest map the gradient needs p alone and not the logits, which are not kept.
+        # Under autocast, too, softmax gives float32.
         return self.logits(self.features(x)).softmax(dim=1)  # (B, n_bins, H/2, W/2)
 
 
 def expected_depth(centers: Tensor, p: Tensor) -> Tensor:
     """Depth (B, 1, h, w) in metres of centres (B, n_bins) with probabilities p (B, n_bins, h, w)."""
     # Eq. 5:  d_i = Σ_k c(b_k) p_ik
-    return (centers[:, :, None, None] * p).sum(
-        1, keepdim=True
-    )  # of float32: no product of matrices
+    return (centers[:, :, None, None] * p).sum(1, keepdim=True)  # autocast would round einsum's
 
 
 # ---- Figure 2: the network -----------------------------------------------------------------------
 
 
 class Prediction(NamedTuple):
-    """What CaBins says of a batch of images."""
+    """What CaBins says of a batch of images, in float32 under autocast too."""
 
     depth: Tensor  # (B, 1, H, W) metres
     centers: Tensor  # (B, n_bins) metres, increasing

@@ -1015,6 +1015,21 @@ def test_a_step_does_not_wait_for_the_device(amp):
     assert result.isfinite().all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_step_does_not_wait_for_a_gpu():
+    learner, batch = toy_learner("--amp", "bf16")
+    device = torch.device("cuda")
+    learner = train.Learner(learner.model, learner.args, "toy", 100, device)
+    batch = {k: v.pin_memory() for k, v in batch.items()}
+    learner.step(batch, 1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _, _, result = learner.step(batch, 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result.isfinite().all()
+
+
 def test_plain_and_fast_steps_learn_the_same():
     weights = []
     for plain in (True, False):
