@@ -688,7 +688,7 @@ def main() -> None:
         predict, flip = depthclip(cabins.load_clip(args.clip).to(device)), False
     else:
         content = cabins.read_checkpoint(args.checkpoint)
-        saved = content.get("args") or {}
+        saved = args_of if isinstance(args_of := content.get("args"), dict) else {}
         max_depth = args.max_depth
         if "config" not in content and args.data:
             max_depth = max_depth or data.DATASETS[args.data].max_depth

@@ -1598,6 +1598,17 @@ def broken(tmp_path_factory) -> Path:
     content = torch.load(root / "newer.pt", weights_only=True)
     torch.save(content | {"config": content["config"] | {"n_heads": 4}}, root / "newer.pt")
     torch.save(content | {"config": content["config"] | {"n_bins": 128}}, root / "shapes.pt")
+    torch.save(content | {"args": ["toy"]}, root / "args.pt")
+    args = vars(train.parse_args([])) | {"saved": None, "out": "out"}
+    state = {
+        "args": args,
+        "n_pairs": 640,
+        "step": 1,
+        "optimizer": {},
+        "scheduler": {},
+        "scaler": {},
+    }
+    torch.save(content | state, root / "state.pt")
     state = model.clip.state_dict()
     torch.save(state, root / "clip.pt")
     torch.save({k: v for k, v in state.items() if k != "visual.bn1.bias"}, root / "less.pt")
@@ -1693,6 +1704,8 @@ FAULTS = {
     "train.py --resume none.pt": "none.pt: no such file; expected a checkpoint of train.py",
     "train.py --resume --out out": "out/last.pt: no such file",
     "train.py --resume tiny.pt": "tiny.pt was not written by train.py: it cannot be resumed",
+    "train.py --resume args.pt": "args.pt was not written by train.py: it cannot be resumed",
+    "train.py --resume state.pt --out out": "state.pt cannot be resumed: KeyError",
     "train.py --resume evil.pt": f"evil.pt .* {DAMAGED} checkpoint",
     # evaluation and pictures
     "eval.py none.pt": "none.pt: no such file; expected a checkpoint of train.py or of the authors",
@@ -1707,6 +1720,7 @@ FAULTS = {
     "eval.py shapes.pt": "shapes.pt does not fit the network: tensors .* of another shape",
     "eval.py evil.pt": f"evil.pt .* {DAMAGED} checkpoint",
     "eval.py script.pt": "script.pt is a TorchScript archive",
+    "eval.py args.pt": "args.pt does not say what data it is for: give --data",
     "eval.py tiny.pt": "tiny.pt does not say what data it is for: give --data",
     "eval.py tiny.pt --max-depth 80": "tiny.pt is for depths to 10.0 m, not to 80",
     "eval.py trained.pt": "data 'nyu' needs --root",

@@ -250,7 +250,10 @@ def train(args: argparse.Namespace) -> None:
     evaluation.go_fast()
     learner = Learner(model, args, dataset, n_steps, device)
     if saved:
-        learner.load_state_dict(saved)
+        try:
+            learner.load_state_dict(saved)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{args.resume} cannot be resumed: {error!r}") from None
     first, best = saved.get("step", 0), saved.get("best", math.inf)
     del saved
     predict = evaluation.predictor(model)
@@ -506,7 +509,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             remedy = "leave these options out, or start another run"
             raise ValueError(f"{resume} was trained with {found}: {remedy}")
         out = given.get("out", str(Path(resume).parent))
-        return argparse.Namespace(**args | given | {"out": out, "resume": resume}, saved=content)
+        origin = {"out": out, "resume": resume, "saved": content}
+        return argparse.Namespace(**args | given | origin)
     places = dict.fromkeys(("root", "train_split", "test_split", "depth_scale", "max_depth"))
     args = places | (TOY_RECIPE if data == "toy" else RECIPE) | given | {"data": data, "out": out}
     args.setdefault("clip", "none" if args["backbone"] == "tiny" else args["backbone"])
