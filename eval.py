@@ -383,7 +383,7 @@ Run = Callable[[Callable[[], None]], object]  # calls its argument before, betwe
 
 
 def default_amp() -> str:
-    """bf16 where it is known to be faster: not on every CPU that can compute in it."""
+    """bf16 on GPUs that have it; off on CPUs, many of which would be slower."""
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else "off"
 
 
@@ -451,7 +451,7 @@ def bench(
     device: torch.device,
     n_rounds: int,
 ) -> None:
-    """Print a Markdown row of each setting: its precision, and what makes its run.
+    """Print a Markdown row of each setting; `settings` has its precision, and what makes its run.
 
     Settings take turns, so that a machine that slows down slows all of them; times are medians,
     ± half of what lies between the quartiles. The first setting is what others are compared with.
@@ -471,7 +471,7 @@ def bench(
                 torch.cuda.reset_peak_memory_stats()
             runs[name](lambda: None)
         peak[name] = torch.cuda.max_memory_allocated() - before if is_gpu else memory.peak
-        runs[name](lambda: None)
+        runs[name](lambda: None)  # outside of the modes, under which nothing is compiled
     rates = {name: [] for name in settings}  # of large products
     for _ in range(n_rounds):
         for i, (name, run) in enumerate(runs.items()):
@@ -484,8 +484,9 @@ def bench(
         for values in [*zip(*times[name]), [sum(phases) for phases in times[name]]]:
             low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
             cells.append(f"{middle:.4g} ± {(high - low) / 2:.2g}")
-        plain, rate = plain or middle, flop / middle / 1e9
-        cells += [f"{plain / middle:.2f}", f"{1000 * batch_size / middle:.3g}"]
+        total = middle  # of all phases, the last
+        plain, rate = plain or total, flop / total / 1e9
+        cells += [f"{plain / total:.2f}", f"{1000 * batch_size / total:.3g}"]
         cells += [f"{peak[name] / 1e9:.1f}", f"{flop / 1e9:.0f}", f"{rate:.3g}"]
         cells.append(f"{rate / statistics.median(rates[name]):.0%}")
         print("| " + " | ".join(cells) + " |", flush=True)
@@ -500,7 +501,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def bench_inference(model: cabins.CaBins, device: torch.device, n_rounds: int) -> None:
-    """Print what depth of images of NYU's and KITTI's size costs, in Markdown."""
+    """Print what one pass over images of NYU's and KITTI's size costs; memory is without weights."""
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     fast = model.to(memory_format=torch.channels_last)
 

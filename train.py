@@ -33,8 +33,8 @@ from data import DATASETS, DepthDataset, add_data_options, augment, run_command,
 RECIPE = {"backbone": "RN101", "distance_class": "cabins", "epochs": 25, "batch_size": 8}
 RECIPE |= {"lr": 3.57e-5, "seed": 0, "as_released": False, "compile": False}
 TOY_RECIPE = RECIPE | {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # from random weights
-CLIP_NORM = 0.1
-LOG_EVERY, SAVE_EVERY = 10, 500  # steps; also at the end of each epoch
+MAX_NORM = 0.1
+LOG_EVERY, SAVE_EVERY = 10, 500  # steps; it is also saved at the end of each epoch
 
 
 # ---- One step ------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 class Learner:
-    """A network and what trains it, by `step`. `plain` is as torch has it by default, for --bench."""
+    """A network and what trains it, by `step`; `plain`: without channels_last and fused AdamW."""
 
     def __init__(self, model, args, dataset, n_steps: int, device, plain: bool = False):
         self.args, self.dataset, self.device = args, dataset, device
@@ -104,8 +104,8 @@ class Learner:
     ) -> tuple[cabins.Prediction, Tensor, Tensor]:
         """Learn from this process's share of batch `number`; `mark` is called after each part.
 
-        Returns prediction and ground truth of the whole batch, and (loss, gradient norm), all left
-        on the device: nothing here waits for it.
+        Returns the prediction, whose depth and centers are the whole batch's, the ground truth of
+        it, and (loss, gradient norm), all left on the device: nothing here waits for it.
         """
         mark()
         image, depth = (batch[k].to(self.device, non_blocking=True) for k in ("image", "depth"))
@@ -123,11 +123,11 @@ class Learner:
         low, as_released = self.model.config.min_depth, self.args.as_released
         loss = cabins.total_loss(prediction, depth, low, as_released)
         mark()
-        self.model.zero_grad()  # of more than the optimizer has, with --as-released
+        self.model.zero_grad()  # not the optimizer's, which lacks some with --as-released
         self.scaler.scale(loss * self.n_processes).backward()  # DDP takes the mean of gradients
         mark()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
@@ -149,7 +149,7 @@ class Learner:
 def batches(dataset, batch_size: int, seed: int, steps: range) -> Iterator[list[int]]:
     """This process's indices of the batch of each step, of pairs shuffled anew in each epoch."""
     rank, n = evaluation.rank_of()
-    sampler = DistributedSampler(dataset, n, rank, seed=seed, drop_last=True)
+    sampler = DistributedSampler(dataset, n, rank, seed=seed_of(seed) >> 1, drop_last=True)
     per_epoch, share = len(dataset) // batch_size, batch_size // n
     for step in steps:
         epoch, batch = divmod(step, per_epoch)
@@ -160,7 +160,7 @@ def batches(dataset, batch_size: int, seed: int, steps: range) -> Iterator[list[
 
 
 def read_newest(path: Path) -> tuple[Path, dict]:
-    """A run's checkpoint, or where it is damaged or gone the one before it, and which it is."""
+    """The path and content of a run's checkpoint, or of the one before if it is damaged or gone."""
     try:
         return path, cabins.read_checkpoint(path)
     except (OSError, ValueError) as error:
@@ -197,11 +197,12 @@ stops: list[int] = []  # Ctrl-C and SIGTERM that came
 
 
 def note_stop(number: int, _) -> None:
-    """A signal waits until the step is done and saved; a second one does not."""
+    """A signal waits until a step is done and saved; a second one does not, but under torchrun."""
     if stops and not dist.is_initialized():  # torchrun passes one on as two
         sys.exit(128 + number)
     stops.append(number)
-    os.write(2, b"\nstopping after this step; once more to stop at once\n")
+    again = b"" if dist.is_initialized() else b"; once more to stop at once"
+    os.write(2, b"\nstopping when the next step is done and saved" + again + b"\n")
 
 
 def agreed_stop(device: torch.device) -> int:
@@ -225,10 +226,12 @@ def train(args: argparse.Namespace) -> None:
     if not args.resume or Path(args.resume).resolve().parent != out.resolve():
         names = ("last.pt", "last.prev.pt", "best.pt")
         taken = [out / name for name in names if (out / name).exists()]
-        if taken and (args.resume or out != Path("runs/toy") or args.data != "toy"):  # the demo's
+        if taken and (args.resume or out != Path("runs/toy") or args.data != "toy"):  # not the demo
             raise ValueError(f"{out} holds another run: go on with --resume, or take another --out")
-        for path in taken if rank == 0 else []:
-            path.unlink()
+        if taken and rank == 0:
+            print(f"the run in {out} is replaced")
+            for path in taken:
+                path.unlink()
     scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
     dataset = DepthDataset(args.data, args.root, args.train_split, train=True, **scale)
     test_set = DepthDataset(args.data, args.root, args.test_split, **scale)
@@ -278,7 +281,7 @@ def train(args: argparse.Namespace) -> None:
         drop_rows_from(out / "log.csv", first + 1)
         drop_rows_from(out / "metrics.csv", first)
 
-    rotates = not (args.resume or "").endswith("last.prev.pt")  # last.pt is damaged, or gone
+    rotates = not (args.resume or "").endswith("last.prev.pt")  # not for a damaged last.pt
 
     def save(name: str) -> None:
         nonlocal rotates
@@ -324,7 +327,7 @@ def train(args: argparse.Namespace) -> None:
                     f"what was saved in {out} is from before"
                 )
         if learner.scaler.is_enabled() and learner.scaler.get_scale() < 1:
-            raise ValueError("in fp16 every step overflows: train with --amp bf16 or --amp off")
+            raise ValueError("in fp16 most steps overflow: train with --amp bf16 or --amp off")
         recent.clear()
 
     step, recent = first, []
@@ -334,7 +337,7 @@ def train(args: argparse.Namespace) -> None:
     workers = evaluation.default_workers()
     how = {"num_workers": workers, "pin_memory": device.type == "cuda"}
     how |= {"worker_init_fn": stand_apart}
-    say(f"{workers} workers read images; the first step can take a minute, as kernels are chosen")
+    say(f"{workers} workers read images; on a GPU the first step can take a minute")
     done, total = first * args.batch_size, n_steps * args.batch_size
     bar = tqdm(initial=done, total=total, unit="image", disable=None if rank == 0 else True)
     model.train()
@@ -383,7 +386,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def draw_curves(out: Path) -> None:
-    """Draw losses over steps, and metrics over epochs, from the CSV files of a run."""
+    """Draw losses and metrics over epochs, from the CSV files of a run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
@@ -391,7 +394,7 @@ def draw_curves(out: Path) -> None:
     metrics = {"abs_rel": "AbsRel", "rmse": "RMSE (m)", "d1": "δ < 1.25"}
     files = (("log.csv", losses, ""), ("metrics.csv", metrics, "."))
     for axis, (file, columns, marker) in zip(figure.subplots(1, 2), files):
-        if not (out / file).exists():  # of a run that was over when it came here
+        if not (out / file).exists():  # a finished run, resumed into a new --out
             continue
         curves = np.genfromtxt(out / file, delimiter=",", names=True)
         for column, label in columns.items():
@@ -537,10 +540,10 @@ def main() -> None:
             signal.signal(number, note_stop)
         try:
             train(args)
-        except RuntimeError:  # a worker or another process, to which the signal came as well
+        except RuntimeError as error:  # of a worker or a process that got the signal as well
             if not stops:
                 raise
-            print(f"stopped; {args.out} has what was saved before", file=sys.stderr)
+            print(f"stopped ({error}); {args.out} has what was saved before", file=sys.stderr)
             sys.exit(128 + stops[0])
 
 
