@@ -1101,7 +1101,9 @@ def run_processes(folder: Path, n: int, broken: int = -1) -> subprocess.Complete
     folder.mkdir()
     (folder / "script.py").write_text(DISTRIBUTED.format(here=str(HERE), broken=broken))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-    options = ["--epochs", "2", "--batch-size", "4", "--out", "."]
+    # with numbers as prompts, a distance on the edge between two decimals could be written otherwise
+    options = ["--distance-class", "semantic"]
+    options += ["--epochs", "2", "--batch-size", "4", "--out", "."]
     command = [sys.executable, *(torchrun if n > 1 else []), "script.py", *options]
     return subprocess.run(
         command, check=False, cwd=folder, capture_output=True, text=True, timeout=120
@@ -1347,6 +1349,8 @@ def test_a_long_run_takes_no_more_memory_or_files(
     monkeypatch.setattr(data, "TOY_ROOMS", {"train": range(500), "test": range(2)})
     small = data.DATASETS["toy"]._replace(crop=(64, 64))
     monkeypatch.setitem(data.DATASETS, "toy", small)
+    small = cabins.BACKBONES["tiny"]._replace(width=2, text_layers=1)
+    monkeypatch.setitem(cabins.BACKBONES, "tiny", small)
     run_train("--epochs", 1, "--batch-size", 1, "--out", tmp_path)
     assert "on a GPU the first step can take a minute" in capsys.readouterr().out
     memory, files = np.array(found).T
