@@ -504,7 +504,7 @@ class AdaptiveBins(nn.Module):
         )
 
     def forward(self, z_bar: Tensor) -> Tensor:
-        # float32 from here on under autocast too, whose types cannot tell a centimetre at 10 m
+        # under autocast, too, float32 from here on: bfloat16 has steps of 6 cm at 10 m
         b = F.relu(self.mlp(z_bar).float()) + 0.1  # b'
         return b / b.sum(1, keepdim=True)
 
@@ -686,15 +686,14 @@ class DepthDecoder(nn.Module):
             x = torch.cat([resize(x, skip.shape[-2:]), skip], dim=1)  # (B, C + C_skip, h_skip, …)
             x = up(x)  # (B, C / 2, h_skip, w_skip)
         x = resize(x, (2 * x.shape[-2], 2 * x.shape[-1]))  # (B, 4 width, H/2, W/2)
-        # Of this largest map the gradient needs p alone and not the logits, which are not kept.
-        # Under autocast, too, softmax gives float32.
+        # the gradient needs p and not the logits, so one such map is kept; float32 under autocast
         return self.logits(self.features(x)).softmax(dim=1)  # (B, n_bins, H/2, W/2)
 
 
 def expected_depth(centers: Tensor, p: Tensor) -> Tensor:
     """Depth (B, 1, h, w) in metres of centres (B, n_bins) with probabilities p (B, n_bins, h, w)."""
     # Eq. 5:  d_i = Σ_k c(b_k) p_ik
-    return (centers[:, :, None, None] * p).sum(1, keepdim=True)  # autocast would round einsum's
+    return (centers[:, :, None, None] * p).sum(1, keepdim=True)  # autocast rounds einsum
 
 
 # ---- Figure 2: the network -----------------------------------------------------------------------

@@ -205,7 +205,9 @@ class DepthDataset(Dataset):
                     "of which the paths hold no spaces"
                 )
             if any(".." in Path(field).parts for field in fields):
-                raise ValueError(f"{split}, line {number}: {line!r} leads out of {root}")
+                raise ValueError(
+                    f"{split}, line {number}: {line!r} leads out of {root} by '..'; all must lie below"
+                )
             if fields[1] == "None":
                 self.n_left_out += 1
             elif self.labelled:  # the digits in the file's name count the pairs from 0
@@ -372,7 +374,7 @@ def augment(
     factor = u[:, 5:, None, None]  # (B, 5, 1, 1)
     coloured = (image ** factor[:, :1] * factor[:, 1:2] * factor[:, 2:]).clamp(0, 1)
     image = torch.where(recolour[:, None, None, None] < 0.5, coloured, image)
-    mean, std = mean_and_std(image)
+    mean, std = mean_and_std(image)  # torchvision's normalize would wait for the device
     return (image - mean) / std, depth
 
 

@@ -435,8 +435,8 @@ def bench(args: argparse.Namespace) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that weights are random
             model = cabins.CaBins(cabins.Config(args.backbone, args.distance_class))
-        how = vars(args) | ({"amp": "off", "compile": False} if plain else {})
-        learner = Learner(model, argparse.Namespace(**how), crop, 10**6, device, plain)
+        options = vars(args) | ({"amp": "off", "compile": False} if plain else {})
+        learner = Learner(model, argparse.Namespace(**options), crop, 10**6, device, plain)
         numbers = itertools.count()
         return lambda mark: learner.step(batch, next(numbers), mark)
 
