@@ -1,20 +1,20 @@
-"""CLIP's tokenizer: text to byte-pair ids, explained by its own code (CaBins, Sec. 3.1).
+"""CLIP's tokenizer (CaBins, Sec. 3.1): a text to byte-pair ids, and a number to ids without a text.
 
     >>> encode("a photo of a cat.")
     [320, 1125, 539, 320, 2368, 269]
 
 A text goes through four steps:
 
-1. clean     repair broken Unicode, unescape HTML, collapse white space, lower the case;
-2. split     into words, runs of punctuation, and *single* digits;
-3. bytes     each word becomes its UTF-8 bytes, and each byte one printable character,
-             so that no text whatever is out of vocabulary;
-4. merge     neighbouring pieces are joined, the most frequent pair in CLIP's training text
-             first, until no known pair is left. Each remaining piece is one token.
+1. clean     Repair broken Unicode, unescape HTML, collapse white space, lower the case.
+2. split     Cut into words, runs of punctuation, and *single* digits.
+3. bytes     Each word becomes its UTF-8 bytes, and each byte one printable character. So no text
+             is out of vocabulary.
+4. merge     Join neighbouring pieces, the most frequent pair of CLIP's training text first, until
+             no known pair is left. Each remaining piece is one token.
 
-The vocabulary holds, in this order: 256 bytes, the same 256 bytes at the end of a word ("</w>"),
-48,894 merges, and the two special tokens that begin and end a text. It lies beside this file as
-OpenAI published it with CLIP (MIT licence, see LICENSE).
+The vocabulary holds 256 bytes, the same 256 bytes at the end of a word ("</w>"), 48,894 merges, and
+the two special tokens that begin and end a text, in this order. OpenAI published it with CLIP (MIT
+licence, see LICENSE).
 """
 
 import functools
@@ -24,10 +24,13 @@ import itertools
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 N_MERGES = 48_894
 SOT, EOT = 49_406, 49_407  # <|startoftext|>, <|endoftext|>
+DIGIT_0, POINT = 271, 269  # "0" to "9" are 271 to 280, "." is 269
+DECIMALS = 4
 
 
 @functools.cache
@@ -109,14 +112,6 @@ def encode(text: str) -> list[int]:
     return [ids[token] for word in words for token in merge(word)]
 
 
-def decode(ids: list[int]) -> str:
-    """The text of `ids`; the words are in lower case and single-spaced, as `encode` saw them."""
-    tokens = {i: token for token, i in vocabulary()[0].items()}
-    byte = {character: b for b, character in byte_characters().items()}
-    text = "".join(tokens[int(i)] for i in ids).replace("</w>", " ")
-    return b"".join(b" " if c == " " else bytes([byte[c]]) for c in text).decode(errors="replace")
-
-
 def tokenize(texts: str | list[str], length: int = 77) -> torch.LongTensor:
     """(L, length) ids of L texts, each between the start and end tokens, padded with zeros.
 
@@ -130,3 +125,37 @@ def tokenize(texts: str | list[str], length: int = 77) -> torch.LongTensor:
             raise ValueError(f"{text!r} is {len(ids)} tokens long; at most {length} fit")
         row[: len(ids)] = torch.tensor(ids)
     return rows
+
+
+def number_tokens(depths: Tensor, integer_digits: int = 4) -> Tensor:
+    """`tokenize(str(round(e, 4)))` of each depth e in metres, computed on the depths' device.
+
+    (…,) -> (…, T) from start to end token, padded with zeros, with T = integer_digits + 7. Depths
+    must be at least 0 and below 10^integer_digits.
+
+    The number is what the network reads, so a look-up replaces the text: CLIP splits a number into
+    single digits, and an id is a digit + 271. No string is made and no GPU is waited for.
+
+    The text jumps where the number does not: "2.9999" and "3.0" have only the point in common.
+    And no gradient passes through digits: whatever chose e learns nothing from its text.
+
+    >>> number_tokens(torch.tensor([2.5, 0.81961]), integer_digits=1)
+    tensor([[49406,   273,   269,   276, 49407,     0,     0,     0],
+            [49406,   271,   269,   279,   272,   280,   277, 49407]])
+    """
+    e = depths.detach()
+    e = e.cpu() if e.device.type == "mps" else e  # MPS has no float64, in which e * 10^4 is exact
+    metre = 10**DECIMALS  # the number is counted in tenths of a millimetre
+    number = (e.double() * metre).round().long()[..., None]  # (…, 1)
+    places = 10 ** torch.arange(integer_digits + DECIMALS - 1, -1, -1, device=e.device)
+    digits = DIGIT_0 + number // places % 10  # (…, integer_digits + 4)
+    # Python prints no zeros before the first digit or after the last, but it does in "0.5", "2.0".
+    is_printed = torch.where(places >= metre, number >= places, number % (10 * places) > 0)
+    is_printed |= (places == metre) | (places == metre // 10)
+    whole, decimals = (digits * is_printed).split((integer_digits, DECIMALS), -1)
+    one = torch.ones_like(number)
+    ids = torch.cat([SOT * one, whole, POINT * one, decimals, EOT * one], -1)  # (…, T)
+    # Digits that are not printed are 0 now. Move them behind the end token; the rest keeps its order.
+    place = torch.arange(ids.shape[-1], device=e.device)
+    order = torch.where(ids > 0, place, place + len(place)).argsort(-1)
+    return ids.gather(-1, order).to(depths.device)
