@@ -1,11 +1,14 @@
-"""The data of CaBins (Sec. 4.2): NYU-Depth V2, KITTI's Eigen split, and rooms drawn here.
+"""The data of CaBins (Sec. 4.2): NYU-Depth V2, KITTI's Eigen split, your own lists, toy rooms.
 
-A sample is an RGB image and its depth in metres, 0 where nothing was measured. Training reads
-are cheap: a worker only decodes a pair and cuts its fixed crop; `augment` then turns, cuts, flips
-and recolours the whole batch on the training device. Nothing random happens in a worker.
+A sample is an RGB image and its depth in metres; 0 means that nothing was measured. A worker only
+decodes a pair and cuts its fixed crop. `augment` then rotates, crops, flips and recolours the whole
+batch on the training device. Nothing random happens in a worker, so that a run can be resumed.
+
+`python data.py nyu --root DIR` checks a data set. The last part is what every script shares.
 """
 
 import argparse
+import csv
 import math
 import os
 import re
@@ -15,13 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import normalize
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 from cabins import Config, download
 
@@ -31,11 +34,11 @@ from cabins import Config, download
 class Recipe(NamedTuple):
     """All that sets one data set apart from another."""
 
-    max_depth: float  # metres; min_depth is 1e-3 throughout
-    depth_scale: float  # value in a depth PNG of 1 m
-    crop: tuple[int, int] | None  # rows and columns of the random crop
-    rotation: float  # degrees, to either side
-    brightness: float  # factors from 1 - this to 1 + this; likewise gamma and colour
+    max_depth: float = 10.0  # metres; min_depth is 1e-3 throughout
+    depth_scale: float = 1000.0  # value in a depth PNG of 1 m
+    crop: tuple[int, int] | None = None  # rows and columns of the random crop; None: 7/8 of them
+    rotation: float = 2.5  # degrees, to either side
+    brightness: float = 0.1  # factors from 1 - this to 1 + this; likewise gamma and colour
     gamma: float = 0.1
     colour: float = 0.1
     image_folders: tuple[str, ...] = ("",)  # where, below the root, a list's paths may begin
@@ -50,36 +53,25 @@ KITTI_DEPTHS = tuple(  # the ground truth unzips into train/ and val/
     for part in ("", "train", "val", "total")
 )
 DATASETS = {
-    "nyu": Recipe(10.0, 1000.0, (416, 544), 2.5, 0.25, 0.1, 0.1, NYU_FOLDERS, NYU_FOLDERS),
-    "kitti": Recipe(80.0, 256.0, (352, 704), 1.0, 0.1, 0.1, 0.1, KITTI_IMAGES, KITTI_DEPTHS),
-    "toy": Recipe(10.0, 1000.0, (96, 128), 0.0, 0.1),
-    "list": Recipe(10.0, 1000.0, None, 2.5, 0.1),  # your own; the crop is 7/8 of the images
+    "nyu": Recipe(
+        10.0, 1000.0, (416, 544), 2.5, 0.25, image_folders=NYU_FOLDERS, depth_folders=NYU_FOLDERS
+    ),
+    "kitti": Recipe(
+        80.0, 256.0, (352, 704), 1.0, 0.1, image_folders=KITTI_IMAGES, depth_folders=KITTI_DEPTHS
+    ),
+    "toy": Recipe(crop=(96, 128), rotation=0.0),  # rooms drawn on the fly
+    "list": Recipe(),  # your own
 }
 LIST_URL = (
     "https://raw.githubusercontent.com/EunjinSon1/CaBins/"
     "4e9c9a03d16da42e65c67f5bb7911397726ade6c/train_test_inputs/"
 )
-LISTS = {  # file, number of lines, SHA-256
-    ("nyu", "train"): (
-        "nyudepthv2_train_files_with_gt.txt",
-        24_231,
-        "66e2beb718a58c5c946c169f6e70cc6ae166ddd19f5618266fff52ff7443e0e9",
-    ),
-    ("nyu", "test"): (
-        "nyudepthv2_test_files_with_gt.txt",
-        654,
-        "e92c191d5835a22589b843c11b80cd7235d5bd0d4136e42a6debcea4511bf906",
-    ),
-    ("kitti", "train"): (
-        "kitti_eigen_train_files_with_gt.txt",
-        23_158,
-        "dd5e51c2df33d4c53c1d4dd01726326e7c3ac087cff165b1007738c5c8a06aca",
-    ),
-    ("kitti", "test"): (
-        "kitti_eigen_test_files_with_gt.txt",
-        697,  # 45 of them without ground truth
-        "1a631c1bc0d40f5580f8363bffe0ffcc9524e5ecdd56765aebfffc3dce162201",
-    ),
+LIST_FILES = {"nyu": "nyudepthv2_{}_files_with_gt.txt", "kitti": "kitti_eigen_{}_files_with_gt.txt"}
+LISTS = {  # number of lines, SHA-256; 45 of KITTI's test lines have no ground truth
+    "nyu_train": (24231, "66e2beb718a58c5c946c169f6e70cc6ae166ddd19f5618266fff52ff7443e0e9"),
+    "nyu_test": (654, "e92c191d5835a22589b843c11b80cd7235d5bd0d4136e42a6debcea4511bf906"),
+    "kitti_train": (23158, "dd5e51c2df33d4c53c1d4dd01726326e7c3ac087cff165b1007738c5c8a06aca"),
+    "kitti_test": (697, "1a631c1bc0d40f5580f8363bffe0ffcc9524e5ecdd56765aebfffc3dce162201"),
 }
 TOY_ROOMS = {"train": range(640), "test": range(1_000_000, 1_000_064)}
 
@@ -126,11 +118,6 @@ def garg(height: int, width: int) -> tuple[slice, slice]:
 # ---- Samples -------------------------------------------------------------------------------------
 
 
-def stand_apart(worker: int) -> None:
-    """In a loader's worker: Ctrl-C is for the run, whose last step still needs data."""
-    os.setpgrp()
-
-
 class DepthDataset(Dataset):
     """Pairs of `name`, a key of DATASETS, below the folder `root`.
 
@@ -161,8 +148,7 @@ class DepthDataset(Dataset):
             if not 0 < value < math.inf:
                 raise ValueError(f"{option} is {value}; it must be positive")
         self.recipe = DATASETS[name]._replace(**given)
-        self.name, self.train, self.n_left_out = name, train, 0
-        self.labelled, self.size_to_train = False, None
+        self.name, self.train, self.n_left_out, self.size_to_train = name, train, 0, None
         part = "train" if train else "test"
         if name == "toy":
             self.pairs = [("room", i) for i in TOY_ROOMS[part]]
@@ -170,47 +156,24 @@ class DepthDataset(Dataset):
         if root is None:
             raise ValueError(f"data {name!r} needs --root, the folder that holds it")
         root = Path(root)
-        self.labelled = root.suffix == ".mat"
-        if not (root.is_file() if self.labelled else root.is_dir()):
+        is_mat = root.suffix == ".mat"
+        if not (root.is_file() if is_mat else root.is_dir()):
             raise FileNotFoundError(f"{root}: no such folder; --root must be where {name} lies")
-        if self.labelled and (name != "nyu" or train):
+        if is_mat and (name != "nyu" or train):
             raise ValueError(f"{root} can only be NYU's test set; {name} {part} needs a folder")
-        if split is None:
-            if (name, part) not in LISTS:
-                raise ValueError(f"data {name!r} needs --{part}-split, a list of its {part} pairs")
-            # the authors' list has no licence, so it is not shipped but fetched
-            file, _, sha256 = LISTS[name, part]
-            split = download(LIST_URL + file, file, sha256)
-        self.pairs = self.find_pairs(root, Path(split))
+        self.pairs = self.find_pairs(root, Path(split or fetch_list(name, part)), is_mat)
         if self.recipe.crop is None and train:
             self.size_to_train = read_image(self.pairs[0][0]).shape[:2]
             crop = tuple(side * 7 // 8 // 32 * 32 for side in self.size_to_train)
             self.recipe = self.recipe._replace(crop=crop)
 
-    def find_pairs(self, root: Path, split: Path) -> list[tuple]:
+    def find_pairs(self, root: Path, split: Path, is_mat: bool) -> list[tuple]:
         """Image and depth of each line of `split` that has ground truth: paths, or .mat indices."""
-        if not split.is_file():
-            raise FileNotFoundError(f"{split}: no such split list")
         pairs, missing = [], []
-        try:
-            lines = split.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{split} is no text in UTF-8: {error}") from None
-        for number, line in enumerate(lines, 1):
-            if not (fields := line.split()):
-                continue
-            if len(fields) not in (2, 3):
-                raise ValueError(
-                    f"{split}, line {number}: {line!r} is not 'image depth focal', "
-                    "of which the paths hold no spaces"
-                )
-            if any(".." in Path(field).parts for field in fields):
-                raise ValueError(
-                    f"{split}, line {number}: {line!r} leads out of {root} by '..'; all must lie below"
-                )
+        for number, fields in read_list(split, root):
             if fields[1] == "None":
                 self.n_left_out += 1
-            elif self.labelled:  # the digits in the file's name count the pairs from 0
+            elif is_mat:  # the digits in the file's name count the pairs from 0
                 if not (digits := re.sub(r"\D", "", Path(fields[0]).stem)):
                     raise ValueError(f"{split}, line {number}: {fields[0]} has no number to go by")
                 pairs.append((root, int(digits)))
@@ -223,13 +186,10 @@ class DepthDataset(Dataset):
         if not pairs:
             raise ValueError(f"{split} names no pair of image and depth")
         if missing:
-            remedy = f"{root} has {', '.join(sorted(p.name for p in root.iterdir())[:5])}, …"
-            if len(missing) < len(pairs) and self.name == "kitti":
-                remedy = "KITTI's ground truth has two parts, train/ and val/: both are needed"
+            hint = "KITTI's ground truth has two parts, train/ and val/; " * (self.name == "kitti")
             raise FileNotFoundError(
                 f"{len(missing)} of the {2 * len(pairs)} files that {split} names are not below "
-                f"{root}, the first being {', '.join(missing[:3])}; {remedy}; "
-                "the README shows the folders that are searched"
+                f"{root}: {', '.join(missing[:3])}, …; {hint}docs/data.md shows where they may lie"
             )
         return pairs
 
@@ -241,7 +201,7 @@ class DepthDataset(Dataset):
         scale = 1.0
         if self.name == "toy":
             image, depth = draw_room(depth_path)
-        elif self.labelled:
+        elif isinstance(depth_path, int):
             image, depth = read_labelled(path, depth_path)
         else:
             image, depth = read_image(path), read_depth(depth_path)
@@ -250,9 +210,9 @@ class DepthDataset(Dataset):
             raise ValueError(f"{path} has {image.shape[:2]} pixels, {depth_path} {depth.shape}")
         height, width = depth.shape
         if self.size_to_train not in (None, (height, width)):
+            first = f"the first of the list {self.size_to_train[0]} x {self.size_to_train[1]}"
             raise ValueError(
-                f"{path} has {height} x {width} pixels; to be trained on, all images of a list must "
-                f"have as many as the first, {self.size_to_train[0]} x {self.size_to_train[1]}"
+                f"{path} has {height} x {width} pixels, but {first}: train on one size"
             )
         try:
             top, bottom, left, right = fixed_crop(self.name, height, width, self.train)
@@ -261,6 +221,8 @@ class DepthDataset(Dataset):
         image = torch.from_numpy(image[top:bottom, left:right].copy()).permute(2, 0, 1)  # (3, h, w)
         depth = np.divide(depth[top:bottom, left:right], scale, dtype=np.float32)
         depth = torch.from_numpy(depth)[None]  # (1, h, w)
+        if self.name == "list":  # 65535, say, may stand for none
+            depth[depth > self.recipe.max_depth] = 0
         if not self.train:
             image = normalize(image / 255, Config.image_mean, Config.image_std)
         name = str(path) if isinstance(depth_path, str) else f"{path} {depth_path}"
@@ -268,36 +230,63 @@ class DepthDataset(Dataset):
         return {"image": image, "depth": depth, "path": name, "size": size}
 
 
+def fetch_list(name: str, part: str) -> Path:
+    """The authors' list of `name`'s train or test pairs. It has no licence: fetched, not shipped."""
+    if name not in LIST_FILES:
+        raise ValueError(f"data {name!r} needs --{part}-split, a list of its {part} pairs")
+    file = LIST_FILES[name].format(part)
+    return download(LIST_URL + file, file, LISTS[f"{name}_{part}"][1])
+
+
+def read_list(split: Path, root: Path) -> list[tuple[int, list[str]]]:
+    """Number and fields of each line `image depth focal`; all must lie below `root`."""
+    if not split.is_file():
+        raise FileNotFoundError(f"{split}: no such split list")
+    try:
+        lines = split.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{split} is no text in UTF-8: {error}") from None
+    lines = [(number, line.split()) for number, line in enumerate(lines, 1) if line.strip()]
+    for number, fields in lines:
+        where = f"{split}, line {number}: {' '.join(fields)!r}"
+        if len(fields) not in (2, 3):
+            raise ValueError(f"{where} is not 'image depth focal'; paths may hold no spaces")
+        if any(".." in Path(field).parts for field in fields):
+            raise ValueError(f"{where} leads out of {root} by '..'; all must lie below it")
+    return lines
+
+
 def find(root: Path, folders: tuple[str, ...], name: str, suffixes: tuple[str, ...]) -> str | None:
     """The file `name` in one of the folders below root, with its own suffix or another."""
-    relative = Path(name.lstrip("/"))
     for folder in folders:
-        path = root / folder / relative
+        path = root / folder / name.lstrip("/")
         for candidate in (path, *(path.with_suffix(suffix) for suffix in suffixes)):
             if candidate.is_file():
                 return str(candidate)
     return None
 
 
+def read_file(path: str | Path, what: str) -> Image.Image:
+    """An image file, decoded."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as {what}: {error}") from None
+    return image
+
+
 def read_image(path: str | Path) -> np.ndarray:
     """(H, W, 3) uint8."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
+    return np.asarray(read_file(path, "an image").convert("RGB"))
 
 
 def read_depth(path: str | Path) -> np.ndarray:
     """(H, W), 16-bit, in the file's own units."""
-    try:
-        with Image.open(path) as image:
-            mode, depth = image.mode, np.asarray(image)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as a depth map: {error}") from None
-    if not mode.startswith("I"):
-        raise ValueError(f"{path} is no depth map: its mode is {mode}, not 16-bit grey")
-    return depth
+    image = read_file(path, "a depth map")
+    if not image.mode.startswith("I"):
+        raise ValueError(f"{path} is no depth map: its mode is {image.mode}, not 16-bit grey")
+    return np.asarray(image)
 
 
 def read_labelled(path: Path, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -320,7 +309,7 @@ def read_labelled(path: Path, index: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mean_and_std(image: Tensor) -> Tensor:
-    """Those of images in training, (2, 3, 1, 1), on the device of `image`, which is not waited for."""
+    """Of images in training, (2, 3, 1, 1), on the device of `image`, without waiting for it."""
     statistics = torch.tensor([Config.image_mean, Config.image_std])[..., None, None]
     return statistics.to(image.device, non_blocking=True)
 
@@ -334,46 +323,47 @@ def denormalize(image: Tensor) -> Tensor:
 def augment(
     image: Tensor,
     depth: Tensor,
-    dataset: str | DepthDataset,
+    recipe: Recipe | str,
     generator: torch.Generator | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> tuple[Tensor, Tensor]:
-    """Random rotation, crop, flip and colour of a batch, by the recipe of `dataset`.
+    """Random rotation, crop, flip and colour of a batch, by a Recipe or the name of one.
 
     image uint8 (B, 3, h, w), depth (B, 1, h, w) in metres -> image normalised (B, 3, H, W), depth
     (B, 1, H, W), on the inputs' device. `generator` is on the CPU and decides everything. `share`
     (i, k) says that these are the images i, i + k, i + 2k, … of a larger batch.
     """
-    recipe = DATASETS[dataset] if isinstance(dataset, str) else dataset.recipe
+    recipe = DATASETS[recipe] if isinstance(recipe, str) else recipe
     n, _, h, w = image.shape
     rows, columns = recipe.crop
     if rows > h or columns > w:
         raise ValueError(f"images of {h} x {w} pixels are too small to crop to {rows} x {columns}")
     i, k = share
-    u = torch.rand(k * n, 10, generator=generator)[i::k]  # (B, 10)
-    # factors from 1 - spread to 1 + spread; of red, green and blue each their own
-    spread = torch.tensor([recipe.gamma, recipe.brightness, *[recipe.colour] * 3])
-    u[:, 5:] = 1 + spread * (2 * u[:, 5:] - 1)
-    u = u.to(image.device, non_blocking=True)
-    angle, top, left, flip, recolour = u[:, :5].unbind(1)  # (B,) each
+    draws = torch.rand(k * n, 10, generator=generator)[i::k]  # from 0 to 1
+    draws = draws.to(image.device, non_blocking=True)[..., None, None]  # (B, 10, 1, 1)
+    angle, top, left, flip, recolour, gamma, brightness = draws[:, :7].unbind(1)  # (B, 1, 1) each
+    colour = draws[:, 7:]  # (B, 3, 1, 1): red, green and blue each have their own
 
-    # where each output pixel comes from, in input pixels: unflip, uncrop, turn about the centre
-    x = torch.arange(columns, device=image.device) - (columns - 1) / 2
-    y = torch.arange(rows, device=image.device) - (rows - 1) / 2
-    x = torch.where(flip < 0.5, -1, 1)[:, None] * x + (columns - 1) / 2  # (B, W)
-    x = x + (left * (w - columns + 1)).floor()[:, None] - (w - 1) / 2
-    y = y + (rows - 1) / 2 + (top * (h - rows + 1)).floor()[:, None] - (h - 1) / 2  # (B, H)
-    x, y = x[:, None, :], y[:, :, None]  # (B, 1, W), (B, H, 1)
-    angle = math.radians(recipe.rotation) * (2 * angle - 1)[:, None, None]
-    source_x = angle.cos() * x - angle.sin() * y  # (B, H, W), from the centre
+    # where each output pixel comes from: unflip, uncrop, rotate about the centre of the input
+    x = torch.arange(columns, device=image.device)  # (W,)
+    y = torch.arange(rows, device=image.device)[:, None]  # (H, 1)
+    x = torch.where(flip < 0.5, columns - 1 - x, x)  # (B, 1, W)
+    x = x + (left * (w - columns + 1)).floor() - (w - 1) / 2  # (B, 1, W), 0 at the centre
+    y = y + (top * (h - rows + 1)).floor() - (h - 1) / 2  # (B, H, 1)
+    angle = math.radians(recipe.rotation) * (2 * angle - 1)
+    source_x = angle.cos() * x - angle.sin() * y  # (B, H, W)
     source_y = angle.sin() * x + angle.cos() * y
     grid = torch.stack([source_x * 2 / (w - 1), source_y * 2 / (h - 1)], dim=-1)  # (B, H, W, 2)
     image = F.grid_sample(image / 255, grid, "bilinear", align_corners=True)  # zeros outside
     depth = F.grid_sample(depth, grid, "nearest", align_corners=True)
 
-    factor = u[:, 5:, None, None]  # (B, 5, 1, 1)
-    coloured = (image ** factor[:, :1] * factor[:, 1:2] * factor[:, 2:]).clamp(0, 1)
-    image = torch.where(recolour[:, None, None, None] < 0.5, coloured, image)
+    def factor(draw: Tensor, spread: float) -> Tensor:  # from 1 - spread to 1 + spread
+        return 1 + spread * (2 * draw - 1)
+
+    coloured = image ** factor(gamma, recipe.gamma)[:, None]
+    coloured = coloured * factor(brightness, recipe.brightness)[:, None]
+    coloured = (coloured * factor(colour, recipe.colour)).clamp(0, 1)
+    image = torch.where(recolour[:, None] < 0.5, coloured, image)
     mean, std = mean_and_std(image)  # torchvision's normalize would wait for the device
     return (image - mean) / std, depth
 
@@ -386,59 +376,44 @@ TOY_SIZE, TOY_FOCAL = (96, 128), 100.0  # pixels; about 65 degrees from left to 
 def draw_room(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """A furnished room: (96, 128, 3) uint8 and its exact depth (96, 128) in metres.
 
-    One ray through each pixel is cut with the walls from inside, and with boxes and spheres from
-    outside; the nearest hit is textured and lit. A ray's direction has length 1 along the optical
-    axis, so the ray's parameter at the hit is the depth. Axes: x right, y down, z ahead.
+    The ray through each pixel meets the walls from inside and the furniture, boxes too, from
+    outside; the nearest hit is tiled and lit. A ray has length 1 along the optical axis, so that
+    its multiple at the hit is the depth. Axes: x right, y down, z ahead; the camera is at 0.
     """
     rng = np.random.default_rng(seed)
     height, width = TOY_SIZE
-    v, u = np.mgrid[:height, :width].reshape(2, -1).astype(np.float32)
-    rays = np.stack([(u - width / 2 + 0.5), (v - height / 2 + 0.5), np.full_like(u, TOY_FOCAL)])
-    rays = turn(rays / TOY_FOCAL, 1, 2, rng.uniform(-0.05, 0.25))
-    rays = turn(rays, 0, 2, rng.uniform(-0.5, 0.5))
+    y, x = np.mgrid[:height, :width].reshape(2, -1).astype(np.float32)
+    x, y, z = (x - width / 2 + 0.5) / TOY_FOCAL, (y - height / 2 + 0.5) / TOY_FOCAL, np.ones_like(x)
+    pitch, yaw = rng.uniform(-0.05, 0.25), rng.uniform(-0.5, 0.5)
+    y, z = np.cos(pitch) * y + np.sin(pitch) * z, np.cos(pitch) * z - np.sin(pitch) * y
+    rays = np.stack([np.cos(yaw) * x + np.sin(yaw) * z, y, np.cos(yaw) * z - np.sin(yaw) * x])
 
-    # the room: its corners as seen from the camera, at the origin
-    floor, size = rng.uniform(1.2, 1.7), rng.uniform((3, 2.4, 3.5), (6, 3.0, 8.5))
-    side, behind = rng.uniform(0.25, 0.75) * size[0], rng.uniform(0.05, 0.2) * size[2]
-    low = np.array([-side, floor - size[1], -behind], np.float32)[:, None]
-    high = low + size[:, None].astype(np.float32)
-    walls = np.where(rays > 0, high, low) / rays  # (3, HW)
-    axis = walls.argmin(0)
-    depth = walls.min(0)
-    hit = rays * depth
-    colours = rng.uniform(0.35, 0.95, (3, 2, 3))  # of each pair of opposite walls
-    positive = (np.take_along_axis(rays, axis[None], 0)[0] > 0).astype(int)
-    colour = colours[axis, positive].T * tiles(hit - low, axis, 0.5)  # (3, HW)
-    normal = np.where(np.arange(3)[:, None] == axis, -np.sign(rays), 0)
+    size = rng.uniform((3, 2.4, 3.5), (6, 3.0, 8.5))
+    floor = rng.uniform(1.2, 1.7)  # below the camera
+    low = np.array([-rng.uniform(0.25, 0.75) * size[0], floor - size[1], -0.15 * size[2]])
+    boxes = [(low, low + size)]  # the room, then the furniture
+    for _ in range(rng.integers(3, 8)):
+        side = rng.uniform((0.3, 0.3, 0.3), (1.2, 1.6, 1.2))
+        corner = rng.uniform(low, low + size - side)
+        corner[1:] = floor - side[1], max(corner[2], 1.0)  # on the floor, in front of the camera
+        boxes.append((corner, corner + side))
 
-    for _ in range(rng.integers(2, 6)):  # furniture
-        radius = rng.uniform(0.2, 0.6)
-        place = rng.uniform(low[:, 0] + radius, high[:, 0] - radius)
-        place[2] = rng.uniform(1.2, max(high[2, 0] - radius, 1.3))
-        if rng.random() < 0.5:  # a box on the floor, turned about the vertical
-            half = np.array([radius, rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.6)])[:, None]
-            place[1] = floor - half[1, 0]
-            angle = rng.uniform(0, np.pi)
-            origin, local = turn(-place[:, None], 0, 2, angle), turn(rays, 0, 2, angle)
-            faces = np.sort(np.stack([(-half - origin) / local, (half - origin) / local]), axis=0)
-            axis, near, far = faces[0].argmax(0), faces[0].max(0), faces[1].min(0)
-            found = (near < far) & (near > 0.3)
-            face = np.where(np.arange(3)[:, None] == axis, -np.sign(local), 0)
-            texture, face = tiles(origin + local * near, axis, 0.25), turn(face, 0, 2, -angle)
-        else:  # a ball, on the floor or in the air
-            a, b = (rays**2).sum(0), place @ rays
-            root = b**2 - a * (place @ place - radius**2)
-            near = (b - np.sqrt(np.maximum(root, 0))) / a
-            found = (root > 0) & (near > 0.3)
-            face = (rays * near - place[:, None]) / radius
-            texture = 1 - 0.3 * (np.sin(12 * face[1]) > 0)
-        found &= near < depth
-        depth = np.where(found, near, depth)
-        colour = np.where(found, rng.uniform(0.2, 1, (3, 1)) * texture, colour)
-        normal = np.where(found, face, normal)
+    depth, colour, normal = np.inf, 0.0, 0.0
+    for i, (low, high) in enumerate(boxes):
+        entry, leave = np.sort(np.stack([low[:, None] / rays, high[:, None] / rays]), axis=0)
+        axis = entry.argmax(0) if i else leave.argmin(0)  # which of x, y, z the hit face is across
+        hit_at = entry.max(0) if i else leave.min(0)
+        is_hit = (hit_at < depth) & (hit_at <= leave.min(0)) & (hit_at > 0.3)
+        is_across = np.arange(3)[:, None] == axis  # (3, HW)
+        tiles = np.floor((rays * hit_at - low[:, None]) / (0.25 if i else 0.5))
+        tiles = 1 - 0.3 * (np.where(is_across, 0, tiles).sum(0) % 2)
+        colour = np.where(is_hit, rng.uniform(0.2, 1, (3, 3))[:, axis] * tiles, colour)
+        normal = np.where(is_hit, -np.sign(rays) * is_across, normal)
+        depth = np.where(is_hit, hit_at, depth)
 
-    lamp = (low + high) / 2 * [[1], [0], [1]] + [[0], [low[1, 0] + 0.3], [0]]
-    light = lamp - rays * depth
+    (low, high), hit = boxes[0], rays * depth
+    lamp = np.array([(low[0] + high[0]) / 2, low[1] + 0.3, (low[2] + high[2]) / 2])
+    light = lamp[:, None] - hit
     distance = np.sqrt((light**2).sum(0))
     lit = np.maximum((normal * light).sum(0) / distance, 0) / (1 + 0.05 * distance**2)
     image = colour * (0.35 + 0.75 * lit) + rng.normal(0, 0.01, colour.shape)
@@ -446,72 +421,61 @@ def draw_room(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return image, depth.astype(np.float32).reshape(height, width)
 
 
-def turn(vectors: np.ndarray, i: int, j: int, angle: float) -> np.ndarray:
-    """Vectors (3, …) turned in the plane of the axes i and j."""
-    turned = np.array(vectors)
-    turned[i] = np.cos(angle) * vectors[i] + np.sin(angle) * vectors[j]
-    turned[j] = np.cos(angle) * vectors[j] - np.sin(angle) * vectors[i]
-    return turned
+# ---- What every script shares --------------------------------------------------------------------
+
+PRECISIONS = ("off", "bf16")  # of --amp
 
 
-def tiles(points: np.ndarray, axis: np.ndarray, size: float) -> np.ndarray:
-    """Brightness (HW,) of a chequered surface, at points (3, HW) on a plane across `axis`."""
-    squares = np.floor(points / size)
-    squares[axis, np.arange(points.shape[1])] = 0
-    return 1 - 0.3 * (squares.sum(0) % 2)
+def rank_of() -> tuple[int, int]:
+    """This process's number, and of how many that torchrun started."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-# ---- Command line: is the data set whole? ---------------------------------------------------------
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check(dataset: DepthDataset, n_expected: int | None) -> tuple[list[Tensor], list[Tensor]]:
-    """Print what was found, open eight pairs, and return their images and depths.
-
-    Raises ValueError if their median depth cannot be right.
-    """
-    part = "train" if dataset.train else "test"
-    of = f", of {n_expected} lines expected" if n_expected else ""
-    print(f"{part}: {len(dataset)} pairs, {dataset.n_left_out} lines without ground truth{of}")
-    chosen = torch.linspace(0, len(dataset) - 1, 8).long().unique().tolist()
-    samples = [dataset[i] for i in tqdm(chosen, desc="opening", leave=False, disable=None)]
-    depth = torch.cat([sample["depth"].flatten() for sample in samples])
-    valid = depth[depth > 0]
-    if not len(valid):
-        raise ValueError(f"{part}: there is no depth at all in {samples[0]['path']} and others")
-    median, top = valid.median().item(), dataset.recipe.max_depth
-    print(
-        f"{part}: {len(samples)} opened, {tuple(samples[0]['image'].shape[1:])} pixels, "
-        f"{len(valid) / len(depth):.0%} with depth, median {median:.2f} m"
-    )
-    if not 0.05 * top < median < 0.9 * top:
-        raise ValueError(
-            f"{part}: a median of {median:.2f} m cannot be right for depths to {top} m: "
-            f"wrong --depth-scale ({dataset.recipe.depth_scale})?"
-        )
-    return [sample["image"] for sample in samples], [sample["depth"] / top for sample in samples]
+def default_amp() -> str:
+    """bf16 on GPUs that have it; off on CPUs, many of which would be slower."""
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else "off"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Check a data set, and show eight of its pairs.")
-    parser.add_argument("data", choices=DATASETS)
-    add_data_options(parser)
-    args = parser.parse_args()
-    for part in ("test",) if str(args.root).endswith(".mat") else ("train", "test"):
-        split = args.train_split if part == "train" else args.test_split
-        scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
-        dataset = DepthDataset(args.data, args.root, split, part == "train", **scale)
-        n_expected = None if split else LISTS.get((args.data, part), [None] * 2)[1]
-        images, depths = check(dataset, n_expected)
-    cells = [denormalize(image) for image in images] + [d.expand(3, -1, -1) for d in depths]
-    cells = [F.interpolate(cell[None], (192, 256))[0].clamp(0, 1) for cell in cells]
-    path = Path("runs") / f"check_{args.data}.png"
-    path.parent.mkdir(exist_ok=True)
-    save_image(cells, path, nrow=len(images))
-    print(f"{path} shows {len(images)} test images above their depths: do they belong together?")
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """Convolutions and products of matrices in bfloat16, or "off"."""
+    return torch.autocast(device.type, torch.bfloat16, amp == "bf16")
+
+
+def go_fast(fast: bool = True) -> None:
+    """On GPUs: TF32 in what is float32, and the fastest kernels for images of one size; or neither."""
+    torch.set_float32_matmul_precision("high" if fast else "highest")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = fast
+
+
+def stand_apart(worker: int) -> None:
+    """In a loader's worker: Ctrl-C is for the run, whose last step still needs data."""
+    os.setpgrp()
+
+
+def load(dataset: Dataset, **how) -> DataLoader:
+    """Batches of a data set, read by as many workers as the machine has cores to spare."""
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun, on this machine
+    workers = min(8, max(os.cpu_count() // n_processes - 1, 0))
+    how |= {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
+    return DataLoader(dataset, worker_init_fn=stand_apart, **how)
+
+
+def append_row(path: Path, row: dict) -> None:
+    """Add a row to a CSV file, which begins with the names of its columns."""
+    is_new = not path.exists() or path.stat().st_size == 0
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say where a data set is; the same for every script."""
+    """The options that say where a data set is."""
     add = parser.add_argument
     add("--root", metavar="DIR", help="folder of the data set, or nyu_depth_v2_labeled.mat")
     add("--train-split", metavar="FILE", help="list of training pairs; default: the authors'")
@@ -532,6 +496,56 @@ def run_command(main) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+# ---- Command line: is the data set whole? --------------------------------------------------------
+
+
+def check(dataset: DepthDataset, n_expected: int | None) -> list[Tensor]:
+    """Print what was found, open eight pairs, and return their images, then their depths.
+
+    Raises ValueError if their median depth cannot be right.
+    """
+    part = "train" if dataset.train else "test"
+    of = f", of {n_expected} lines expected" if n_expected else ""
+    print(f"{part}: {len(dataset)} pairs, {dataset.n_left_out} lines without ground truth{of}")
+    chosen = torch.linspace(0, len(dataset) - 1, 8).long().unique().tolist()
+    samples = [dataset[i] for i in chosen]
+    depth = torch.cat([sample["depth"].flatten() for sample in samples])
+    valid = depth[depth > 0]
+    if not len(valid):
+        raise ValueError(f"{part}: there is no depth at all in {samples[0]['path']} and others")
+    median, top = valid.median().item(), dataset.recipe.max_depth
+    print(
+        f"{part}: {len(samples)} opened, {tuple(samples[0]['image'].shape[1:])} pixels, "
+        f"{len(valid) / len(depth):.0%} with depth, median {median:.2f} m"
+    )
+    if not 0.05 * top < median < 0.9 * top:
+        raise ValueError(
+            f"{part}: a median of {median:.2f} m cannot be right for depths to {top} m: "
+            f"wrong --depth-scale ({dataset.recipe.depth_scale})?"
+        )
+    depths = [sample["depth"].expand(3, -1, -1) / top for sample in samples]
+    return [denormalize(sample["image"]) for sample in samples] + depths
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Check a data set, and show eight of its pairs.")
+    parser.add_argument("data", choices=DATASETS)
+    add_data_options(parser)
+    args = parser.parse_args()
+    for part in ("test",) if str(args.root).endswith(".mat") else ("train", "test"):
+        split = args.train_split if part == "train" else args.test_split
+        scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
+        dataset = DepthDataset(args.data, args.root, split, part == "train", **scale)
+        n_expected, _ = LISTS.get(f"{args.data}_{part}", (None, None))
+        cells = check(dataset, None if split else n_expected)
+    cells = [F.interpolate(cell[None], (192, 256))[0].clamp(0, 1) for cell in cells]
+    path = Path("runs") / f"check_{args.data}.png"
+    path.parent.mkdir(exist_ok=True)
+    n = len(cells) // 2
+    save_image(cells, path, nrow=n)
+    print(f"{path} shows {n} test images above their depths: do they belong together?")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,16 @@
 """Measure a checkpoint of CaBins as the paper does, and show what it sees.
 
 python eval.py runs/toy/best.pt                     a row of the paper's table, beside the paper's
+python eval.py runs/toy/best.pt --ablate            rows of the same network with the text silenced
 python eval.py runs/toy/best.pt --explain 4         figures of bins, prompts and depth
 python eval.py runs/toy/best.pt --images *.jpg      depth of your own pictures
-python eval.py runs/toy/best.pt --bench             what a pass costs
 """
 
 import argparse
-import contextlib
-import copy
-import csv
 import glob
 import itertools
-import os
 import statistics
 import sys
-import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,19 +19,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Subset
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms.v2.functional import normalize
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 import cabins
 import data
-from clip_tokenizer import tokenize
+from data import DepthDataset
 
 # ---- Tables 1 and 2 of the paper -----------------------------------------------------------------
 
@@ -86,7 +76,7 @@ def format_table(name: str, rows: dict[str, dict[str, float]]) -> str:
 
 @torch.no_grad()
 def evaluate_windows(
-    predict: Predict, dataset: data.DepthDataset, progress: bool = False
+    predict: Predict, dataset: DepthDataset, progress: bool = False
 ) -> dict[str, dict[str, float]]:
     """Mean metrics in each of the data set's test windows, from one pass.
 
@@ -98,12 +88,11 @@ def evaluate_windows(
     """
     low, high = cabins.Config.min_depth, dataset.recipe.max_depth
     found: dict[int, dict[str, dict[str, float]]] = {}  # by number of the image, and window
-    rank, n_processes = rank_of()
+    rank, n_processes = data.rank_of()
     mine = range(rank, len(dataset), n_processes)
-    how = {"num_workers": default_workers(), "worker_init_fn": data.stand_apart}
-    loader = DataLoader(Subset(dataset, mine), **how)
     hidden = None if progress and rank == 0 else True
-    for i, sample in zip(mine, tqdm(loader, desc="evaluating", disable=hidden, leave=False)):
+    bar = tqdm(data.load(Subset(dataset, mine)), desc="evaluating", disable=hidden, leave=False)
+    for i, sample in zip(mine, bar):
         depth, target = predict(sample["image"]).cpu(), sample["depth"]
         depth = depth.nan_to_num(low, high, low).clamp(low, high)
         if depth.shape != target.shape:
@@ -134,7 +123,7 @@ def evaluate_windows(
 
 
 def evaluate(
-    predict: Predict, dataset: data.DepthDataset, window: str | None = None
+    predict: Predict, dataset: DepthDataset, window: str | None = None
 ) -> dict[str, float]:
     """Mean metrics in one test window, the paper's if none is named; see `evaluate_windows`."""
     windows = evaluate_windows(predict, dataset)
@@ -144,10 +133,10 @@ def evaluate(
 
 
 def predictor(model: cabins.CaBins, flip: bool = True, amp: str = "off") -> Predict:
-    """The function from images to depth that is measured, in a precision of AMP.
+    """The function from images to depth that is measured, in a precision of data.PRECISIONS.
 
-    With `flip`, the mean over the image and its mirror image, each clipped to the depth range, is
-    taken at the decoder's size and then upsampled.
+    With `flip`, it is the mean over the image and its mirror image. Each is clipped to the depth
+    range, and the mean is taken at the decoder's size and then upsampled.
     """
     low, high = model.config.min_depth, model.config.max_depth
 
@@ -155,7 +144,7 @@ def predictor(model: cabins.CaBins, flip: bool = True, amp: str = "off") -> Pred
     def predict(image: Tensor) -> Tensor:
         image = image.to(next(model.parameters()).device)
         both = torch.cat([image, image.flip(-1)]) if flip else image
-        with autocast(image.device, amp):
+        with data.autocast(image.device, amp):
             depth = model.eval()(both, upsample=False).depth
         depth = depth.nan_to_num(low, high, low).clamp(low, high)
         if flip:
@@ -166,32 +155,33 @@ def predictor(model: cabins.CaBins, flip: bool = True, amp: str = "off") -> Pred
     return predict
 
 
-def depthclip(clip: cabins.CLIP) -> Predict:
-    """DepthCLIP, the zero-shot baseline of Table 1, for `evaluate`: CLIP compares, nothing learns.
+def ablate(
+    model: cabins.CaBins, predict: Predict, dataset: DepthDataset
+) -> dict[str, dict[str, float]]:
+    """Rows of the same network, not trained anew, whose decoder gets less from the text.
 
-    Each place in the image is likened to "This object is giant", … "unseen"; its depth is the mean
-    of seven fixed distances (those for NYU), weighted by the softmax of the similarities.
+    They measure what the similarities s, and so the prompts, add to x4.
     """
-    # its seven phrases, to which CaBins added one
-    texts = [f"This object is {p}" for p in cabins.SEMANTIC_BINS if p != "farthest"]
-    distances = torch.tensor([[1.0, 1.5, 2.0, 2.25, 2.5, 2.75, 3.0]])  # (1, 7) metres
-    clip_mean, clip_std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    with torch.inference_mode():
-        t = clip.eval().encode_text(tokenize(texts))  # (7, D)
+    t, s = model.context_decoder, model.depth_decoder  # the modules that t and s go into
+    changes = {
+        "s = 0": (s, lambda _, inputs: (inputs[0], 0 * inputs[1])),
+        "s of the classes in reverse": (s, lambda _, inputs: (inputs[0], inputs[1].flip(1))),
+        "one text for all classes": (
+            t,
+            lambda _, inputs: (inputs[0][:, :1].expand_as(inputs[0]), *inputs[1:]),
+        ),
+    }
+    rows = {}
+    for name, (module, change) in changes.items():
+        hook = module.register_forward_pre_hook(change)
+        rows |= {
+            f"{name}, {window}": row for window, row in evaluate_windows(predict, dataset).items()
+        }
+        hook.remove()
+    return rows
 
-    @torch.inference_mode()
-    def predict(image: Tensor) -> Tensor:
-        image = normalize(data.denormalize(image), clip_mean, clip_std).to(t.device)
-        _, _, z = clip.visual(image)  # (1, D, h, w)
-        s = cabins.cosine_similarity(z, t.expand(len(z), -1, -1))  # (1, 7, h, w)
-        p = (clip.logit_scale.exp() * s).softmax(1)
-        depth = cabins.expected_depth(distances.to(t.device).expand(len(z), -1), p)  # (1, 1, h, w)
-        return cabins.resize(depth, image.shape[-2:])
 
-    return predict
-
-
-def protocol(dataset: data.DepthDataset, window: str, flip: bool, amp: str = "off") -> str:
+def protocol(dataset: DepthDataset, window: str, flip: bool, amp: str = "off") -> str:
     """How a row was measured, in one line."""
     return (
         f"{dataset.name}: {len(dataset)} images ({dataset.n_left_out} without ground truth left out), "
@@ -201,7 +191,7 @@ def protocol(dataset: data.DepthDataset, window: str, flip: bool, amp: str = "of
     )
 
 
-def keep_predictions(predict: Predict, dataset: data.DepthDataset, folder: Path) -> Predict:
+def keep_predictions(predict: Predict, dataset: DepthDataset, folder: Path) -> Predict:
     """`predict`, writing each depth as a 16-bit PNG in the data set's scale: 00000.png and so on.
 
     The files are of the test image's size, KITTI's therefore of the cropped frame's.
@@ -211,325 +201,137 @@ def keep_predictions(predict: Predict, dataset: data.DepthDataset, folder: Path)
 
     def predict_and_keep(image: Tensor) -> Tensor:
         depth = predict(image)
-        values = (depth[0, 0].cpu().numpy() * dataset.recipe.depth_scale).round()
-        picture = Image.fromarray(values.clip(0, 65535).astype(np.uint16))
         path = folder / f"{next(numbers):05}.png"
-        cabins.write_whole(path, lambda partial: picture.save(partial, "png"))
+        write_depth(path, depth[0, 0].cpu().numpy(), dataset.recipe.depth_scale)
         return depth
 
     return predict_and_keep
 
 
-def append_row(path: Path, row: dict) -> None:
-    """Add a row to a CSV file, which begins with the names of its columns."""
-    is_new = not path.exists() or path.stat().st_size == 0
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+def write_depth(path: Path, depth: np.ndarray, scale: float, about: str = "") -> None:
+    """A depth map (H, W) in metres as a 16-bit PNG of depth * scale."""
+    values = (depth * scale).round().clip(0, 65535).astype(np.uint16)
+    info = PngInfo()
+    info.add_text("Description", f"depth in 1/{scale:g} m{about}")
+    cabins.write_whole(path, lambda p: Image.fromarray(values).save(p, "png", pnginfo=info))
 
 
 # ---- Figures -------------------------------------------------------------------------------------
 
 
-class Panel(NamedTuple):
-    """One map of a figure: colours (H, W, 3), or values (H, W) under a bar that says `label`."""
+class Explanation(NamedTuple):
+    """How the depth of one image came about."""
 
-    title: str
-    values: np.ndarray
-    label: str = ""
-    low: float = 0.0
-    high: float = 1.0
-    cmap: str = "viridis"  # which, like magma and cividis, the colour-blind can read
-
-
-class Bins(NamedTuple):
-    """What the network made of one image beside its depth, for `--explain`."""
-
-    edges: np.ndarray  # (n_bins + 1,) metres
+    depth: np.ndarray  # (H, W) metres
+    spread: np.ndarray  # (H, W) metres, the standard deviation of p
+    edges: np.ndarray  # (n_bins + 1,) metres, of the bins
     cabins: np.ndarray  # (K,) metres
     texts: list[str]  # K prompts, without the learnt context
     similarity: np.ndarray  # (K, h, w)
-    depths: dict[str, np.ndarray]  # what the histogram shows, by its name
 
 
-def draw_grid(figure, rows: list[list[Panel]]) -> None:
-    """Panels in rows and columns, and under each column a bar for its values."""
-    ratios = [1.0] * len(rows) + [0.05]
-    *axes, bars = figure.subplots(len(rows) + 1, len(rows[0]), squeeze=False, height_ratios=ratios)
-    for row_of_axes, row in zip(axes, rows):
-        for axis, bar, panel in zip(row_of_axes, bars, row):
-            axis.set_axis_off()
-            axis.set_title(panel.title, fontsize=10, parse_math=False)
-            scale = {"cmap": panel.cmap, "vmin": panel.low, "vmax": panel.high}
-            shown = axis.imshow(panel.values, **scale)
-            bar.clear()
-            if panel.label:
-                figure.colorbar(shown, cax=bar, orientation="horizontal", label=panel.label)
-            else:
-                bar.set_axis_off()
+@torch.inference_mode()
+def explain(model: cabins.CaBins, image: Tensor, size: tuple[int, int]) -> Explanation:
+    """What is behind the depth, at `size`, of one normalised image (1, 3, H, W)."""
+    b, c, e, s, p = model.eval().distribution(image.to(next(model.parameters()).device))
+    depth, spread = cabins.mean_and_spread(c, p, size)
+    low, high = model.config.min_depth, model.config.max_depth
+    edges = low + (high - low) * F.pad(b[0].cumsum(0), (1, 0))
+    texts = [str(round(value, 4)) for value in e[0].tolist()]
+    texts = cabins.SEMANTIC_BINS if model.config.distance_class == "semantic" else texts
+    depth, spread, edges, e, s = (x.cpu().numpy() for x in (depth, spread, edges, e[0], s[0]))
+    return Explanation(depth, spread, edges, e, texts, s)
 
 
-def draw_bins(axis, bins: Bins) -> None:
+def show(axis, title: str, values: np.ndarray, label="", low=0.0, high=1.0, cmap="viridis") -> None:
+    """Colours (H, W, 3), or values (H, W) above a bar that says `label`."""
+    axis.set_axis_off()
+    axis.set_title(title, fontsize=10, parse_math=False)
+    axis.set_anchor("N")  # so that maps with and without a bar stand side by side
+    shown = axis.imshow(values, cmap=cmap, vmin=low, vmax=high)
+    if label:
+        bar = {"location": "bottom", "pad": 0.02, "panchor": False}
+        axis.figure.colorbar(shown, ax=axis, label=label, **bar)
+
+
+def show_depth(axes, image: np.ndarray, depth: np.ndarray, truth: np.ndarray | None, top) -> None:
+    """Image, truth (0 is none) if known, prediction, error: a row of Figures 4 and 5."""
+    maps = {"image": (image,), "prediction": (depth, "depth (m)", 0, top)}
+    if truth is not None:
+        truth = np.where(truth > 0, truth, np.nan)
+        error = np.abs(depth - truth)
+        maps = {"image": (image,), "ground truth": (truth, "depth (m)", 0, top)} | maps
+        maps["error"] = (error, "|error| (m)", 0, top / 10, "magma")
+    for axis, (title, values) in zip(axes, maps.items()):
+        show(axis, title, *values)
+
+
+def show_bins(axis, e: Explanation, truth: np.ndarray | None) -> None:
     """Histograms of depth over the edges of the bins, and the prompts where their distances are."""
-    top = bins.edges[-1]
-    for (name, depth), style in zip(bins.depths.items(), ("stepfilled", "step")):
-        axis.hist(depth, 128, range=(0, top), histtype=style, density=True, label=name)
+    top = e.edges[-1]
+    axis.hist(e.depth.ravel(), 128, range=(0, top), density=True, label="prediction")
+    if truth is not None and truth.any():
+        values = truth[truth > 0]
+        how = {"range": (0, top), "density": True, "histtype": "step"}
+        axis.hist(values, 128, **how, label="ground truth")
     bottom_line = axis.get_xaxis_transform()  # metres across, shares of the height upwards
-    axis.vlines(bins.edges, 0, 0.06, "black", linewidth=0.4, transform=bottom_line)
-    for k, (e, text) in enumerate(zip(bins.cabins, bins.texts)):
-        axis.axvline(e, color="black", linewidth=0.8, linestyle="--")
-        place = {"xytext": ((k + 0.5) / len(bins.cabins), 1.12), "textcoords": "axes fraction"}
+    axis.vlines(e.edges, 0, 0.06, "black", linewidth=0.4, transform=bottom_line)
+    for k, (distance, text) in enumerate(zip(e.cabins, e.texts)):
+        axis.axvline(distance, color="black", linewidth=0.8, linestyle="--")
+        place = {"xytext": ((k + 0.5) / len(e.cabins), 1.12), "textcoords": "axes fraction"}
         place |= {"xycoords": bottom_line, "ha": "center", "arrowprops": {"arrowstyle": "-"}}
-        axis.annotate(f"“{text}”", (e, 1.0), **place)
+        axis.annotate(f"“{text}”", (distance, 1.0), **place)
     axis.set(xlabel="depth (m)", ylabel="share of pixels per metre", xlim=(0, top))
-    axis.set_title(f"{len(bins.edges) - 1} bins (short ticks) and their prompts (dashed)", pad=38)
+    axis.set_title(f"{len(e.edges) - 1} bins (short ticks) and their prompts (dashed)", pad=38)
     axis.legend(loc="upper right")
 
 
-def draw(path: str | Path, rows: list[list[Panel]], bins: Bins | None = None) -> None:
-    """A grid of panels; below it, if given, what the bins and the prompts do."""
+def new_figure(*heights: float):
+    """A figure of 13 inches' width, and its parts of these heights, from the top."""
     from matplotlib.figure import Figure
 
-    height, width = rows[0][0].values.shape[:2]
-    shape = min(height / width, 2.5)  # a picture taller than that gets margins
-    inches = [0.9 + len(rows) * (0.25 + 13 / len(rows[0]) * shape)]
-    if bins is not None:
-        inches += [3.3, 0.9 + 13 / len(bins.cabins) * shape]
-    figure = Figure(figsize=(13, sum(inches)), layout="constrained")
-    parts = figure.subfigures(len(inches), 1, squeeze=False, height_ratios=inches)[:, 0]
-    draw_grid(parts[0], rows)
-    if bins is not None:
-        draw_bins(parts[1].subplots(), bins)
-        cosine = ("cosine", bins.similarity.min(), bins.similarity.max(), "cividis")
-        maps = zip(bins.texts, bins.cabins, bins.similarity)
-        draw_grid(parts[2], [[Panel(f"“{t}”, {e:.2f} m", s, *cosine) for t, e, s in maps]])
+    figure = Figure(figsize=(13, sum(heights)), layout="constrained")
+    return figure, figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+
+
+def save_figure(path: Path, figure) -> None:
     cabins.write_whole(path, lambda partial: figure.savefig(partial, dpi=100, format="png"))
 
 
-def comparison(samples: list[dict], predict: Predict) -> list[list[Panel]]:
-    """Rows of image, truth, prediction and error on one scale, as Figures 4 and 5, for `draw`."""
-    truths = [sample["depth"][0].numpy() for sample in samples]
-    depths = [predict(sample["image"][None])[0, 0].cpu().numpy() for sample in samples]
-    truths = [np.where(truth > 0, truth, np.nan) for truth in truths]
-    errors = [np.abs(depth - truth) for depth, truth in zip(depths, truths)]
-    top = max(float(np.nan_to_num(truth).max()) for truth in truths)
-    top = top or max(float(depth.max()) for depth in depths)
-    known = np.concatenate([error[np.isfinite(error)] for error in errors])
-    worst = float(np.quantile(known, 0.98)) if known.size else 1.0
-    images = [
-        data.denormalize(sample["image"]).permute(1, 2, 0).cpu().numpy() for sample in samples
-    ]
-    columns = [
-        [Panel("image", image) for image in images],
-        [Panel("ground truth", truth, "depth (m)", 0, top) for truth in truths],
-        [Panel("prediction", depth, "depth (m)", 0, top) for depth in depths],
-        [Panel("error", error, "|error| (m)", 0, worst, "magma") for error in errors],
-    ]
-    return list(map(list, zip(*columns)))
-
-
-def explain(
-    model: cabins.CaBins, image: Tensor, truth: np.ndarray | None = None
-) -> tuple[list[list[Panel]], Bins]:
-    """What `draw` needs to show how the depth of one image (1, 3, H, W) came about."""
-    outputs = {}
-    modules = (model.bins, model.depth_decoder)  # whose outputs b and p `forward` does not return
-    hooks = [m.register_forward_hook(lambda m, _, out: outputs.update({m: out})) for m in modules]
-    with torch.inference_mode():
-        prediction = model.eval()(image.to(next(model.parameters()).device))
-    for hook in hooks:
-        hook.remove()
-    b, p = (outputs[module] for module in modules)
-    config, c = model.config, prediction.centers
-    mean, mean_square = cabins.expected_depth(c, p), cabins.expected_depth(c.square(), p)
-    spread = (mean_square - mean.square()).clamp(min=0).sqrt()
-    spread = cabins.resize(spread, image.shape[-2:])[0, 0].cpu().numpy()
-    depth, e, s = (x[0].cpu().numpy() for x in (prediction.depth[0], *prediction[2:]))
-    edges = np.append(0, b[0].cumsum(0).cpu())  # as shares of the range
-    edges = config.min_depth + (config.max_depth - config.min_depth) * edges
-    texts = [str(round(float(v), 4)) for v in e]
-    if config.distance_class == "semantic":
-        texts = cabins.SEMANTIC_BINS
-    depths = {"prediction": depth.ravel()}
-    sample = {"image": image[0], "depth": torch.zeros(1, *depth.shape)}
-    if truth is not None and truth.max() > 0:
-        sample["depth"] = torch.from_numpy(truth)[None]
-        depths["ground truth"] = truth[truth > 0]
-    row = comparison([sample], lambda _: prediction.depth)[0]
-    if len(depths) == 1:
-        row = [row[0], row[2]]
-    scale = ("standard deviation (m)", 0, float(spread.max()), "magma")
-    return [[*row, Panel("spread of p", spread, *scale)]], Bins(edges, e, texts, s, depths)
+def draw_explained(path: Path, image: np.ndarray, e: Explanation, truth=None) -> None:
+    """The figure of one image: depth and its spread, the bins, and where each prompt matches."""
+    n, k = 3 if truth is None else 5, len(e.cabins)
+    shape = min(image.shape[0] / image.shape[1], 2.5)  # a picture taller than that gets margins
+    figure, (maps, bins, texts) = new_figure(1 + 13 / n * shape, 3.3, 1 + 13 / k * shape)
+    axes = maps.subplots(1, n)
+    show_depth(axes, image, e.depth, truth, float((e.depth if truth is None else truth).max()))
+    show(axes[-1], "spread of p", e.spread, "std (m)", 0, e.spread.max(), "magma")
+    show_bins(bins.subplots(), e, truth)
+    low, high = e.similarity.min(), e.similarity.max()
+    for i, axis in enumerate(texts.subplots(1, k, squeeze=False)[0]):
+        title = f"“{e.texts[i]}”, {e.cabins[i]:.2f} m"
+        show(axis, title, e.similarity[i], "cosine", low, high, "cividis")
+    save_figure(path, figure)
 
 
 def draw_samples(
-    out: Path, model: cabins.CaBins, dataset: data.DepthDataset, n: int, predict: Predict
+    out: Path, model: cabins.CaBins, dataset: DepthDataset, n: int, predict: Predict
 ) -> None:
     """Draw n samples from all over the data set, side by side and then each explained."""
     out.mkdir(parents=True, exist_ok=True)
     chosen = torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long().tolist()
     samples = [dataset[i] for i in chosen]
-    draw(out / "comparison.png", comparison(samples, predict))
-    for i, sample in zip(chosen, samples):
-        picture = explain(model, sample["image"][None], sample["depth"][0].numpy())
-        draw(out / f"explained_{i}.png", *picture)
-
-
-# ---- Speed ---------------------------------------------------------------------------------------
-
-SIZES = [(480, 640), (352, 1216)]  # of NYU's and KITTI's test images
-AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Run = Callable[[Callable[[], None]], object]  # calls its argument before, between and after phases
-
-
-def default_amp() -> str:
-    """bf16 on GPUs that have it; off on CPUs, many of which would be slower."""
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else "off"
-
-
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """Convolutions and products of matrices in the precision `amp`, a key of AMP."""
-    return torch.autocast(device.type, None if amp == "off" else AMP[amp], amp != "off")
-
-
-def go_fast(fast: bool = True) -> None:
-    """On GPUs: TF32 in what is float32, and the fastest kernels for images of one size; or neither."""
-    torch.set_float32_matmul_precision("high" if fast else "highest")
-    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = fast
-
-
-class PeakMemory(TorchDispatchMode):
-    """The most bytes that the tensors made within it took at one time: an estimate of a GPU's."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.storages = weakref.WeakSet()
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        for storage in (x.untyped_storage() for x in tree_leaves(result) if torch.is_tensor(x)):
-            if storage not in self.storages:
-                self.storages.add(storage)
-                self.add(storage.nbytes())
-                weakref.finalize(storage, self.add, -storage.nbytes())
-        return result
-
-    def add(self, n: int) -> None:
-        self.now += n
-        self.peak = max(self.peak, self.now)
-
-
-def time_phases(run: Run, device: torch.device) -> list[float]:
-    """Milliseconds of each phase of a run, on the device's own clock."""
-    marks = []
-    if device.type == "cpu":
-        run(lambda: marks.append(1000 * time.perf_counter()))
-        return [end - start for start, end in itertools.pairwise(marks)]
-
-    def mark() -> None:
-        marks.append(torch.cuda.Event(enable_timing=True))
-        marks[-1].record()
-
-    run(lambda: None)  # so that the host is ahead of the device, as it is in training
-    run(mark)
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
-
-
-def print_bench_header(phases: tuple[str, ...]) -> None:
-    memory = "peak GB" if default_device().type == "cuda" else "peak GB (estimate)"
-    columns = ["", *(f"{p} ms" for p in phases), "all ms", "against plain", "images/s", memory]
-    columns += ["GFLOP", "TFLOP/s", "of a matrix product's"]
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-
-
-def bench(
-    title: str,
-    settings: dict[str, tuple[str, Callable[[], Run]]],
-    batch_size: int,
-    device: torch.device,
-    n_rounds: int,
-) -> None:
-    """Print a Markdown row of each setting; `settings` has its precision, and what makes its run.
-
-    Settings take turns, so that a machine that slows down slows all of them; times are medians,
-    ± half of what lies between the quartiles. The first setting is what others are compared with.
-    """
-    runs, peak, times = {}, {}, {name: [] for name in settings}
-    counter, is_gpu = FlopCounterMode(display=False), device.type == "cuda"
-    for name, (_, make) in settings.items():
-        go_fast(bool(runs))  # for all but the first
-        before = torch.cuda.memory_allocated() if is_gpu else 0
-        with contextlib.ExitStack() as modes:
-            if not runs:  # the first is not compiled; the others take as many FLOP
-                modes.enter_context(counter)
-            memory = None if is_gpu else modes.enter_context(PeakMemory())
-            runs[name] = make()
-            runs[name](lambda: None)  # chooses kernels, and makes gradients and moments
-            if is_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            runs[name](lambda: None)
-        peak[name] = torch.cuda.max_memory_allocated() - before if is_gpu else memory.peak
-        runs[name](lambda: None)  # outside of the modes, under which nothing is compiled
-    rates = {name: [] for name in settings}  # of large products
-    for _ in range(n_rounds):
-        for i, (name, run) in enumerate(runs.items()):
-            go_fast(i > 0)
-            times[name].append(time_phases(run, device))
-            rates[name].append(matmul_rate(device, AMP[settings[name][0]]))
-    flop, plain = counter.get_total_flops() / 2, None
-    for name in settings:
-        cells = [f"{title}, {name}"]
-        for values in [*zip(*times[name]), [sum(phases) for phases in times[name]]]:
-            low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
-            cells.append(f"{middle:.4g} ± {(high - low) / 2:.2g}")
-        total = middle  # of all phases, the last
-        plain, rate = plain or total, flop / total / 1e9
-        cells += [f"{plain / total:.2f}", f"{1000 * batch_size / total:.3g}"]
-        cells += [f"{peak[name] / 1e9:.1f}", f"{flop / 1e9:.0f}", f"{rate:.3g}"]
-        cells.append(f"{rate / statistics.median(rates[name]):.0%}")
-        print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a large product of matrices."""
-    n = 2048 if device.type == "cpu" else 8192
-    a = torch.randn(n, n, device=device).to(dtype)
-    times = [time_phases(lambda mark: (mark(), a @ a, mark()), device)[0] for _ in range(5)]
-    return 2 * n**3 / statistics.median(times) / 1e9
-
-
-def bench_inference(model: cabins.CaBins, device: torch.device, n_rounds: int) -> None:
-    """Print what one pass over images of NYU's and KITTI's size costs; memory is without weights.
-
-    `model` is in channels_last already, as `main` has it.
-    """
-    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-
-    def setting(network: cabins.CaBins, amp: str, image: Tensor) -> tuple[str, Callable[[], Run]]:
-        @torch.no_grad()  # not inference_mode, under which nothing is counted
-        def run(mark: Callable[[], None]) -> None:
-            mark()
-            with autocast(device, amp):
-                network(image)
-            mark()
-
-        return amp, lambda: run
-
-    print_bench_header(("forward",))
-    for height, width in SIZES:
-        for n in (1, 8):
-            image = torch.randn(n, 3, height, width, device=device)
-            settings = {
-                "plain fp32": setting(plain, "off", image),
-                "fp32, channels_last": setting(model, "off", image),
-                "bf16, channels_last": setting(model, "bf16", image),
-            }
-            title = f"{model.config.backbone}, {height}x{width}, batch {n}"
-            bench(title, settings, n, device, n_rounds)
+    top = max(float(sample["depth"].max()) for sample in samples)
+    height, width = samples[0]["depth"].shape[1:]
+    figure, rows = new_figure(*[1 + 13 / 4 * height / width] * len(samples))
+    for i, row, sample in zip(chosen, rows, samples):
+        truth = sample["depth"][0].numpy()
+        image = data.denormalize(sample["image"]).permute(1, 2, 0).numpy()
+        depth = predict(sample["image"][None])[0, 0].cpu().numpy()
+        show_depth(row.subplots(1, 4), image, depth, truth, top)
+        e = explain(model, sample["image"][None], truth.shape)
+        draw_explained(out / f"explained_{i}.png", image, e, truth)
+    save_figure(out / "comparison.png", figure)
 
 
 # ---- Your own pictures ---------------------------------------------------------------------------
@@ -546,24 +348,11 @@ def find_pictures(arguments: list[str]) -> list[Path]:
         path = Path(argument)
         paths = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(argument))]
         if path.is_dir():
-            found_there = [p for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURES]
-            paths = [p for p in found_there if p.is_file()]
+            paths = [p for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURES]
         if not paths:
             raise FileNotFoundError(f"{argument}: no picture there, nor any that the pattern fits")
         found += paths
     return found
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8, upright, of a picture of any mode."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise ValueError("its values are floating-point numbers; save it in 8 or 16 bits")
-        if image.mode.startswith("I"):  # 16-bit grey
-            values = np.asarray(image)
-            image = Image.fromarray((values >> (8 if values.max() > 255 else 0)).astype(np.uint8))
-        return np.asarray(image.convert("RGB"))
 
 
 def write_ply(path: Path, picture: np.ndarray, depth: np.ndarray, focal: float) -> None:
@@ -582,134 +371,68 @@ def write_ply(path: Path, picture: np.ndarray, depth: np.ndarray, focal: float) 
 
 
 def predict_pictures(model: cabins.CaBins, trained_on: str | None, args: argparse.Namespace) -> int:
-    """Write the depth of each picture of `args.images` into `args.out`; return how many failed.
-
-    Pictures go through the network at the width of the images that it was trained on.
-    """
-    out, predict = Path(args.out or "runs/pictures"), predictor(model, args.flip, args.amp)
-    paths = find_pictures(args.images)
+    """Write the depth of each picture of `args.images` into `args.out`; return how many failed."""
+    out, paths = Path(args.out or "runs/pictures"), find_pictures(args.images)
     if own := [path for path in paths if path.resolve().parent == out.resolve()]:
         raise ValueError(f"--out {out} is the folder of {own[0]}, which must stay: choose another")
     out.mkdir(parents=True, exist_ok=True)
-    like = "kitti" if model.config.max_depth > 10 else "nyu"
-    width, focal = CAMERAS.get(trained_on, CAMERAS[like])
-    unit, scale = ("mm", 1000) if model.config.max_depth < 65.535 else ("cm", 100)
-    failed, names = [], set()
-
-    def read(path: Path) -> tuple[Path, np.ndarray, Tensor] | None:
-        try:
-            picture = read_picture(path)
-        except (OSError, SyntaxError, ValueError) as error:
-            tqdm.write(f"{path} cannot be read as a picture: {error}", file=sys.stderr)
-            failed.append(path)
-            return None
-        image = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
-        factor = width / max(picture.shape[:2])
-        size = [max(64, round(side * factor)) for side in picture.shape[:2]]
-        image = F.interpolate(image, size, mode="bilinear", antialias=True)
-        return path, picture, normalize(image, cabins.Config.image_mean, cabins.Config.image_std)
-
-    def write(path: Path, picture: np.ndarray, image: Tensor, depth: Tensor) -> None:
+    n_failed, names = 0, set()
+    for path in tqdm(paths, unit="picture", disable=None):
         name = path.stem
         while name in names:  # of another folder, or with another suffix
             name += "_"
         names.add(name)
-        depth = cabins.resize(depth[None], picture.shape[:2])[0, 0].cpu().numpy()
-        draw(out / f"{name}_depth.png", [[Panel(name, depth, "depth (m)", 0, float(depth.max()))]])
-        about = PngInfo()
-        about.add_text("Description", f"depth in 1/{scale} m ({unit}); CaBins, {args.checkpoint}")
-        values = Image.fromarray((depth * scale).round().astype(np.uint16))
-        path_of_values = out / f"{name}_depth_{unit}.png"
-        cabins.write_whole(path_of_values, lambda p: values.save(p, "png", pnginfo=about))
-        line = f"{path}: {depth.min():.2f} to {depth.max():.2f} m, median {np.median(depth):.2f} m"
-        if args.ply:
-            pixels = args.focal or focal * picture.shape[1] / width
-            if args.fov:
-                pixels = picture.shape[1] / 2 / np.tan(np.radians(args.fov) / 2)
-            write_ply(out / f"{name}.ply", picture, depth, pixels)
-            line += f"; point cloud with a focal length of {pixels:.1f} pixels"
-        if args.explain:
-            draw(out / f"{name}_explained.png", *explain(model, image))
-        tqdm.write(line)
+        try:
+            picture = cabins.read_picture(path)
+        except (OSError, SyntaxError, ValueError) as error:
+            tqdm.write(f"{path} cannot be read as a picture: {error}", file=sys.stderr)
+            n_failed += 1
+            continue
+        tqdm.write(f"{path}: {write_picture(out / name, model, picture, trained_on, args)}")
+    print(f"{len(paths) - n_failed} of {len(paths)} pictures written to {out}")
+    return n_failed
 
-    read_pictures = filter(None, map(read, tqdm(paths, unit="picture", disable=None)))
-    for _, group in itertools.groupby(read_pictures, lambda item: item[2].shape):
-        while batch := list(itertools.islice(group, 8)):
-            depths = predict(torch.cat([image for _, _, image in batch]))
-            for item, depth in zip(batch, depths):
-                write(*item, depth)
-    print(f"{len(paths) - len(failed)} of {len(paths)} pictures written to {out}")
-    return len(failed)
+
+def write_picture(path: Path, model, picture: np.ndarray, trained_on, args) -> str:
+    """Write the files of one picture, whose names begin as `path`; returns a line about its depth."""
+    height, width = picture.shape[:2]
+    with data.autocast(next(model.parameters()).device, args.amp):
+        depth = cabins.infer(model, picture).depth
+        if args.explain:
+            e = explain(model, cabins.to_input(model, picture), (height, width))
+            draw_explained(Path(f"{path}_explained.png"), picture, e)
+    figure, (part,) = new_figure(1 + 13 * min(height / width, 2.5))
+    show(part.subplots(), path.name, depth, "depth (m)", 0, float(depth.max()))
+    save_figure(Path(f"{path}_depth.png"), figure)
+    unit, scale = ("mm", 1000) if model.config.max_depth < 65.535 else ("cm", 100)
+    about = f" ({unit}); CaBins, {args.checkpoint}"
+    write_depth(Path(f"{path}_depth_{unit}.png"), depth, scale, about)
+    line = f"{depth.min():.2f} to {depth.max():.2f} m, median {np.median(depth):.2f} m"
+    if args.ply:
+        like = (
+            trained_on
+            if trained_on in CAMERAS
+            else "kitti"
+            if model.config.max_depth > 10
+            else "nyu"
+        )
+        pixels = args.focal or CAMERAS[like][1] * width / CAMERAS[like][0]
+        if args.fov:
+            pixels = width / 2 / np.tan(np.radians(args.fov) / 2)
+        write_ply(Path(f"{path}.ply"), picture, depth, pixels)
+        line += f"; point cloud with a focal length of {pixels:.1f} pixels"
+    return line
 
 
 # ---- Command line --------------------------------------------------------------------------------
 
 
-def rank_of() -> tuple[int, int]:
-    """This process's number, and of how many that torchrun started."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def default_workers() -> int:
-    """Of each process's data loader."""
-    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
-    return min(8, max(os.cpu_count() // n_processes - 1, 0))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("checkpoint", help="train.py's or the authors'; or depthclip, the zero-shot baseline")
-    add("--data", choices=data.DATASETS, help="default: what it was trained on")
-    data.add_data_options(parser)
-    add("--split", dest="test_split", metavar="FILE", help="the same as --test-split")
-    add("--clip", default="RN50", help="depthclip only: a name or a file")
-    add("--flip", action=argparse.BooleanOptionalAction, default=True)
-    add("--amp", choices=AMP, default="off", help="precision; bf16 is faster where it is at home")
-    add("--out", metavar="DIR", help="keep results.csv and depth PNGs; for pictures: where to")
-    about = "figures of N samples, or of the pictures"
-    add("--explain", nargs="?", type=int, const=4, metavar="N", help=about)
-    add("--images", nargs="+", metavar="PICTURE", help="files, folders or patterns of your own")
-    add("--ply", action="store_true", help="write a point cloud of each picture")
-    add("--focal", type=float, help="of the pictures' camera, in pixels; default: in training")
-    add("--fov", type=float, help="in the place of --focal: degrees from left to right")
-    add("--bench", nargs="?", type=int, const=5, metavar="N", help="only measure speed, N times")
-    args = parser.parse_args()
-    for option, limit in (("bench", np.inf), ("explain", np.inf), ("focal", np.inf), ("fov", 180)):
-        value = getattr(args, option)
-        if value is not None and not 0 < value < limit:
-            raise ValueError(f"--{option} is {value}; it must be above 0 and below {limit}")
-
-    device, saved, model_depth = default_device(), {}, None
-    go_fast(False)  # what is measured as fp32 is fp32
-    if args.checkpoint == "depthclip":
-        args.data = args.data or "nyu"
-        if args.data == "kitti" or args.images or args.explain or args.bench or args.amp != "off":
-            raise ValueError("depthclip is only measured, in fp32, with its distances for NYU")
-        predict, flip = depthclip(cabins.load_clip(args.clip).to(device)), False
-    else:
-        content = cabins.read_checkpoint(args.checkpoint)
-        if isinstance(content.get("args"), dict):
-            saved = content["args"]
-        max_depth = args.max_depth
-        if "config" not in content and args.data:
-            max_depth = max_depth or data.DATASETS[args.data].max_depth
-        model = cabins.restore(content, args.checkpoint, max_depth)
-        model = model.to(device, memory_format=torch.channels_last)
-        predict, flip = predictor(model, args.flip, args.amp), args.flip
-        model_depth = model.config.max_depth
-        origin = "train.py's" if "config" in content else "the authors'"
-        print(
-            f"{args.checkpoint} is {origin}: {model.config.backbone}, {model.config.distance_class}, "
-            f"depths to {model.config.max_depth} m; all of its {len(content['model'])} tensors are used"
-        )
-    if args.bench:
-        bench_inference(model, device, args.bench)
-        return
+    args, device = parse_args(), data.default_device()
+    data.go_fast(False)  # what is measured as fp32 is fp32
+    model, saved = load(args)
+    model = model.to(device, memory_format=torch.channels_last)
+    predict = predictor(model, args.flip, args.amp)
     name = args.data or saved.get("data")
     if args.images:
         sys.exit(1 if predict_pictures(model, name, args) else 0)
@@ -718,25 +441,73 @@ def main() -> None:
     known = saved if name == saved.get("data") else {}
     keys = ("root", "test_split", "depth_scale", "max_depth")
     root, split, scale, max_depth = (getattr(args, key) or known.get(key) for key in keys)
-    dataset = data.DepthDataset(name, root, split, depth_scale=scale, max_depth=max_depth)
-    if max_depth is None and model_depth not in (None, dataset.recipe.max_depth):
-        print(
-            f"note: the network predicts to {model_depth} m, {name} goes to {dataset.recipe.max_depth} m"
-        )
+    dataset = DepthDataset(name, root, split, depth_scale=scale, max_depth=max_depth)
+    top = dataset.recipe.max_depth
+    if max_depth is None and model.config.max_depth != top:
+        print(f"note: the network predicts to {model.config.max_depth} m, {name} goes to {top} m")
     if args.explain:
         out = Path(args.out or "runs/explained")
         draw_samples(out, model, dataset, args.explain, predict)
         print(f"{out} has comparison.png, and an explained_….png of each sample")
         return
-    if args.out:
-        predict = keep_predictions(predict, dataset, Path(args.out) / "predictions")
-    windows = evaluate_windows(predict, dataset, progress=True)
-    protocols = [protocol(dataset, window, flip, args.amp) for window in windows]
+    keep = keep_predictions(predict, dataset, Path(args.out) / "predictions") if args.out else None
+    windows = evaluate_windows(keep or predict, dataset, progress=True)
     rows = {f"{Path(args.checkpoint).name}, {window}": row for window, row in windows.items()}
-    print("\n".join([*protocols, format_table(name, rows)]))
-    if args.out:
-        for line, (label, row) in zip(protocols, rows.items()):
-            append_row(Path(args.out) / "results.csv", {"label": label, "protocol": line, **row})
+    if args.ablate:
+        rows |= ablate(model, predict, dataset)
+    for window in windows:
+        print(protocol(dataset, window, args.flip, args.amp))
+    print(format_table(name, rows))
+    for label, row in rows.items() if args.out else ():
+        how = protocol(dataset, label.split(", ")[-1], args.flip, args.amp)
+        data.append_row(Path(args.out) / "results.csv", {"label": label, "protocol": how, **row})
+
+
+def load(args: argparse.Namespace) -> tuple[cabins.CaBins, dict]:
+    """The network of args.checkpoint, and the options that it was trained with, if it says so."""
+    content = cabins.read_checkpoint(args.checkpoint)
+    saved, is_ours = content.get("args"), "config" in content
+    max_depth = args.max_depth
+    if not is_ours and args.data:
+        max_depth = max_depth or data.DATASETS[args.data].max_depth
+    model = cabins.restore(content, args.checkpoint, max_depth)
+    config = model.config
+    print(
+        f"{args.checkpoint} is {'train.py’s' if is_ours else 'the authors’'}: {config.backbone}, "
+        f"{config.distance_class}, depths to {config.max_depth} m; "
+        f"all of its {len(content['model'])} tensors are used"
+    )
+    return model, saved if isinstance(saved, dict) else {}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("checkpoint", help="train.py's or the authors'")
+    add("--data", choices=data.DATASETS, help="default: what it was trained on")
+    data.add_data_options(parser)
+    add("--split", dest="test_split", metavar="FILE", help="the same as --test-split")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True)
+    add(
+        "--amp",
+        choices=data.PRECISIONS,
+        default="off",
+        help="precision; default: off, which is float32",
+    )
+    add("--ablate", action="store_true", help="also rows with the text silenced")
+    add("--out", metavar="DIR", help="keep results.csv and depth PNGs; for pictures: where to")
+    about = "figures of N samples, or of the pictures"
+    add("--explain", nargs="?", type=int, const=4, metavar="N", help=about)
+    add("--images", nargs="+", metavar="PICTURE", help="files, folders or patterns of your own")
+    add("--ply", action="store_true", help="write a point cloud of each picture")
+    add("--focal", type=float, help="of the pictures' camera, in pixels; default: in training")
+    add("--fov", type=float, help="in the place of --focal: degrees from left to right")
+    args = parser.parse_args()
+    for option, limit in (("explain", np.inf), ("focal", np.inf), ("fov", 180)):
+        value = getattr(args, option)
+        if value is not None and not 0 < value < limit:
+            raise ValueError(f"--{option} is {value}; it must be above 0 and below {limit}")
+    return args
 
 
 if __name__ == "__main__":
