@@ -4,7 +4,7 @@ A sample is an RGB image and its depth in metres; 0 means that nothing was measu
 decodes a pair and cuts its fixed crop. `augment` then rotates, crops, flips and recolours the whole
 batch on the training device. Nothing random happens in a worker, so that a run can be resumed.
 
-`python data.py nyu --root DIR` checks a data set. The last part is what every script shares.
+`python data.py nyu --root DIR --fetch` gets what is missing of a data set and checks it. The last part is what every script shares.
 """
 
 import argparse
@@ -12,7 +12,13 @@ import csv
 import math
 import os
 import re
+import shutil
 import sys
+import threading
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +29,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.utils import calculate_md5
 from torchvision.transforms.v2.functional import normalize
 from torchvision.utils import save_image
+from tqdm import tqdm
 
-from cabins import Config, download
+from cabins import Config, download, write_whole
 
 # ---- The recipe (Sec. 4.1 and 4.2; what the paper leaves open is the released code's) ------------
 
@@ -122,8 +130,8 @@ class DepthDataset(Dataset):
     """Pairs of `name`, a key of DATASETS, below the folder `root`.
 
     `split` is a list file with a line `image depth focal` for each pair; without it the authors'
-    own list is fetched once. NYU's test pairs can also be read from nyu_depth_v2_labeled.mat as
-    `root`. `depth_scale` and `max_depth` take the place of the recipe's.
+    own list is fetched once. NYU's test pairs are also read from nyu_depth_v2_labeled.mat, in
+    `root` or as `root`. `depth_scale` and `max_depth` take the place of the recipe's.
 
     [i] gives {"image": (3, h, w), "depth": (1, h, w) in metres, 0 being none, "path": str, "size":
     (2,) rows and columns of the whole frame}; the image is normalised, or uint8 with `train`, for
@@ -161,37 +169,48 @@ class DepthDataset(Dataset):
             raise FileNotFoundError(f"{root}: no such folder; --root must be where {name} lies")
         if is_mat and (name != "nyu" or train):
             raise ValueError(f"{root} can only be NYU's test set; {name} {part} needs a folder")
-        self.pairs = self.find_pairs(root, Path(split or fetch_list(name, part)), is_mat)
+        self.pairs = self.find_pairs(root, Path(split or fetch_list(name, part)))
         if self.recipe.crop is None and train:
             self.size_to_train = read_image(self.pairs[0][0]).shape[:2]
             crop = tuple(side * 7 // 8 // 32 * 32 for side in self.size_to_train)
             self.recipe = self.recipe._replace(crop=crop)
 
-    def find_pairs(self, root: Path, split: Path, is_mat: bool) -> list[tuple]:
-        """Image and depth of each line of `split` that has ground truth: paths, or .mat indices."""
+    def find_pairs(self, root: Path, split: Path) -> list[tuple]:
+        """Image and depth of each line of `split` that has ground truth: paths, or .mat and index."""
         pairs, missing = [], []
+        mat = root if root.is_file() else root / NYU_MAT
+        has_mat = self.name == "nyu" and not self.train and mat.is_file()
         for number, fields in read_list(split, root):
             if fields[1] == "None":
                 self.n_left_out += 1
-            elif is_mat:  # the digits in the file's name count the pairs from 0
+                continue
+            image = find(root, self.recipe.image_folders, fields[0], (".png", ".jpg", ".jpeg"))
+            depth = find(root, self.recipe.depth_folders, fields[1], (".png",))
+            if has_mat and not (image and depth):  # digits in a file's name count pairs from 0
                 if not (digits := re.sub(r"\D", "", Path(fields[0]).stem)):
                     raise ValueError(f"{split}, line {number}: {fields[0]} has no number to go by")
-                pairs.append((root, int(digits)))
-            else:
-                image = find(root, self.recipe.image_folders, fields[0], (".png", ".jpg", ".jpeg"))
-                depth = find(root, self.recipe.depth_folders, fields[1], (".png",))
-                for field, path in zip(fields, (image, depth)):
-                    missing += [f"{field} (line {number})"] if path is None else []
-                pairs.append((image, depth))
+                image, depth = mat, int(digits)
+            missing += [field for field, path in zip(fields, (image, depth)) if path is None]
+            pairs.append((image, depth))
         if not pairs:
             raise ValueError(f"{split} names no pair of image and depth")
         if missing:
-            hint = "KITTI's ground truth has two parts, train/ and val/; " * (self.name == "kitti")
             raise FileNotFoundError(
                 f"{len(missing)} of the {2 * len(pairs)} files that {split} names are not below "
-                f"{root}: {', '.join(missing[:3])}, …; {hint}docs/data.md shows where they may lie"
+                f"{root}: {', '.join(missing[:3])}, …; {self.why_missing(root, missing[-1])}"
             )
         return pairs
+
+    def why_missing(self, root: Path, name: str) -> str:
+        """The likely reason that a file is not there; docs/data.md has them all."""
+        if self.name == "nyu" and self.train and (root / "official_splits/train").is_dir():
+            return "official_splits/train has the 795 labelled pairs, not the 24,231 to train on"
+        raw = name.replace("groundtruth", "velodyne_raw")
+        if raw != name and find(root, self.recipe.depth_folders, raw, (".png",)):
+            return "velodyne_raw is raw LiDAR: the ground truth is in data_depth_annotated.zip"
+        if raw != name:
+            return "KITTI's ground truth has two parts, train/ and val/, and both are needed"
+        return "docs/data.md shows where files may lie; for nyu and kitti, --fetch gets what is missing"
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -303,6 +322,165 @@ def read_labelled(path: Path, index: int) -> tuple[np.ndarray, np.ndarray]:
     framed = np.zeros_like(image)  # the recipe's test images have a black frame
     framed[7:474, 7:632] = image[7:474, 7:632]
     return framed, depth
+
+
+# ---- Fetching what is not there yet --------------------------------------------------------------
+
+SOURCES = {  # "virutal" is theirs
+    "nyu_train": "https://virutalbuy-public.oss-cn-hangzhou.aliyuncs.com/share/newcrfs/datasets/nyu/sync.zip",
+    "nyu_test": "https://horatio.cs.nyu.edu/mit/silberman/nyu_depth_v2/nyu_depth_v2_labeled.mat",
+    "kitti_raw": "https://s3.eu-central-1.amazonaws.com/avg-kitti/raw_data/{drive}/{drive}_sync.zip",
+    "kitti_depth": "https://s3.eu-central-1.amazonaws.com/avg-kitti/data_depth_annotated.zip",
+}
+NYU_MAT, NYU_MAT_MD5 = "nyu_depth_v2_labeled.mat", "520609c519fba3ba5ac58c8fefcc3530"
+DRIVE = "https://drive.google.com/file/d/1AysroWpfISmm-yRFGBgFTrLy6FjQwvwP/view"
+BY_HAND = {  # and licences
+    "nyu": (f"{DRIVE} as sync.zip, and {NYU_MAT}", "NYU-Depth V2 states no licence"),
+    "kitti": ("the archives of cvlibs.net/datasets/kitti", "KITTI is under CC BY-NC-SA 3.0"),
+}
+
+
+def fetch(name: str, root: str | Path, train_split=None, test_split=None) -> None:
+    """Get what the lists of "nyu" or "kitti" name and `root` has not yet, and no more.
+
+    Single files are read out of the archives of SOURCES over HTTP ranges, or out of archives of the
+    same names in `root`. A file gets its name when it is whole, so that the next call goes on.
+    Raises ValueError, saying how to get the files by hand.
+    """
+    if name not in BY_HAND or root is None:
+        raise ValueError(f"{name} cannot be fetched: only nyu and kitti can, into --root DIR")
+    root, (by_hand, licence) = Path(root), BY_HAND[name]
+    root.mkdir(parents=True, exist_ok=True)
+    wanted = wanted_files(name, root, {"train": train_split, "test": test_split})
+    mat = wanted.pop(SOURCES["nyu_test"], None) and root / NYU_MAT
+    pool, stop = ThreadPoolExecutor(8), threading.Event()
+    try:
+        jobs = []
+        for url, found in zip(
+            wanted, pool.map(lambda u: thrice(look_up, root, u, wanted[u]), wanted)
+        ):
+            jobs += [(url, found[i : i + 500]) for i in range(0, len(found), 500)]
+        sizes = [info.compress_size for _, members in jobs for info, _ in members]
+        hosts = ", ".join(sorted({url.split("/")[2] for url in wanted})) or "nowhere"
+        print(f"{len(sizes)} files, {sum(sizes) / 1e9:.2f} GB, from {hosts}; {licence}")
+        if mat and not mat.exists():
+            print(f"{mat.name}, 2.97 GB, from {SOURCES['nyu_test']}")
+            fetch_whole(SOURCES["nyu_test"], mat, NYU_MAT_MD5)
+        with tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None) as bar:
+            list(pool.map(lambda job: thrice(extract, root, *job, bar, stop), jobs))
+    except Exception as error:  # of many kinds: zipfile's, urllib's, remotezip's
+        what = str(error) or type(error).__name__
+        remedy = (
+            f"what came stays; start again to go on, or first get {by_hand} by hand into {root}"
+        )
+        raise ValueError(f"{what}; {remedy}") from error
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def wanted_files(name: str, root: Path, splits: dict) -> dict[str, dict[str, Path]]:
+    """By URL of an archive: how the paths of the files to get end in it, and where they go."""
+    recipe, wanted = DATASETS[name], {}
+    for part, split in splits.items():
+        for _, (image, depth, *_) in read_list(Path(split or fetch_list(name, part)), root):
+            if depth == "None":
+                continue
+            files = {image: (f"nyu_{part}", "sync"), depth: (f"nyu_{part}", "sync")}
+            if name == "kitti":
+                files = {
+                    image: ("kitti_raw", "raw"),
+                    depth: ("kitti_depth", "data_depth_annotated"),
+                }
+            for field, (source, folder) in files.items():
+                folders = recipe.image_folders if field == image else recipe.depth_folders
+                if find(root, folders, field, (".png", ".jpg", ".jpeg")) is None:
+                    drive = re.sub(r".*?([^/]+)_sync/.*", r"\1", field)
+                    field = field.lstrip("/")
+                    url = SOURCES[source].format(drive=drive)
+                    wanted.setdefault(url, {})[field] = root / folder / field
+    return wanted
+
+
+def open_archive(root: Path, url: str) -> zipfile.ZipFile:
+    """The archive in `root`, if the user has it, or at `url`, of which only parts are read."""
+    local = root / url.rsplit("/", 1)[1]
+    if local.exists():
+        if not zipfile.is_zipfile(local):
+            with open(local, "rb") as file:
+                is_page = file.read(1) == b"<"
+            what = "a web page, such as Drive sends over its quota" if is_page else "damaged"
+            raise ValueError(f"{local} is no archive but {what}: delete it")
+        return zipfile.ZipFile(local)
+    try:
+        from remotezip import RemoteZip
+    except ImportError:
+        raise ValueError("fetching needs remotezip: pip install remotezip") from None
+    return RemoteZip(url, timeout=60)
+
+
+def look_up(root: Path, url: str, wanted: dict[str, Path]) -> list[tuple[zipfile.ZipInfo, Path]]:
+    """The members of an archive that are wanted, and where they go, with the members' suffixes."""
+    try:
+        with open_archive(root, url) as archive:
+            infos = archive.infolist()
+    except Exception as error:
+        raise ValueError(f"{url} cannot be read: {error or type(error).__name__}") from error
+    ends = {}  # a member may lie up to two folders deeper than the list says
+    for info in infos:
+        parts = info.filename.rsplit(".", 1)[0].split("/")
+        if ".." not in parts:  # which would lead out of `root`
+            ends |= {"/".join(parts[i:]): info for i in range(3)}
+    found = {path: ends.get(name.rsplit(".", 1)[0]) for name, path in wanted.items()}
+    if missing := [path.name for path, info in found.items() if info is None]:
+        raise ValueError(f"{url} has {len(missing)} of {len(found)} files not: {missing[0]}, …")
+    return [(info, path.with_suffix(Path(info.filename).suffix)) for path, info in found.items()]
+
+
+def extract(root: Path, url: str, members: list, bar: tqdm, stop: threading.Event) -> None:
+    """Write members of an archive, each whole and with the right sum, unless they are there."""
+    with open_archive(root, url) as archive:
+        for info, path in members:
+            if path.exists() or stop.is_set():
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                content = archive.read(info.filename)  # which checks the sum
+            except Exception as error:
+                raise ValueError(f"{url} broke off: {error or type(error).__name__}") from error
+            write_whole(path, lambda partial, c=content: partial.write_bytes(c))
+            bar.update(info.compress_size)
+
+
+def thrice(action: Callable, *args):
+    """What `action` returns, in up to three tries, as connections break."""
+    for tries_left in (2, 1, 0):
+        try:
+            return action(*args)
+        except ValueError:
+            if not tries_left:
+                raise
+
+
+def fetch_whole(url: str, path: Path, md5: str) -> None:
+    """Download one file, going on where an earlier call stopped; it gets its name when it is right."""
+    partial = Path(f"{path}.partial")
+    done = partial.stat().st_size if partial.exists() else 0
+    if not (done and calculate_md5(partial) == md5):
+        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            done = done if response.status == 206 else 0  # or the whole file comes again
+            size = done + int(response.headers["Content-Length"])
+            with open(partial, "ab" if done else "wb") as file:
+                bar = {"total": size, "initial": done, "disable": None, "unit_scale": True}
+                with tqdm.wrapattr(response, "read", unit="B", **bar) as content:
+                    shutil.copyfileobj(content, file)
+        if partial.stat().st_size < size:
+            raise ValueError(f"{url} broke off after {partial.stat().st_size} of {size} bytes")
+        if calculate_md5(partial) != md5:
+            partial.unlink()
+            raise ValueError(f"{url} gave a file with another MD5, which is deleted")
+    partial.replace(path)
 
 
 # ---- Augmentation, on the batch ------------------------------------------------------------------
@@ -508,7 +686,9 @@ def check(dataset: DepthDataset, n_expected: int | None) -> list[Tensor]:
     """
     part = "train" if dataset.train else "test"
     of = f", of {n_expected} lines expected" if n_expected else ""
-    print(f"{part}: {len(dataset)} pairs, {dataset.n_left_out} lines without ground truth{of}")
+    none = f"{dataset.n_left_out} lines without ground truth"
+    none += " (45 of KITTI's 697 test images have none)" if dataset.name == "kitti" else ""
+    print(f"{part}: {len(dataset)} pairs, {none}{of}")
     chosen = torch.linspace(0, len(dataset) - 1, 8).long().unique().tolist()
     samples = [dataset[i] for i in chosen]
     depth = torch.cat([sample["depth"].flatten() for sample in samples])
@@ -520,6 +700,8 @@ def check(dataset: DepthDataset, n_expected: int | None) -> list[Tensor]:
         f"{part}: {len(samples)} opened, {tuple(samples[0]['image'].shape[1:])} pixels, "
         f"{len(valid) / len(depth):.0%} with depth, median {median:.2f} m"
     )
+    if dataset.name == "kitti" and len(valid) < 0.08 * len(depth):
+        print(f"{part}: so few depths are those of raw LiDAR, not of the annotated ground truth")
     if not 0.05 * top < median < 0.9 * top:
         raise ValueError(
             f"{part}: a median of {median:.2f} m cannot be right for depths to {top} m: "
@@ -533,7 +715,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Check a data set, and show eight of its pairs.")
     parser.add_argument("data", choices=DATASETS)
     add_data_options(parser)
+    parser.add_argument(
+        "--fetch", action="store_true", help="first get what is missing; nyu, kitti"
+    )
     args = parser.parse_args()
+    if args.fetch:
+        fetch(args.data, args.root, args.train_split, args.test_split)
     for part in ("test",) if str(args.root).endswith(".mat") else ("train", "test"):
         split = args.train_split if part == "train" else args.test_split
         scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
