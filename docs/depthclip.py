@@ -1,0 +1,57 @@
+"""DepthCLIP, the zero-shot baseline of Table 1: python -m docs.depthclip --root DIR"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import normalize
+
+import cabins
+import data
+from clip_tokenizer import tokenize
+from eval import evaluate_windows, format_table, protocol
+
+
+def depthclip(clip: cabins.CLIP) -> Callable:
+    """DepthCLIP, the zero-shot baseline of Table 1, for `evaluate`: CLIP compares, nothing learns.
+
+    Each place in the image is likened to "This object is giant", … "unseen"; its depth is the mean
+    of seven fixed distances (those for NYU), weighted by the softmax of the similarities.
+    """
+    # its seven phrases, to which CaBins added one
+    texts = [f"This object is {p}" for p in cabins.SEMANTIC_BINS if p != "farthest"]
+    distances = torch.tensor([[1.0, 1.5, 2.0, 2.25, 2.5, 2.75, 3.0]])  # (1, 7) metres
+    clip_mean, clip_std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    with torch.inference_mode():
+        t = clip.eval().encode_text(tokenize(texts))  # (7, D)
+
+    @torch.inference_mode()
+    def predict(image: Tensor) -> Tensor:
+        image = normalize(data.denormalize(image), clip_mean, clip_std).to(t.device)
+        _, _, z = clip.visual(image)  # (1, D, h, w)
+        s = cabins.cosine_similarity(z, t.expand(len(z), -1, -1))  # (1, 7, h, w)
+        p = (clip.logit_scale.exp() * s).softmax(1)
+        depth = cabins.expected_depth(distances.to(t.device).expand(len(z), -1), p)  # (1, 1, h, w)
+        return cabins.resize(depth, image.shape[-2:])
+
+    return predict
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", choices=("nyu", "toy", "list"), default="nyu")
+    data.add_data_options(parser)
+    parser.add_argument("--clip", default="RN50", metavar="NAME|FILE", help="default: RN50")
+    args = parser.parse_args()
+    scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
+    dataset = data.DepthDataset(args.data, args.root, args.test_split, **scale)
+    predict = depthclip(cabins.load_clip(args.clip).to(data.default_device()))
+    windows = evaluate_windows(predict, dataset, progress=True)
+    for window in windows:
+        print(protocol(dataset, window, flip=False))
+    print(format_table(args.data, {f"DepthCLIP, {w}": row for w, row in windows.items()}))
+
+
+if __name__ == "__main__":
+    data.run_command(main)
