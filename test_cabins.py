@@ -429,13 +429,17 @@ def released(tmp_path_factory) -> Path:
     return path
 
 
+def made_truth() -> torch.Tensor:
+    target = np.minimum(np.abs(normal("depth", (2, 1, 96, 128))) * np.float32(10 / 3), 10)
+    return torch.from_numpy(np.where(target < 0.2, 0, target).astype(np.float32))
+
+
 def test_released_network(released):
     with pytest.raises(ValueError, match="does not say its depth range: give max_depth"):
         cabins.load_checkpoint(released)
     model = cabins.load_checkpoint(released, max_depth=10.0)
     image = torch.from_numpy(normal("image", (2, 3, 96, 128)))
-    target = np.minimum(np.abs(normal("depth", (2, 1, 96, 128))) * np.float32(10 / 3), 10)
-    target = torch.from_numpy(np.where(target < 0.2, 0, target).astype(np.float32))
+    target = made_truth()
     prediction = model(image)
     assert [str(round(e, 4)) for e in prediction.cabins.flatten().tolist()] == PREDICTED_CABINS
     if GOLDENS.is_dir():
@@ -1545,6 +1549,8 @@ def test_every_row_of_the_tables(
     # what learnt, and what did not
     torch.manual_seed(0)
     start = cabins.CaBins(model.config, cabins.CLIP(small))
+    if as_released:
+        torch.nn.init.trunc_normal_(start.prompts, std=1.0)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, start.state_dict()[n])}
     assert ("prompts" in moved) == ("context_decoder.gamma" in moved) == (not as_released)
     text = {n for n in moved if n.startswith("clip.") and not n.startswith("clip.visual.")}
@@ -1635,6 +1641,392 @@ def test_downloads_are_whole_and_checked(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="file is not what .* was: delete it"):
         cabins.download(url, "file", sha256)
     assert cabins.CLIP_URL.startswith("https://") and data.LIST_URL.startswith("https://")
+
+
+# ---- What the equations do not say: eight facts, where they arise in cabins.py -------------------
+
+
+def test_no_gradient_passes_through_the_digits():
+    model = cabins.CaBins(TINY)
+    _, c, e, s, _ = model.distribution(torch.randn(1, 3, 64, 96, generator=generator()))
+    learners = [model.bins.mlp[4].weight, model.prompts, model.context_decoder.gamma]
+    of_bins, of_prompts, of_gamma = torch.autograd.grad(s.sum(), learners, allow_unused=True)
+    assert of_bins is None and of_prompts.abs().sum() > 0 and of_gamma.abs().sum() > 0
+    assert e.requires_grad and c.requires_grad  # Eq. 2 itself is differentiable: the text is not
+
+
+@pytest.mark.parametrize(
+    "max_depth, unit, first, second",
+    [(10, 1, 0.50, 1e-15), (80, 1, 0.465, 7e-3), (10, 100, 0.048, 0.034)],
+)
+def test_eq_2_is_nearly_a_median_in_metres_and_a_mean_in_centimetres(
+    max_depth, unit, first, second
+):
+    c = cabins.bin_centers(torch.full((1, 256), 1 / 256, dtype=torch.double), 0, max_depth * unit)
+    c.requires_grad_()
+    e = cabins.distance_classes(c, 8)
+    # a change of one centre moves e_k by its weight, but for what it moves the weights: take weights
+    group = c.detach()[0, :32]
+    w = torch.softmax(1 / ((group - group.mean()).abs() + 1e-4), 0)
+    assert e[0, 0].item() == pytest.approx((w * group).sum().item(), rel=1e-12)
+    assert w[15].item() == pytest.approx(first, rel=0.03) == w[16].item()
+    assert w[14].item() == pytest.approx(second, rel=0.3)
+
+
+def test_the_text_jumps_where_the_number_does_not(released):
+    near, at = cabins.number_tokens(torch.tensor([2.9999, 3.0]), 1).tolist()
+    assert near[1:-1] == clip_tokenizer.encode("2.9999") and near[2] == at[2] == 269
+    assert not set(near[1:7]) & set(at[1:4]) - {269}
+    model = cabins.load_checkpoint(released, max_depth=10.0)
+    with torch.no_grad():
+        _, z_bar, z = model.clip.visual(torch.from_numpy(normal("image", (1, 3, 96, 128))))
+        maps = []
+        for e in (2.9999, 3.0):
+            t = model.encode_prompts(torch.full((1, 8), e))
+            maps.append(cabins.cosine_similarity(z, model.context_decoder(t, z_bar, z)))
+    assert (maps[1] - maps[0]).abs().max() > 0.01 * maps[0].abs().max()
+
+
+def test_eq_3_is_the_identity_at_first():
+    torch.manual_seed(0)
+    decoder = cabins.ContextDecoder(512).eval()
+    t, z_bar, z = torch.randn(2, 8, 512), torch.randn(2, 512), torch.randn(2, 512, 3, 4)
+    assert decoder.gamma.tolist() == pytest.approx([1e-4] * 512)
+    change = (decoder(t, z_bar, z) - t).norm() / t.norm()
+    assert 1e-6 < change < 1e-3
+    assert decoder.layers[0].self_attn.q_proj.bias is None and len(decoder.layers) == 6
+    assert decoder.layers[5].cross_attn.n_heads == 4 and decoder.layers[5].dropout.p == 0.1
+    weights = torch.cat(
+        [m.weight.flatten() for m in decoder.modules() if hasattr(m, "in_features")]
+    )
+    assert weights.std().item() == pytest.approx(0.02, rel=0.02)
+
+
+def test_nothing_in_the_loss_asks_s_to_mean_anything(tiny):
+    decoder = cabins.DepthDecoder([256, 512, 1024, 2048], 8, 256)
+    assert decoder.reduce.in_channels == 2056 and decoder.reduce.padding == (1, 1)
+    prediction = tiny(torch.randn(1, 3, 64, 64))._replace(similarity=None)
+    assert cabins.total_loss(prediction, torch.ones(1, 1, 64, 64), 1e-3).isfinite()
+
+
+def test_every_bin_stays_open(tiny):
+    bins = cabins.AdaptiveBins(64, 256)
+    torch.nn.init.zeros_(bins.mlp[4].weight)
+    with torch.no_grad():
+        bins.mlp[4].bias[:] = -5.0
+        bins.mlp[4].bias[7] = 99.9
+    b = bins(torch.randn(1, 64))[0]
+    assert b[7].item() == pytest.approx(100 / 125.5, rel=1e-5)  # what the other 255 leave
+    assert b[8].item() == pytest.approx(
+        0.1 / 125.5, rel=1e-5
+    )  # ReLU, and not LeakyReLU, at the end
+    assert isinstance(bins.mlp[1], torch.nn.LeakyReLU) and isinstance(
+        bins.mlp[3], torch.nn.LeakyReLU
+    )
+
+
+def test_silog_forgives_a_wrong_scale_to_85_percent():
+    target = torch.rand(2, 1, 20, 20, generator=generator(), dtype=torch.double) * 9 + 0.5
+    for factor in (0.5, 1.2, 3.0):
+        loss = cabins.silog_loss(target * factor, target, target > 0).item()
+        assert loss == pytest.approx(10 * math.sqrt(0.15) * abs(math.log(factor)), rel=1e-6)
+
+
+def test_the_heads_two_convolutions_are_one_linear_map(tiny):
+    x = torch.randn(1, 40, 12, 16, generator=generator())
+    head = tiny.depth_decoder
+    weight = torch.einsum("om,mikl->oikl", head.logits.weight[:, :, 0, 0], head.features.weight)
+    bias = head.logits.weight[:, :, 0, 0] @ head.features.bias + head.logits.bias
+    with torch.no_grad():
+        close(F.conv2d(x, weight, bias, padding=1), head.logits(head.features(x)), 1e-4)
+        assert tiny(torch.randn(1, 3, 96, 128), upsample=False).depth.shape == (1, 1, 48, 64)
+
+
+def test_ablations_silence_the_text_and_leave_the_network_as_it_was(released, monkeypatch, capsys):
+    monkeypatch.setattr(data, "TOY_ROOMS", {"train": range(1), "test": range(1_000_000, 1_000_002)})
+    rooms = data.DepthDataset("toy")
+    model = cabins.load_checkpoint(released, max_depth=10.0)  # as the authors' are
+    predict = evaluation.predictor(model, flip=False)
+    before = evaluation.evaluate(predict, rooms)
+    rows = evaluation.ablate(model, predict, rooms)
+    names = ["s = 0", "s of the classes in reverse", "one text for all classes"]
+    assert list(rows) == [f"{name}, whole" for name in names]
+    assert evaluation.evaluate(predict, rooms) == before  # no hook is left
+    silent = model.depth_decoder.reduce.weight
+    assert len({row["abs_rel"] for row in [before, *rows.values()]}) == 4
+    with torch.no_grad():
+        silent[:, 2048:] = 0  # the weights of s
+    assert evaluation.evaluate(predict, rooms)["abs_rel"] == pytest.approx(
+        rows["s = 0, whole"]["abs_rel"], rel=1e-5
+    )
+
+
+# ---- Your own pictures: infer --------------------------------------------------------------------
+
+
+def test_infer_takes_paths_pictures_and_arrays(tiny, tmp_path):
+    array = np.random.default_rng(0).integers(0, 255, (90, 121, 3), np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    found = [cabins.infer(tiny, p) for p in (tmp_path / "a.png", Image.fromarray(array), array)]
+    for other in found[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(found[0], other))
+    depth, std, centers, e = found[0]
+    assert depth.shape == std.shape == (90, 121) and centers.shape == (256,) and e.shape == (8,)
+    assert all(x.dtype == np.float32 for x in found[0])
+    # by hand, at the width that the network wants
+    size = (round(90 * 640 / 121), 640)
+    image = torch.from_numpy(array).permute(2, 0, 1)[None] / 255
+    image = F.interpolate(image, size, mode="bilinear", antialias=True)
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    with torch.no_grad():
+        _, c, _, _, p = tiny.distribution((image - mean) / deviation)
+        mean_depth = (c[:, :, None, None] * p).sum(1, keepdim=True)
+        spread = (p * (c[:, :, None, None] - mean_depth).square()).sum(1, keepdim=True).sqrt()
+    close(depth, cabins.resize(mean_depth, (90, 121))[0, 0], 1e-5)
+    close(std, cabins.resize(spread, (90, 121))[0, 0], 1e-3)
+    with pytest.raises(ValueError, match=r"picture is float64 of shape .*; an array must be uint8"):
+        cabins.infer(tiny, array / 255)
+    deep = Image.fromarray(array[..., 0].astype(np.uint16) * 16)  # 12 bits in 16
+    assert abs(cabins.read_picture(deep)[..., 0].astype(int) - array[..., 0]).max() <= 1
+
+
+def test_the_authors_networks_want_the_width_of_their_data(released):
+    assert cabins.load_checkpoint(released, max_depth=10.0).config.image_width == 640
+    assert cabins.load_checkpoint(released, max_depth=80.0).config.image_width == 1216
+
+
+# ---- Sec. 4.1  The recipe, observed --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nyu", "kitti", "list"])
+def test_the_spread_of_a_thousand_recoloured_pixels(name):
+    """Gamma, brightness and colour reach the ends of their ranges and no further."""
+    spread = {"nyu": 0.25, "kitti": 0.1, "list": 0.1}[name]
+    recipe = data.DATASETS[name]._replace(crop=(2, 2), rotation=0.0)
+    mean, std = torch.tensor([cabins.Config.image_mean, cabins.Config.image_std])
+    ranges = {}
+    for level in (255, 64):
+        image = torch.full((1500, 3, 2, 2), level, dtype=torch.uint8)
+        depth = torch.ones(1500, 1, 2, 2)
+        out, _ = data.augment(image, depth, recipe, generator(level))
+        value = out[:, :, 0, 0] * std + mean  # (1500, 3)
+        changed = ((value - level / 255).abs() > 1e-5).any(1)
+        assert level == 255 or 0.45 < changed.float().mean() < 0.55  # white stays so if brightened
+        ranges[level] = value[changed]
+    low, high = (1 - spread) * 0.9, (1 + spread) * 1.1  # brightness, and each colour
+    white = ranges[255]
+    assert low <= white.min() < low * 1.05 and white.max() == pytest.approx(1, abs=1e-6)
+    ratio = white.amax(1) / white.amin(1)  # brightness leaves it alone, colour does not
+    assert 1.1 < ratio.max() <= 1.1 / 0.9 + 1e-5
+    dark = ranges[64].log() / math.log(64 / 255)
+    ends = (0.9 + math.log(high) / math.log(64 / 255), 1.1 + math.log(low) / math.log(64 / 255))
+    assert ends[0] <= dark.min() < ends[0] + 0.05 and ends[1] - 0.05 < dark.max() <= ends[1]
+
+
+@pytest.mark.parametrize(
+    "name, degrees", [("nyu", 2.5), ("kitti", 1.0), ("list", 2.5), ("toy", 0.0)]
+)
+def test_rotation_reaches_its_limits(name, degrees):
+    recipe = data.DATASETS[name]._replace(crop=(201, 201))
+    depth = torch.zeros(300, 1, 201, 201)
+    depth[:, 0, 100, :] = torch.arange(1.0, 202.0)  # a level line through the centre
+    _, out = data.augment(
+        torch.zeros(300, 3, 201, 201, dtype=torch.uint8), depth, recipe, generator()
+    )
+    angles = []
+    for row in out[:, 0]:
+        ys, xs = row.nonzero(as_tuple=True)
+        x, y = xs - 100.0, ys - 100.0
+        angles.append(math.degrees(math.atan2((x * y).sum(), (x * x).sum())))
+    assert max(angles) == pytest.approx(degrees, abs=0.12) == -min(angles)
+
+
+def test_recipes_sizes_and_scales():
+    nyu, kitti = data.DATASETS["nyu"], data.DATASETS["kitti"]
+    assert (nyu.crop, nyu.depth_scale, nyu.max_depth) == ((416, 544), 1000, 10)
+    assert (kitti.crop, kitti.depth_scale, kitti.max_depth) == ((352, 704), 256, 80)
+    assert data.fixed_crop("nyu", 480, 640, True) == (45, 472, 43, 608)
+    assert data.fixed_crop("nyu", 480, 640, False) == (0, 480, 0, 640)
+    assert data.fixed_crop("kitti", 375, 1242, True) == (23, 375, 13, 1229)
+    rows, columns = data.evaluation_windows("kitti", 375, 1242)["nested"]
+    assert (rows, columns) == (slice(143, 349), slice(43, 1172))
+    rows, columns = data.evaluation_windows("nyu", 480, 640)["eigen"]
+    assert (rows, columns) == (slice(45, 471), slice(41, 601))
+    hashes = [sha256[:8] for _, sha256 in data.LISTS.values()]
+    assert hashes == ["66e2beb7", "e92c191d", "dd5e51c2", "1a631c1b"]
+    assert [n for n, _ in data.LISTS.values()] == [24_231, 654, 23_158, 697]
+
+
+def test_the_optimizer_and_its_schedule():
+    learner, _ = toy_learner("--lr", "1e-3")
+    groups = learner.optimizer.param_groups
+    assert {(g["weight_decay"], g["betas"][1], g["eps"]) for g in groups} == {(0.1, 0.999, 1e-8)}
+    rates, momenta = [], []
+    for _ in range(100):
+        rates.append(groups[0]["lr"])
+        momenta.append(groups[-1]["betas"][0])
+        learner.optimizer.step()
+        learner.scheduler.step()
+    assert rates[0] == pytest.approx(1e-3 / 25) and max(rates) == pytest.approx(1e-3)
+    assert rates.index(max(rates)) == 29 and rates[-1] == pytest.approx(1e-3 / 2500)
+    assert (max(momenta), min(momenta)) == pytest.approx((0.95, 0.85))
+    args, _ = train.parse_args(["--data", "nyu", "--root", "."])
+    assert (args.lr, args.epochs, args.batch_size, args.backbone) == (3.57e-5, 25, 8, "RN101")
+
+
+def test_gradients_are_clipped_at_a_tenth_and_cleared():
+    learner, batch = toy_learner()
+    for number in (1, 2):
+        _, _, result = learner.step(batch, number)
+        squares = [p.grad.square().sum() for p in learner.model.parameters() if p.grad is not None]
+        assert result[1] > 0.1 and sum(squares).sqrt().item() == pytest.approx(0.1, rel=1e-3)
+
+
+def test_prompts_start_as_coops_do_or_as_the_released(few_rooms, tmp_path):
+    for options, std, amp in ((["--amp", "bf16"], 0.02, "bf16"), (["--as-released"], 0.88, "off")):
+        args, saved = train.parse_args(["--out", str(tmp_path / amp), *options])
+        run = train.Run(args, saved)
+        prompts = run.learner.model.prompts
+        assert prompts.std().item() == pytest.approx(std, rel=0.1) and args.amp == amp
+        assert prompts.abs().max() < (2.001 if args.as_released else 0.1)
+
+
+def test_as_released_keeps_the_last_batch_and_one_order(few_rooms, tmp_path):
+    options = ["--batch-size", "3", "--epochs", "2", "--out", str(tmp_path)]
+    for is_released, n_steps in ((False, 4), (True, 6)):  # 8 pairs: 2 or 3 steps an epoch
+        args, saved = train.parse_args([*options, *["--as-released"][:is_released]])
+        run = train.Run(args, saved)
+        assert run.n_steps == n_steps
+        order = list(train.batches(run.dataset, args, range(n_steps), run.per_epoch))
+        first, second = order[: n_steps // 2], order[n_steps // 2 :]
+        assert (first == second) == is_released
+        assert [len(batch) for batch in first] == ([3, 3, 2] if is_released else [3, 3])
+
+
+@needs_goldens
+def test_the_released_training_loop(released, monkeypatch):
+    golden = json.loads((GOLDENS / "train_nyu.json").read_text())
+    model = cabins.load_checkpoint(released, max_depth=10.0).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    monkeypatch.setattr(data, "augment", lambda image, depth, *_: (image, depth))
+    args, _ = train.parse_args(["--as-released", "--lr", str(golden["lr"])])
+    recipe, device = data.DATASETS["nyu"], torch.device("cpu")
+    learner = train.Learner(model, args, recipe, golden["n_steps_of_schedule"], device)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batch = {"image": torch.from_numpy(normal("image", (2, 3, 96, 128))), "depth": made_truth()}
+    for number, known in enumerate(golden["steps"]):
+        assert learner.scheduler.get_last_lr()[0] == pytest.approx(known["lr"][0], rel=1e-6)
+        loss, norm = learner.step(batch, number)[2].tolist()
+        first = number == 0
+        assert loss == pytest.approx(known["loss"], rel=1e-4 if first else 1e-2)
+        assert norm == pytest.approx(known["grad_norm"], rel=1e-2 if first else 0.25)
+    after = {their_name(k): (v - before[k]).norm() for k, v in model.state_dict().items() if v.ndim}
+    for name, moved in golden["moved_norm"].items():
+        assert after.get(name, torch.zeros(())).item() == pytest.approx(moved, rel=0.08), name
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_step_on_a_gpu_that_is_not_here(amp, monkeypatch):
+    """Shapes, devices and reads of values of a step's forward and loss; no kernel is run."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def grid_sample(x, grid, *_, **__):  # which has no fake kernel for CUDA
+        assert x.device == grid.device
+        return x.new_empty(*x.shape[:2], *grid.shape[1:3])
+
+    monkeypatch.setattr(F, "grid_sample", grid_sample)
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda x, **_: x)  # reads values
+    args, _ = train.parse_args(["--amp", amp])
+    mode, device = FakeTensorMode(), torch.device("cuda")
+    with mode, device:  # all that is made is on the GPU
+        model = cabins.CaBins(TINY)
+    learner = train.Learner.__new__(train.Learner)
+    learner.model = learner.network = model
+    learner.args, learner.recipe, learner.device = args, data.DATASETS["toy"], device
+    learner.amp, learner.rank, learner.n_processes = data.autocast(device, amp), 0, 1
+    with mode:
+        image = torch.empty(2, 3, 96, 128, dtype=torch.uint8)
+        batch = {"image": image, "depth": torch.empty(2, 1, 96, 128)}
+        prediction, depth, loss = learner.forward(batch, 1)
+    assert {x.device.type for x in (*prediction, depth, loss)} == {"cuda"}
+    assert all(x.dtype == torch.float32 for x in (*prediction, loss))
+
+
+class NoTable(torch.utils._python_dispatch.TorchDispatchMode):
+    """Refuses tensors of as many elements as pixels x centres."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            assert not torch.is_tensor(x) or x.numel() < 256 * 2000, operation
+        return result
+
+
+def test_chamfer_makes_no_table_of_pixels_and_centres():
+    target = torch.rand(1, 1, 40, 50, generator=generator()) * 10
+    c = (torch.rand(1, 256, generator=generator(1)) * 10).sort(1).values.requires_grad_()
+    with NoTable():
+        cabins.chamfer_loss(c, target, target > 0).backward()
+        with pytest.raises(AssertionError):
+            brute_force_chamfer(c, target, target > 0)
+
+
+def test_own_lists_leave_out_what_is_too_far_and_have_baselines(no_figures, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        image = rng.integers(0, 255, (96, 128, 3), np.uint8)
+        depth = np.full((96, 128), 2000, np.uint16)
+        depth[:10] = 65535  # none
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+        Image.fromarray(depth).save(tmp_path / f"d{i}.png")
+    split = tmp_path / "list.txt"
+    split.write_text("".join(f"{i}.png d{i}.png\n" for i in range(6)))
+    own = data.DepthDataset("list", tmp_path, split, train=True)
+    assert own[0]["depth"].unique().tolist() == [0, 2]
+    options = ["--data", "list", "--root", tmp_path, "--train-split", split, "--test-split", split]
+    run_train(
+        *options, "--backbone", "tiny", "--epochs", 1, "--batch-size", 2, "--out", tmp_path / "o"
+    )
+    printed = capsys.readouterr().out
+    assert cabins.load_checkpoint(tmp_path / "o" / "last.pt").config.image_width == 128
+    rows = {line.split(",")[0]: line.split() for line in printed.splitlines()}
+    assert "best constant" in printed and "mean of 6 training depths" in printed
+    assert "best.pt" in rows and "last.pt" in rows
+    assert rows["best constant"][4] == "0.000"  # AbsRel: all depths are 2 m
+
+
+def test_likely_reasons_of_missing_files_are_named(tmp_path):
+    split = tmp_path / "list.txt"
+    split.write_text("a/rgb_1.jpg a/sync_depth_1.png 1\n")
+    (tmp_path / "official_splits" / "train").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="has the 795 labelled pairs"):
+        data.DepthDataset("nyu", tmp_path, split, train=True)
+    raw = "2011_09_26_drive_0001_sync/proj_depth/velodyne_raw/image_02/0000000005.png"
+    (tmp_path / "train" / raw).parent.mkdir(parents=True)
+    (tmp_path / "train" / raw).touch()
+    split.write_text(KITTI_LIST.splitlines()[0])
+    with pytest.raises(FileNotFoundError, match="velodyne_raw is raw LiDAR"):
+        data.DepthDataset("kitti", tmp_path, split)
+    split.write_text(KITTI_LIST.splitlines()[1])
+    with pytest.raises(FileNotFoundError, match="has two parts, train/ and val/"):
+        data.DepthDataset("kitti", tmp_path, split)
+
+
+def test_nyus_test_pairs_come_from_the_mat_where_the_files_are_not(tmp_path):
+    (tmp_path / data.NYU_MAT).touch()
+    write_pair(tmp_path / "bath", "00001")
+    split = tmp_path / "list.txt"
+    split.write_text(
+        "".join(f"bath/rgb_0000{i}.jpg bath/sync_depth_0000{i}.png 1\n" for i in (1, 2))
+    )
+    nyu = data.DepthDataset("nyu", tmp_path, split)
+    assert nyu.pairs[1] == (tmp_path / data.NYU_MAT, 2) and nyu.pairs[0][0].endswith(
+        "rgb_00001.jpg"
+    )
+    with pytest.raises(FileNotFoundError, match="2 of the 4 files"):
+        data.DepthDataset("nyu", tmp_path, split, train=True)
 
 
 # ---- Bad input: one sentence that names the file or value, and the remedy ------------------------

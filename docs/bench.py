@@ -40,10 +40,7 @@ def product_rate(amp: str) -> float:
 
 
 def print_rows(title: str, settings: dict[str, str], make, n: int, n_rounds: int) -> None:
-    """Print a row of each setting, the plain one first. They take turns. `make` gives what is timed.
-
-    Times are medians, ± half of the interquartile range.
-    """
+    """Print a row of each setting, the plain one first: medians, ± half the interquartile range."""
     runs, memory = [], []
     for amp in settings.values():
         data.go_fast(bool(runs))  # not for the plain one
@@ -106,18 +103,14 @@ def main(argv: list[str] | None = None) -> None:
     settings = {"plain fp32": "off", "fp32, channels_last": "off", "bf16, channels_last": "bf16"}
     sizes, batch_sizes, make = ["480x640", "352x1216"], [1, 8], make_pass
     if args.what == "train":
-        fast = f"--amp {args.amp}" + " --compile" * args.compile
-        settings = {"plain fp32": "off", fast: args.amp}
+        settings = {"plain fp32": "off", f"amp {args.amp}, compile {args.compile}": args.amp}
         sizes, batch_sizes, make = ["416x544"], [8], make_step
     sizes, batch_sizes, path = args.size or sizes, args.batch_size or batch_sizes, args.checkpoint
     if not all(re.fullmatch(r"\d+x\d+", s) for s in sizes) or min(args.steps, *batch_sizes) < 1:
         raise ValueError("--size must be as 416x544, --batch-size and --steps at least 1")
     model = cabins.load_checkpoint(path) if path else cabins.CaBins(cabins.Config(args.backbone))
-    print(
-        "| | ms | speed-up | images/s | peak GB | TFLOP | TFLOP/s | of a product's |\n"
-        + "|---" * 8
-        + "|"
-    )
+    print("| | ms | speed-up | images/s | peak GB | TFLOP | TFLOP/s | of a product's |")
+    print("|" + "---|" * 8)
     for size, n in itertools.product(sizes, batch_sizes):
         run = partial(make, model, args, tuple(map(int, size.split("x"))), n)
         print_rows(f"{model.config.backbone}, {size}, batch {n}", settings, run, n, args.steps)
