@@ -1,46 +1,51 @@
 """CaBins: CLIP-based Adaptive Bins for Monocular Depth Estimation, in the order of the paper.
 
-One RGB image goes in, metres per pixel come out. CLIP's image encoder predicts 256 depth bins for
-the image (Eq. 1). They are condensed to 8 distances, the CaBins (Eq. 2). Each distance is written
-as a number into a text prompt for CLIP's frozen text encoder. The text embeddings look at the image
-(Eq. 3) and are compared with every place in it (Eq. 4). A decoder turns the similarities and the
-image features into a probability over the bins at every pixel. Depth is its mean (Eq. 5).
+One RGB image goes in, metres per pixel come out. An MLP on CLIP's image embedding predicts 256
+depth bins for the image (Eq. 1). They are condensed to 8 distances, the CaBins (Eq. 2). Each is
+written as a number into a text prompt for CLIP's frozen text encoder. The text embeddings look at
+the image (Eq. 3) and are compared with every place in it (Eq. 4). A decoder turns the similarities
+and the image features into a probability over the bins at every pixel. Depth is the mean of the bin
+centres under this probability (Eq. 5).
 
 Read downwards, with the paper beside it. `CaBins.forward` is Figure 2.
 
     code           paper         shape                 what                               section
     image          I             (B, 3, H, W)          normalised RGB of B images
-    pyramid        {x_i}         4 of (B, C_i, …, …)   features at strides 4, 8, 16, 32   3.2.1
+    pyramid        {x_i}         4 of (B, C_i, …, …)   stages, at strides 4, 8, 16, 32    3.2.1
     z_bar          z̄             (B, D)                global image embedding             3.2.1
-    z              z             (B, D, h, w)          dense image embedding, stride 32   3.2.1
+    z              z             (B, D, h, w)          image embedding of every place     3.2.1
     b              b′, then b    (B, n_bins)           bin widths, before and after       3.2.1
                                                        they are divided by their sum
-    c, centers     c(b)          (B, n_bins)           bin centres, m                     3.2.1
-    m              m_k           (B, K, 1)             mean of each group of centres, m   3.2.2
+    c, centers     c(b)          (B, n_bins)           bin centres, metres                3.2.1
+    m              m_k           (B, K, 1)             mean of each group, metres         3.2.2
     w              w_i           (B, K, n_g)           weights in a group, sum 1          3.2.2
-    e, cabins      {e_k}         (B, K)                CaBins: the distance classes, m    3.2.2
+    e, cabins      {e_k}         (B, K)                CaBins: distance classes, metres   3.2.2
     prompts        p ∈ R^(N×512) (N, 512)              learnable context of each text     3.2.3
     t              t             (B, K, D)             text embeddings                    3.2.3
-    v_post, gamma  v_post, γ     (B, K, D), (D,)       what the image tells the text      3.2.3
+    v_post, gamma  v_post, γ     (B, K, D), (D,)       what the image adds, and its scale 3.2.3
     s, similarity  s             (B, K, h, w)          cosine of z and t                  3.2.4
     p              p             (B, n_bins, H/2, W/2) probability of each bin            3.2.4
-    d, depth       d             (B, 1, H, W)          depth, m                           3.2.4
-    target         d*, X         (B, 1, H, W)          ground truth, m; 0 is none         3.3
+    d, depth       d             (B, 1, H/2, W/2)      depth, metres; then H x W          3.2.4
+    target         d*            (B, 1, H, W)          ground truth, metres; 0 is none    3.3
+    x              X             (B, HW)               the set of its valid depths        3.3
     g              g_i           (B, 1, H, W)          log d - log d*                     3.3
 
-Constants: n_bins = 256 bins in K = n_cabins = 8 groups of n_g = 32; N = n_prompts = 8;
-λ = LAMBDA = 0.85, α = ALPHA = 10, β = BETA = 0.1; d_min and d_max are min_depth and max_depth.
+h, w are the size of z: H/32, W/32 for the ResNets, H/16, W/16 for ViT. x is the feature map x_4, and x̄
+its mean; C_i are the channels of x_i; ẑ and t̂ are z and t of length 1.
 
-The width D of CLIP's joint embedding is 1024 for RN50 and 512 for RN101 (Sec. 3.1) and for ViT-B/16.
-The paper writes t and γ with 512, as its network is RN101. The 512 of the prompts is another width,
-that of the text encoder's tokens, and is the same for all three.
+The paper's values: n_bins = 256 bins in K = n_cabins = 8 groups of n_g = 32; N = n_prompts = 8;
+λ = LAMBDA = 0.85, α = ALPHA = 10, β = BETA = 0.1, ε = 1e-4. d_min, d_max are min_depth, max_depth.
 
-The paper uses some symbols twice. p is the prompts and the probability. i counts bins and pixels.
-k counts groups in Eq. 2 and bins in Eq. 5. "CaBins" is the network, the module of Sec. 3.2.2 and the
-K values that it gives; in the code the network is `CaBins` and the values are `cabins` or `e`.
+D, the width of CLIP's joint embedding, is 1024 for RN50 and 512 for RN101 (Sec. 3.1) and ViT-B/16.
+The paper writes t and γ with 512, because its network is RN101. The 512 of the prompts is another
+width, that of the text encoder's tokens, and is the same for all three.
 
-NOTE(differs) marks a place where paper, released code and this code are not the same.
-NOTE(paper silent) marks a choice that the paper leaves open. README's ledger lists them all.
+The paper uses some symbols twice. p is the prompts and the probability. i counts bins, pixels and
+stages. k counts groups in Eq. 2 and bins in Eq. 5. "CaBins" is the network, the module of Sec.
+3.2.2 and its K values; in the code the network is `CaBins` and the values are `cabins` or `e`.
+
+NOTE(differs): at least one of paper, released code and this code is different.
+NOTE(paper silent): the paper leaves this open. README's ledger lists both kinds.
 """
 
 import dataclasses
@@ -71,8 +76,8 @@ class Architecture(NamedTuple):
 
     embed_dim: int  # D
     layers: tuple[int, ...]  # ResNet: blocks in each of the four stages; ViT: blocks in all
-    width: int  # ResNet: the pyramid has 4, 8, 16 and 32 times as many channels; ViT: of a token
-    grid: int  # side of the square of positions that CLIP was trained with
+    width: int  # ResNet: channels of the stem; ViT: of a token
+    grid: int  # positions along a side in CLIP's training
     text_width: int  # of a text token, and so of a prompt
     text_layers: int
     context_length: int = 77  # the longest text, in tokens
@@ -91,7 +96,7 @@ SEMANTIC_BINS += ["far", "farthest", "unseen"]  # Sec. 4.6
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a network computes. A checkpoint carries these fields; depths are in metres.
+    """The settings of a network. A checkpoint carries these fields; depths are in metres.
 
     Raises ValueError, naming the field and what it may be.
     """
@@ -101,11 +106,11 @@ class Config:
     n_bins: int = 256
     n_cabins: int = 8  # K
     n_prompts: int = 8  # N
-    min_depth: float = 1e-3  # d_min
+    min_depth: float = 1e-3  # d_min. NOTE(paper silent): the released code's value
     max_depth: float = 10.0  # d_max
-    image_width: int = 640  # of the images that it is trained on, in pixels; `infer` resizes to it
+    image_width: int = 640  # longer side, in pixels, of the images in training
     # NOTE(paper silent): how images are normalised. The released code takes ImageNet's mean and
-    # std, not CLIP's. They are the same for every network, and so no fields of a checkpoint.
+    # std, not CLIP's. All networks share them, so a checkpoint does not store them.
     image_mean: ClassVar = (0.485, 0.456, 0.406)  # red, green, blue, of images from 0 to 1
     image_std: ClassVar = (0.229, 0.224, 0.225)
 
@@ -131,11 +136,10 @@ class Config:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, is_causal: bool = False) -> Tensor:
-    """Multi-head attention of queries (B, Lq, C) to keys and values (B, Lk, C): (B, Lq, C).
+    """Multi-head attention of q (B, Lq, C) to k and v (B, Lk, C) gives (B, Lq, C).
 
-    Four modules use it: in CLIP, `SelfAttention` among the tokens of a text (or of ViT's image) and
-    `AttentionPool` over the places of the image; in Eq. 3, `Attention` among the K texts and then
-    from the texts to the image.
+    CLIP attends among tokens (`SelfAttention`) and over the image (`AttentionPool`). Eq. 3 attends
+    among the texts and from texts to image (`Attention`).
     """
     q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, n, L, C/n)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
@@ -155,7 +159,7 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(4 * width)
         self.pool = nn.AvgPool2d(stride)
         self.downsample = nn.Identity()
-        if stride > 1 or in_channels != 4 * width:
+        if in_channels != 4 * width:
             self.downsample = nn.Sequential(
                 nn.Conv2d(in_channels, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
             )
@@ -215,7 +219,7 @@ def transformer(width: int, n_layers: int, is_causal: bool) -> nn.Sequential:
 
 
 def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
-    """Positions of a global token and a square grid (1 + n², C), for a grid of h x w.
+    """Positions (1 + n², C) of a global token and an n x n grid, resized to (1 + hw, C).
 
     NOTE(paper silent): this resizing does not align corners and `resize` below does. Both are so in
     the released code.
@@ -227,7 +231,7 @@ def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
 
 
 class AttentionPool(nn.Module):
-    """CLIP's MHA module. In CLIP only the mean token x̄ attends; here every token does.
+    """CLIP's MHA module. In CLIP only the mean token x̄ is a query; here every token is.
 
     That turns CLIP's one embedding per image into one per place. x̄'s own output does not depend on
     the other queries, so z̄ is still CLIP's image embedding.
@@ -260,7 +264,7 @@ class ResNet(nn.Module):
 
     def __init__(self, layers: tuple[int, ...], width: int, embed_dim: int, grid: int):
         super().__init__()
-        # the stem: three convolutions and an average pool, in place of ResNet's one and max pool
+        # the stem: ResNet has one convolution and a max pool, CLIP three and an average pool
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
@@ -291,9 +295,9 @@ class AdaptiveBins(nn.Module):
     """Bin widths b (B, n_bins), positive and of sum 1, from the global embedding z̄ (B, D).
 
     NOTE(differs): the paper says "MLP with ReLU". The released one has LeakyReLU between its layers
-    and ReLU + 0.1 at the end, and so has this. The 0.1 keeps every bin open: none has width 0, and
-    none takes more of the range than the 0.1 of each of the others leave. With ReLU alone a bin at
-    0 would get no gradient and stay shut.
+    and ReLU + 0.1 at the end, and so has this. The 0.1 keeps every bin open and so leaves none the
+    whole range; with ReLU alone, outputs that are all negative would give 0 / 0.
+    NOTE(paper silent): the hidden widths, 512 and 256.
     """
 
     def __init__(self, embed_dim: int, n_bins: int):
@@ -307,13 +311,16 @@ class AdaptiveBins(nn.Module):
         )
 
     def forward(self, z_bar: Tensor) -> Tensor:
-        # float32 from here on, under autocast too: bfloat16 has steps of 6 cm at 10 m
+        # bins stay in float32 under autocast: bfloat16 has steps of 6 cm at 10 m
         b = F.relu(self.mlp(z_bar).float()) + 0.1  # b′
         return b / b.sum(1, keepdim=True)
 
 
 def bin_centers(b: Tensor, min_depth: float, max_depth: float) -> Tensor:
-    """Depth at the centre of each bin, in metres: (B, n_bins) from b (B, n_bins) of sum 1."""
+    """Depth at the centre of each bin, in metres: (B, n_bins) from b (B, n_bins) of sum 1.
+
+    The cumulative sum includes b_i, so half of it is taken off.
+    """
     # Eq. 1:  c(b_i) = d_min + (d_max - d_min) (b_i / 2 + Σ_{j<i} b_j)
     return min_depth + (max_depth - min_depth) * (b.cumsum(1) - b / 2)
 
@@ -324,13 +331,14 @@ def bin_centers(b: Tensor, min_depth: float, max_depth: float) -> Tensor:
 def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Tensor:
     """One distance for each group of adjacent bins: (B, K) metres from centres (B, n_bins).
 
-    `kind` is a row of Table 3: "cabins" (Eq. 2), "median" (the lower one, a real bin centre) or
-    "mean". The row "semantic" has phrases in place of distances. Raises ValueError.
+    `kind` is a row of Table 3: "cabins" (Eq. 2), "median" or "mean". The row "semantic" has phrases
+    in place of distances. Raises ValueError for another kind.
+    NOTE(paper silent): which median. Of an even number this is the lower one, a real bin centre.
 
-    Eq. 2 is nearly a median, and how nearly depends on the unit, because 1 / |c - m| is not free of
-    scale. Take 256 equal bins over 10 m: in a group of 32, the two bins in the middle get a weight
-    of 0.50 each and the next 1e-15. Over 80 m it is 0.47 and 0.007. In centimetres it would be
-    nearly the mean. Table 3 fits that: its four rows have the same AbsRel, 0.059.
+    Eq. 2 nearly picks the bin centre that is nearest to the group's mean, which for equal bins is a
+    median. How nearly depends on the unit, because 1 / |c - m| has one. With 256 equal bins over
+    10 m, the two in the middle of a group get a weight of 0.50 each and the next 1e-15; over 80 m,
+    0.47 and 0.007. In centimetres it would be nearly the mean. All rows of Table 3 have AbsRel 0.059.
     """
     if centers.shape[1] % n_groups:
         raise ValueError(f"n_groups is {n_groups}; it must divide the {centers.shape[1]} bins")
@@ -351,7 +359,7 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
 
 
 class CLIP(nn.Module):
-    """CLIP's two encoders. The image encoder is trained, the text encoder is frozen."""
+    """Both encoders of CLIP. The image encoder is trained, the text encoder is frozen."""
 
     def __init__(self, architecture: Architecture):
         super().__init__()
@@ -366,8 +374,10 @@ class CLIP(nn.Module):
         self.ln_final = nn.LayerNorm(a.text_width)
         projection = torch.randn(a.text_width, a.embed_dim) / a.text_width**0.5
         self.text_projection = nn.Parameter(projection)
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # not used by CaBins: Eq. 4
-        # NOTE(differs): the released code trains its token embedding; the paper freezes all of it
+        self.logit_scale = nn.Parameter(
+            torch.tensor(1 / 0.07).log()
+        )  # in CLIP's files; Eq. 4 has none
+        # NOTE(differs): as in the paper, all of the text encoder; the released token embedding learns
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith("visual."))
 
@@ -378,8 +388,8 @@ class CLIP(nn.Module):
         CoOp. They are learnable words: the gradient passes through the frozen encoder to them.
 
         The encoder is causal and a text's embedding is its end token's, so what follows the end
-        token changes nothing. Therefore T need only be as long as the longest text: 17 positions
-        with the prompts, not 77.
+        token changes nothing. T need only be the longest text's length: with 8 prompts and a number
+        17 positions are encoded, not 77.
         """
         x = self.token_embedding(ids)  # (L, T, text_width)
         end = ids.argmax(-1)  # (L,); the end token has the highest id
@@ -393,7 +403,7 @@ class CLIP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with separate projections without bias, as in DenseCLIP."""
+    """Multi-head attention as in DenseCLIP: q, k and v are projected apart, without bias."""
 
     def __init__(self, width: int, n_heads: int, dropout: float):
         super().__init__()
@@ -451,7 +461,7 @@ class ContextDecoder(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # so small that Eq. 3 changes nothing at first: training starts from CLIP's own embeddings
+        # so small that Eq. 3 changes almost nothing at first: training starts from CLIP's embeddings
         self.gamma = nn.Parameter(torch.full((embed_dim,), 1e-4))
 
     def forward(self, t: Tensor, z_bar: Tensor, z: Tensor) -> Tensor:
@@ -471,7 +481,7 @@ class ContextDecoder(nn.Module):
 def cosine_similarity(z: Tensor, t: Tensor) -> Tensor:
     """Cosine of every place in the image z (B, D, h, w) and every text t (B, K, D): (B, K, h, w).
 
-    CLIP would multiply it with its learnt temperature, `logit_scale`. Eq. 4 has none.
+    CLIP multiplies it by a learnt temperature, `logit_scale`. Eq. 4 has none.
     """
     # Eq. 4:  s = ẑ · t̂
     return torch.einsum("bdhw,bkd->bkhw", F.normalize(z, dim=1), F.normalize(t, dim=2))
@@ -491,13 +501,13 @@ def conv_block(inputs: int, outputs: int) -> nn.Sequential:
 class DepthDecoder(nn.Module):
     """Probability p (B, n_bins, H/2, W/2) of every bin, from the pyramid and s (B, K, h, w).
 
-    s enters as K = 8 of 2056 channels at stride 32, beside x4, from which z itself is made. Nothing
-    in the loss asks s to mean anything: there is no loss on s as DenseCLIP has. `eval.py --ablate`
-    measures what the network does without it.
+    With a ResNet, s is 8 of 2056 channels at stride 32, beside x4, from which z itself is made. No
+    loss asks s to mean anything; DenseCLIP has a loss on s. `eval.py --ablate` measures a trained
+    network with s set to 0.
 
-    NOTE(paper silent): channels, convolutions and the padding of the first one, which puts a ring of
-    one pixel with only the bias in it around the map at stride 32. All are the released code's.
-    NOTE(differs): the head's width is n_bins in the paper and a literal 256 in the released code.
+    NOTE(paper silent): channels and convolutions. The first, 1 x 1, has padding 1: it adds a border
+    that holds only its bias. All are the released code's.
+    NOTE(differs): `features` has n_bins channels in the paper, and always 256 in the released code.
     """
 
     def __init__(self, channels: list[int], n_cabins: int, n_bins: int):
@@ -506,47 +516,46 @@ class DepthDecoder(nn.Module):
         self.reduce = nn.Conv2d(n + n_cabins, n, 1, padding=1)
         self.up = nn.ModuleList()
         for skip in reversed(skips):  # of x3, x2, x1
-            self.up.append(
-                nn.Sequential(*conv_block(n + skip, n // 2), *conv_block(n // 2, n // 2))
-            )
+            blocks = [*conv_block(n + skip, n // 2), *conv_block(n // 2, n // 2)]
+            self.up.append(nn.Sequential(*blocks))
             n = n // 2
-        # Nothing stands between these two, so they are one linear map, which the paper writes as two.
+        # with nothing between them, these two are one linear map, written as two
         self.features = nn.Conv2d(n, n_bins, 3, padding=1)
         self.logits = nn.Conv2d(n_bins, n_bins, 1)
 
     def forward(self, pyramid: list[Tensor], s: Tensor) -> Tensor:
         *skips, x4 = pyramid
-        s = resize(s, x4.shape[-2:])  # ViT's s has stride 16; the others keep theirs
-        x = self.reduce(torch.cat([x4, s], dim=1))  # (B, C_4, h + 2, w + 2)
+        s = resize(s, x4.shape[-2:])  # only ViT's s, at stride 16, changes its size
+        x = self.reduce(torch.cat([x4, s], dim=1))  # (B, C_4, H/32 + 2, W/32 + 2)
         for up, skip in zip(self.up, reversed(skips)):
-            x = torch.cat([resize(x, skip.shape[-2:]), skip], dim=1)  # (B, C + C_skip, h_skip, …)
-            x = up(x)  # (B, C / 2, h_skip, w_skip)
+            x = torch.cat([resize(x, skip.shape[-2:]), skip], dim=1)  # (B, C + C_skip, …)
+            x = up(x)  # (B, C / 2, …), at the skip's size
         x = resize(x, (2 * x.shape[-2], 2 * x.shape[-1]))  # (B, C_4 / 8, H/2, W/2)
-        # float32 under autocast; p is kept for the gradient, the logits are not
-        return self.logits(self.features(x)).softmax(dim=1)  # (B, n_bins, H/2, W/2)
+        # softmax keeps p for its gradient, and no logits
+        return self.logits(self.features(x)).softmax(
+            dim=1, dtype=torch.float32
+        )  # (B, n_bins, H/2, W/2)
 
 
 def expected_depth(centers: Tensor, p: Tensor) -> Tensor:
-    """Depth (B, 1, h, w) in metres of centres (B, n_bins) with probabilities p (B, n_bins, h, w).
+    """Depth (B, 1, H/2, W/2) in metres of centres (B, n_bins) under p (B, n_bins, H/2, W/2).
 
-    Depth is a mean of the centres, so it never leaves [c_1, c_n]. With `p` at H/2 x W/2 depth is made
-    at half of the image's size, and then upsampled.
+    It is a mean of the centres, so it never leaves the range from the first to the last of them. It
+    is made at half of the image's size, and upsampled after.
     """
-    # Eq. 5:  d_i = Σ_k c(b_k) p_ik
-    return (centers[:, :, None, None] * p).sum(
-        1, keepdim=True
-    )  # einsum would be bfloat16 in autocast
+    # Eq. 5:  d_i = Σ_k c(b_k) p_ik      (einsum would run in bfloat16 under autocast)
+    return (centers[:, :, None, None] * p).sum(1, keepdim=True)
 
 
 # ---- Figure 2: the network -----------------------------------------------------------------------
 
 
 class Prediction(NamedTuple):
-    """What CaBins says of a batch of images, in float32 under autocast too."""
+    """The output of CaBins, in float32 under autocast too."""
 
     depth: Tensor  # (B, 1, H, W) metres
     centers: Tensor  # (B, n_bins) metres, increasing
-    cabins: Tensor  # (B, K) metres; given for semantic prompts too, which do not use them
+    cabins: Tensor  # (B, K) metres; semantic prompts do not use them
     similarity: Tensor  # (B, K, h, w), from -1 to 1
 
 
@@ -569,7 +578,7 @@ class CaBins(nn.Module):
         n_positions = clip.architecture.context_length
         if clip.architecture != expected._replace(context_length=n_positions):
             raise ValueError(f"backbone is {config.backbone}; the CLIP given is another")
-        self.integer_digits = len(f"{config.max_depth:.0f}")  # rounded, as the numbers are
+        self.integer_digits = len(f"{config.max_depth:.0f}")  # before the point
         most = n_positions - number_tokens(torch.zeros(()), self.integer_digits).numel()
         if config.n_prompts > most:
             raise ValueError(f"n_prompts is {config.n_prompts}; at most {most} fit beside a number")
@@ -577,21 +586,21 @@ class CaBins(nn.Module):
         self.clip = clip
         embed_dim = expected.embed_dim
         self.bins = AdaptiveBins(embed_dim, config.n_bins)
-        # NOTE(differs): CoOp's std is 0.02; the released code starts at std 1, and stays there
+        # NOTE(differs): prompts start at CoOp's std of 0.02, the released code's at 1
         self.prompts = nn.Parameter(torch.empty(config.n_prompts, expected.text_width))
         nn.init.trunc_normal_(self.prompts, std=0.02)
         sizes = {"width": 64, "n_layers": 2} if config.backbone == "tiny" else {}
         self.context_decoder = ContextDecoder(embed_dim, **sizes)
         self.depth_decoder = DepthDecoder(clip.visual.channels, config.n_cabins, config.n_bins)
         if config.distance_class == "semantic":
-            ids = tokenize(SEMANTIC_BINS, 5)  # three words at most, and the two ends
+            ids = tokenize(SEMANTIC_BINS, 5)  # three tokens at most, and the two ends
             self.register_buffer("phrases", ids, persistent=False)
 
     def encode_prompts(self, e: Tensor) -> Tensor:
         """Text embeddings t (B, K, D) of the distances e (B, K), or of the phrases of Table 3.
 
-        No gradient passes through the digits. So the prompts teach the bins nothing: bins learn by
-        Eq. 5 and Eq. 7 alone. What learns through the text is the prompts, γ, Eq. 3 and z.
+        No gradient passes through the digits. So the text teaches the bins nothing: they learn by
+        Eq. 5 and Eq. 7 alone. Prompts, TransDecoder, γ and the image encoder learn through the text.
 
         NOTE(paper silent): how e_k is written. The released code writes the bare number, rounded to
         4 decimals, and so does this.
@@ -613,7 +622,7 @@ class CaBins(nn.Module):
         pyramid, z_bar, z = self.clip.visual(image)
         b = self.bins(z_bar)  # (B, n_bins)
         c = bin_centers(b, config.min_depth, config.max_depth)  # (B, n_bins)
-        # CaBins (Sec. 3.2.2); with phrases in their place they are only reported
+        # CaBins (Sec. 3.2.2); semantic prompts do not use e, which is then only reported
         kind = "cabins" if config.distance_class == "semantic" else config.distance_class
         e = distance_classes(c, config.n_cabins, kind)  # (B, K)
         # text encoder (Sec. 3.2.3)
@@ -644,16 +653,17 @@ LAMBDA, ALPHA, BETA = 0.85, 10.0, 0.1
 def silog_loss(depth: Tensor, target: Tensor, mask: Tensor, unbiased: bool = False) -> Tensor:
     """Scale-invariant logarithmic loss over all valid pixels of the batch; ~0 if there are none.
 
-    The root is of the variance of g plus 0.15 times its squared mean. A depth that is wrong by one
-    factor everywhere has no variance: λ = 0.85 forgives 85 % of that square. λ = 1 would forgive a
-    wrong scale altogether, and λ = 0 is the plain error of log d.
+    Under the root are the variance of g and 0.15 times its squared mean. λ = 0.85 takes off 85 % of
+    that square, so a depth that is wrong by one factor everywhere costs less. λ = 1 would forgive
+    it altogether.
 
-    NOTE(differs): Eq. 6 has the biased variance of g; `unbiased`, the released code's torch.var.
+    NOTE(paper silent): the sums run over the batch, not over each image.
+    NOTE(differs): Eq. 6 has the biased variance. The released code has the unbiased: `unbiased`.
     """
     n = mask.sum().clamp(min=1)
     g = torch.where(mask, depth, 1).log() - torch.where(mask, target, 1).log()  # 0 if not valid
-    mean, mean_of_squares = g.sum() / n, g.square().sum() / n
     # Eq. 6:  L_pixel = α √( 1/n Σ g_i² - λ/n² (Σ g_i)² )
+    mean, mean_of_squares = g.sum() / n, g.square().sum() / n
     square = mean_of_squares - LAMBDA * mean.square()
     if unbiased:  # n / (n - 1) times the variance, in place of once
         square = square + (mean_of_squares - mean.square()) / (n - 1).clamp(min=1)
@@ -662,29 +672,29 @@ def silog_loss(depth: Tensor, target: Tensor, mask: Tensor, unbiased: bool = Fal
 
 def nearest(values: Tensor, queries: Tensor) -> Tensor:
     """The value that is nearest to each query (B, Q), out of values (B, V) in increasing order."""
-    with torch.no_grad():  # the midpoints below a query are as many as the values it has passed
-        midpoints = (values[:, 1:] + values[:, :-1]) / 2
-        index = torch.searchsorted(midpoints, queries)  # (B, Q)
+    with torch.no_grad():
+        midpoints = (values[:, 1:] + values[:, :-1]) / 2  # (B, V - 1)
+        index = torch.searchsorted(midpoints, queries)  # (B, Q): how many lie below the query
     return values.gather(1, index)
 
 
 def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Bi-directional chamfer distance of bin centres (B, n_bins) and the depths X of each image.
 
-    It pulls each bin to a depth that occurs, and a bin to each depth. Eq. 5 alone would let bins
-    stand anywhere, as long as their mean is right. An image without valid pixels adds 0.
+    Each bin is pulled to the nearest true depth, and each true depth pulls the nearest bin. An image
+    without valid pixels adds 0.
 
-    NOTE(paper silent): the form of chamfer(·, ·). Here, as in the released code, it is squared
-    metres, mean over the first set, and Eq. 7's sum is averaged over the batch.
-    Both sets lie on a line, so sorting finds the nearest: no table of pixels x centres is made.
+    NOTE(paper silent): what chamfer(·, ·) is. Here, as in the released code, it is the squared
+    distance to the nearest value, mean over the first set; the loss is the mean over the batch.
+    Depths lie on a line, so sorting finds the nearest, without a table of pixels x centres.
     """
     c, valid = centers, mask.flatten(1)  # (B, n_bins), (B, HW)
     x = target.flatten(1).masked_fill(~valid, 0)  # (B, HW)
-    # a pixel without truth repeats the greatest depth, so that X as a set stays as it is
+    # an invalid pixel copies the greatest depth: the set X stays the same
     x = torch.where(valid, x, x.amax(1, keepdim=True))
+    # Eq. 7:  L_bins = chamfer(X, c(b)) + chamfer(c(b), X)
     to_centers = (x - nearest(c, x)).square() * valid  # (B, HW): min_c (x - c)²
     to_depths = (c - nearest(x.sort(1).values, c)).square() * valid.any(1, keepdim=True)
-    # Eq. 7:  L_bins = chamfer(X, c(b)) + chamfer(c(b), X)
     loss = to_centers.sum(1) / valid.sum(1).clamp(min=1) + to_depths.mean(1)  # (B,)
     return loss.mean()
 
@@ -705,6 +715,8 @@ def total_loss(
 def depth_metrics(depth: Tensor, target: Tensor) -> dict[str, Tensor]:
     """The metrics of one image, from the predicted and true depths (n,) of its valid pixels, in m.
 
+    NOTE(paper silent): over images, each metric is averaged (`eval.evaluate`), each counting alike.
+
     Raises ValueError if there are none, or not as many of the one as of the other.
     """
     if depth.shape != target.shape or depth.ndim != 1 or not len(depth):
@@ -719,7 +731,7 @@ def depth_metrics(depth: Tensor, target: Tensor) -> dict[str, Tensor]:
         "rmse": error.square().mean().sqrt(),  # √(1/n Σ (d - d*)²), m
         "rmse_log": log_error.square().mean().sqrt(),  # √(1/n Σ (log d - log d*)²)
         "log10": (depth.log10() - target.log10()).abs().mean(),  # 1/n Σ |log10 d - log10 d*|
-        "d1": (delta < 1.25).float().mean(),  # share of pixels with δ < 1.25
+        "d1": (delta < 1.25).float().mean(),  # share, from 0 to 1, with δ < 1.25
         "d2": (delta < 1.25**2).float().mean(),
         "d3": (delta < 1.25**3).float().mean(),
     }
@@ -731,9 +743,9 @@ def depth_metrics(depth: Tensor, target: Tensor) -> dict[str, Tensor]:
 class VisionTransformer(nn.Module):
     """CLIP's ViT with a pyramid after DPT. It returns what `ResNet` does, but z has stride 16.
 
-    NOTE(paper silent): "following DPT" is all that it says. Here tokens are taken after blocks 3, 6,
-    9 and 12, without the class token, and brought to strides 4 to 32 with DPT's widths for ViT-B.
-    Images are resized to whole patches. NOTE(differs): the released code's ViT cannot run.
+    NOTE(paper silent): which blocks give the tokens, and the widths. Here: blocks 3, 6, 9 and 12
+    without the class token, and DPT's widths for ViT-B. Images are resized to whole patches.
+    NOTE(differs): the released code's ViT cannot run.
     """
 
     def __init__(self, n_layers: int, width: int, embed_dim: int, grid: int):
@@ -826,6 +838,7 @@ def load_clip(name_or_path: str | Path) -> CLIP:
     sizes = ("input_resolution", "context_length", "vocab_size")  # entries that are no weights
     state = {k: v.float() for k, v in state.items() if k not in sizes and torch.is_tensor(v)}
     clip = new_clip(state, path)
+    # ViT's pyramid is not in CLIP's files: it keeps its random start
     ours = {k: v for k, v in clip.state_dict().items() if k.startswith("visual.reassemble.")}
     load_strictly(clip, state | ours, path)
     return clip
@@ -854,9 +867,9 @@ def new_clip(state: dict[str, Tensor], source: object) -> CLIP:
     """A CLIP, with random weights, of the backbone whose tensors `state` has."""
     if missing := {"positional_embedding", "text_projection"} - state.keys():
         raise ValueError(f"{source} is no CLIP with its two encoders: it has no {min(missing)}")
-    is_vit, (text_width, embed_dim) = "visual.proj" in state, state["text_projection"].shape
-    for a in BACKBONES.values():
-        if (len(a.layers) == 1, a.text_width, a.embed_dim) == (is_vit, text_width, embed_dim):
+    is_vit, shape = "visual.proj" in state, tuple(state["text_projection"].shape)
+    for a in BACKBONES.values():  # told apart by these; `load_strictly` compares all else
+        if (len(a.layers) == 1, (a.text_width, a.embed_dim)) == (is_vit, shape):
             return CLIP(a._replace(context_length=len(state["positional_embedding"])))
     raise ValueError(f"{source} is a CLIP, but none of {', '.join(BACKBONES)}")
 
@@ -895,7 +908,7 @@ RELEASED_NAMES = {  # how names in the authors' checkpoints begin, and ours
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, which gets its name only when it is whole on the disk."""
+    """Let `write` fill a temporary file, and rename it to `path` when it is complete."""
     partial = Path(f"{path}.partial")
     try:
         write(partial)
@@ -936,7 +949,9 @@ def restore(content: dict, source: object, max_depth: float | None = None) -> Ca
             raise ValueError(f"{source} is for depths to {config.max_depth} m, not to {max_depth}")
     elif max_depth is None:
         remedy = "give max_depth, 10 for NYU or 80 for KITTI"
-        raise ValueError(f"{source} is the authors', and does not say its depth range: {remedy}")
+        raise ValueError(
+            f"{source} is a checkpoint of the authors, without a depth range: {remedy}"
+        )
     else:
         config = Config(max_depth=max_depth, image_width=640 if max_depth <= 10 else 1216)
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -968,7 +983,7 @@ class Inference(NamedTuple):
     """What `infer` gives: float32 arrays in metres, maps at the picture's own size."""
 
     depth: np.ndarray  # (H, W)
-    std: np.ndarray  # (H, W), the standard deviation of p: how unsure, but not calibrated
+    std: np.ndarray  # (H, W), the standard deviation of p; as an uncertainty it is not calibrated
     centers: np.ndarray  # (n_bins,)
     cabins: np.ndarray  # (K,)
 
@@ -981,10 +996,8 @@ def read_picture(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     if isinstance(picture, Image.Image):
         picture = ImageOps.exif_transpose(picture)
         if picture.mode == "F":
-            raise ValueError("its values are floating-point numbers; save it in 8 or 16 bits")
-        if picture.mode.startswith(
-            "I"
-        ):  # grey of more than 8 bits, of which the highest 8 are kept
+            raise ValueError("the picture has floating-point values; save it in 8 or 16 bits")
+        if picture.mode.startswith("I"):  # grey of more than 8 bits: keep the highest 8
             values = np.asarray(picture)
             bits = max(int(values.max()).bit_length(), 8)
             picture = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
@@ -996,7 +1009,10 @@ def read_picture(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
 
 
 def to_input(model: CaBins, picture: np.ndarray) -> Tensor:
-    """The network's input (1, 3, h, w), on its device: the picture at the width of training."""
+    """The network's input (1, 3, h, w), on its device: the picture, its longer side as in training.
+
+    No side goes below 64 pixels, which the network needs.
+    """
     image = torch.tensor(picture, device=next(model.parameters()).device)
     image = image.permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
     factor = model.config.image_width / max(picture.shape[:2])
@@ -1007,7 +1023,7 @@ def to_input(model: CaBins, picture: np.ndarray) -> Tensor:
 
 
 def mean_and_spread(c: Tensor, p: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Depth by Eq. 5 and the standard deviation of p about it, of one image, (*size) metres each."""
+    """Depth of one image by Eq. 5, and its standard deviation under p, each of `size`, in metres."""
     depth = expected_depth(c, p)  # (1, 1, H/2, W/2)
     variance = expected_depth(c.square(), p) - depth.square()
     depth, std = resize(torch.cat([depth, variance.clamp(min=0).sqrt()], dim=1), size)[0]
@@ -1018,7 +1034,7 @@ def mean_and_spread(c: Tensor, p: Tensor, size: tuple[int, int]) -> tuple[Tensor
 def infer(model: CaBins, picture: str | Path | Image.Image | np.ndarray) -> Inference:
     """Depth of a picture of any size: a path, a PIL image, or a uint8 array (H, W, 3).
 
-    It goes through the network at the width of the images that the network was trained on. Raises
+    It goes through the network, set to eval mode, at the size of the images in its training. Raises
     OSError or ValueError for what is no picture.
     """
     picture = read_picture(picture)

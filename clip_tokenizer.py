@@ -1,4 +1,4 @@
-"""CLIP's tokenizer (CaBins, Sec. 3.1): a text to byte-pair ids, and a number to ids without a text.
+"""CLIP's tokenizer (CaBins, Sec. 3.1): a text to byte-pair ids, and a number to ids directly.
 
     >>> encode("a photo of a cat.")
     [320, 1125, 539, 320, 2368, 269]
@@ -9,12 +9,12 @@ A text goes through four steps:
 2. split     Cut into words, runs of punctuation, and *single* digits.
 3. bytes     Each word becomes its UTF-8 bytes, and each byte one printable character. So no text
              is out of vocabulary.
-4. merge     Join neighbouring pieces, the most frequent pair of CLIP's training text first, until
-             no known pair is left. Each remaining piece is one token.
+4. merge     Join neighbouring pieces in the vocabulary's order of merges, until none applies. Each
+             remaining piece is one token.
 
-The vocabulary holds 256 bytes, the same 256 bytes at the end of a word ("</w>"), 48,894 merges, and
-the two special tokens that begin and end a text, in this order. OpenAI published it with CLIP (MIT
-licence, see LICENSE).
+The vocabulary holds, in this order: 256 bytes, the same 256 bytes at the end of a word ("</w>"),
+48,894 merges, and the two special tokens that begin and end a text. OpenAI published it with CLIP
+(MIT licence, see LICENSE).
 """
 
 import functools
@@ -29,7 +29,7 @@ from torch import Tensor
 VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 N_MERGES = 48_894
 SOT, EOT = 49_406, 49_407  # <|startoftext|>, <|endoftext|>
-DIGIT_0, POINT = 271, 269  # "0" to "9" are 271 to 280, "." is 269
+DIGIT_0, POINT = 271, 269  # "0</w>" to "9</w>" are 271 to 280, ".</w>" is 269
 DECIMALS = 4
 
 
@@ -72,7 +72,7 @@ def word_pattern():
 
 
 def clean(text: str) -> str:
-    """Repaired, unescaped, on one line and in lower case, as CLIP's training text was."""
+    """Repaired, unescaped, on one line and in lower case, as CLIP's own tokenizer does it."""
     import ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -128,16 +128,15 @@ def tokenize(texts: str | list[str], length: int = 77) -> torch.LongTensor:
 
 
 def number_tokens(depths: Tensor, integer_digits: int = 4) -> Tensor:
-    """`tokenize(str(round(e, 4)))` of each depth e in metres, computed on the depths' device.
+    """The ids that `tokenize(str(round(e, 4)), T)` gives for each depth e, on the depths' device.
 
-    (…,) -> (…, T) from start to end token, padded with zeros, with T = integer_digits + 7. Depths
-    must be at least 0 and below 10^integer_digits.
+    (…,) metres -> (…, T) from start to end token, padded with zeros, with T = integer_digits + 7.
+    Depths must be at least 0, and after rounding below 10^integer_digits.
 
-    The number is what the network reads, so a look-up replaces the text: CLIP splits a number into
-    single digits, and an id is a digit + 271. No string is made and no GPU is waited for.
+    CLIP splits a number into single digits, and the id of a digit is 271 more than it. So ids are
+    computed: no string is made, and on a GPU nothing waits for the host.
 
-    The text jumps where the number does not: "2.9999" and "3.0" have only the point in common.
-    And no gradient passes through digits: whatever chose e learns nothing from its text.
+    A small change of the number can change all of its text: "2.9999" and "3.0" share only the point.
 
     >>> number_tokens(torch.tensor([2.5, 0.81961]), integer_digits=1)
     tensor([[49406,   273,   269,   276, 49407,     0,     0,     0],
@@ -145,17 +144,18 @@ def number_tokens(depths: Tensor, integer_digits: int = 4) -> Tensor:
     """
     e = depths.detach()
     e = e.cpu() if e.device.type == "mps" else e  # MPS has no float64, in which e * 10^4 is exact
-    metre = 10**DECIMALS  # the number is counted in tenths of a millimetre
-    number = (e.double() * metre).round().long()[..., None]  # (…, 1)
+    unit = 10**DECIMALS  # of a metre: depths are counted in tenths of a millimetre
+    number = (e.double() * unit).round().long()[..., None]  # (…, 1)
     places = 10 ** torch.arange(integer_digits + DECIMALS - 1, -1, -1, device=e.device)
     digits = DIGIT_0 + number // places % 10  # (…, integer_digits + 4)
     # Python prints no zeros before the first digit or after the last, but it does in "0.5", "2.0".
-    is_printed = torch.where(places >= metre, number >= places, number % (10 * places) > 0)
-    is_printed |= (places == metre) | (places == metre // 10)
+    # So print what is at the first digit or after it, and at the last decimal or before it.
+    is_printed = torch.where(places >= unit, number >= places, number % (10 * places) > 0)
+    is_printed |= (places == unit) | (places == unit // 10)
     whole, decimals = (digits * is_printed).split((integer_digits, DECIMALS), -1)
     one = torch.ones_like(number)
     ids = torch.cat([SOT * one, whole, POINT * one, decimals, EOT * one], -1)  # (…, T)
-    # Digits that are not printed are 0 now. Move them behind the end token; the rest keeps its order.
-    place = torch.arange(ids.shape[-1], device=e.device)
-    order = torch.where(ids > 0, place, place + len(place)).argsort(-1)
+    # What is not printed is 0 now. It moves behind the end token, and the rest keeps its order.
+    position = torch.arange(ids.shape[-1], device=e.device)
+    order = torch.where(ids > 0, position, position + len(position)).argsort(-1)
     return ids.gather(-1, order).to(depths.device)

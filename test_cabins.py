@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 GOLDENS, SAMPLES = HERE.parent / "shared" / "goldens", HERE.parent / "shared" / "samples"
 needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="no ../shared/goldens here")
 needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="no ../shared/samples here")
-TINY = cabins.Config(backbone="tiny")
+TINY = cabins.Config(backbone="tiny", image_width=128)
 
 
 def normal(name: str, shape: tuple) -> np.ndarray:
@@ -435,7 +435,7 @@ def made_truth() -> torch.Tensor:
 
 
 def test_released_network(released):
-    with pytest.raises(ValueError, match="does not say its depth range: give max_depth"):
+    with pytest.raises(ValueError, match="without a depth range: give max_depth"):
         cabins.load_checkpoint(released)
     model = cabins.load_checkpoint(released, max_depth=10.0)
     image = torch.from_numpy(normal("image", (2, 3, 96, 128)))
@@ -719,7 +719,7 @@ def test_pictures_of_every_kind(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_pictures_beyond_65_m_and_none(tmp_path, monkeypatch):
-    far = cabins.CaBins(cabins.Config(backbone="tiny", max_depth=80.0))
+    far = cabins.CaBins(cabins.Config(backbone="tiny", max_depth=80.0, image_width=128))
     cabins.save_checkpoint(tmp_path / "far.pt", far)
     Image.new("RGB", (80, 70)).save(tmp_path / "a.png")
     command = (tmp_path / "far.pt", "--out", tmp_path / "out", "--images")
@@ -741,7 +741,7 @@ def test_thin_pictures_and_odd_values(tiny, tmp_path, monkeypatch, capsys):
     Image.fromarray(np.zeros((20, 20), np.float32)).save(tmp_path / "float.tif")
     options = ("--images", tmp_path, "--out", tmp_path / "out")
     assert run_eval(monkeypatch, tmp_path / "tiny.pt", *options) == 1
-    assert "its values are floating-point numbers" in capsys.readouterr().err
+    assert "the picture has floating-point values" in capsys.readouterr().err
     assert Image.open(tmp_path / "out" / "$thin_{$_depth_mm.png").size == (1, 300)
     with torch.no_grad():
         tiny.prompts[0, 0], kept = math.nan, tiny.prompts[0, 0].item()
@@ -1482,7 +1482,7 @@ def test_a_full_disk_loses_nothing(kind, whole_run, saves_each_step, tmp_path, m
 def test_a_long_run_takes_no_more_memory_or_files(
     few_rooms, no_figures, tmp_path, monkeypatch, capsys
 ):
-    """500 steps, with the data loader's worker."""
+    """300 steps, with the data loader's worker."""
     found = []
     of_bar = train.tqdm.update
 
@@ -1504,7 +1504,7 @@ def test_a_long_run_takes_no_more_memory_or_files(
         "evaluate_windows",
         lambda *_, **__: {"whole": dict.fromkeys(evaluation.HEADINGS, 1.0)},
     )
-    monkeypatch.setattr(data, "TOY_ROOMS", {"train": range(500), "test": range(2)})
+    monkeypatch.setattr(data, "TOY_ROOMS", {"train": range(300), "test": range(2)})
     small = data.DATASETS["toy"]._replace(crop=(64, 64))
     monkeypatch.setitem(data.DATASETS, "toy", small)
     small = cabins.BACKBONES["tiny"]._replace(width=2, text_layers=1)
@@ -1512,7 +1512,7 @@ def test_a_long_run_takes_no_more_memory_or_files(
     run_train("--epochs", 1, "--batch-size", 1, "--out", tmp_path)
     assert "on a GPU the first step can take a minute" in capsys.readouterr().out
     memory, files = np.array(found).T
-    assert len(found) == 500
+    assert len(found) == 300
     assert np.median(memory[-100:]) < np.median(memory[:100]) + 30  # MB
     assert files[-1] <= files[50:100].max()
 
@@ -1774,7 +1774,7 @@ def test_infer_takes_paths_pictures_and_arrays(tiny, tmp_path):
     assert depth.shape == std.shape == (90, 121) and centers.shape == (256,) and e.shape == (8,)
     assert all(x.dtype == np.float32 for x in found[0])
     # by hand, at the width that the network wants
-    size = (round(90 * 640 / 121), 640)
+    size = (round(90 * 128 / 121), 128)
     image = torch.from_numpy(array).permute(2, 0, 1)[None] / 255
     image = F.interpolate(image, size, mode="bilinear", antialias=True)
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
