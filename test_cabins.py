@@ -1339,6 +1339,8 @@ def test_a_run_its_figures_and_its_evaluation(few_rooms, tmp_path, monkeypatch, 
         assert min(Image.open(tmp_path / figure).size) > 300
     with pytest.raises(ValueError, match="was trained with batch_size 4, not 2"):
         run_train("--resume", "--out", tmp_path, "--batch-size", 2)
+    run_train("--resume", tmp_path / "last.pt", "--out", tmp_path / "new")  # which has no best.pt
+    assert "last.pt, whole" in capsys.readouterr().out
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "last.pt").touch()
     with pytest.raises(ValueError, match="holds another run: go on with --resume, or take another"):

@@ -272,9 +272,12 @@ class Run:
     def report(self, windows: dict[str, dict[str, float]]) -> None:
         """Print the rows of last.pt and best.pt in the paper's table, and draw the curves."""
         rows = {f"last.pt, {window}": row for window, row in windows.items()}
-        best = predictor(cabins.load_checkpoint(self.out / "best.pt", map_location=self.device))
-        windows = evaluate_windows(best, self.test_set, progress=True)
-        rows |= {f"best.pt, {window}": row for window, row in windows.items()}
+        if dist.is_initialized():
+            dist.barrier()  # until the first process has saved
+        if (path := self.out / "best.pt").exists():  # it is not in a new --out of a resumed run
+            best = predictor(cabins.load_checkpoint(path, map_location=self.device))
+            windows = evaluate_windows(best, self.test_set, progress=True)
+            rows |= {f"best.pt, {window}": row for window, row in windows.items()}
         if self.args.data not in ("nyu", "kitti"):
             rows |= baselines(self.dataset, self.test_set)
         if self.rank == 0:
@@ -282,7 +285,7 @@ class Run:
                 print(protocol(self.test_set, window, flip=True))
             print(format_table(self.args.data, rows))
             draw_curves(self.out)
-            print(f"{self.out} has last.pt and best.pt, which was chosen on these test images")
+            print(f"{self.out} has last.pt; best.pt is chosen by AbsRel on these test images")
 
 
 def train(args: argparse.Namespace, saved: dict) -> None:
