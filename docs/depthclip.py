@@ -1,7 +1,6 @@
 """DepthCLIP, the zero-shot baseline of Table 1: python -m docs.depthclip --root DIR"""
 
 import argparse
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,16 +9,16 @@ from torchvision.transforms.v2.functional import normalize
 import cabins
 import data
 from clip_tokenizer import tokenize
-from eval import evaluate_windows, format_table, protocol
+from eval import Predict, evaluate_windows, format_table, protocol
 
 
-def depthclip(clip: cabins.CLIP) -> Callable:
-    """DepthCLIP, the zero-shot baseline of Table 1, for `evaluate`: CLIP compares, nothing learns.
+def depthclip(clip: cabins.CLIP) -> Predict:
+    """The function from images to depth for `eval.evaluate`. CLIP compares, and nothing is trained.
 
-    Each place in the image is likened to "This object is giant", … "unseen"; its depth is the mean
-    of seven fixed distances (those for NYU), weighted by the softmax of the similarities.
+    Each place in the image is compared with "This object is giant", … "unseen". Its depth is the
+    mean of seven fixed distances (DepthCLIP's for NYU), weighted by the softmax of the similarities.
     """
-    # its seven phrases, to which CaBins added one
+    # DepthCLIP has seven phrases; CaBins added "farthest"
     texts = [f"This object is {p}" for p in cabins.SEMANTIC_BINS if p != "farthest"]
     distances = torch.tensor([[1.0, 1.5, 2.0, 2.25, 2.5, 2.75, 3.0]])  # (1, 7) metres
     clip_mean, clip_std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -40,12 +39,16 @@ def depthclip(clip: cabins.CLIP) -> Callable:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", choices=("nyu", "toy", "list"), default="nyu")
-    data.add_data_options(parser)
-    parser.add_argument("--clip", default="RN50", metavar="NAME|FILE", help="default: RN50")
+    add = parser.add_argument
+    add("--data", choices=("nyu", "toy", "list"), default="nyu", help="default: nyu")
+    add("--root", metavar="DIR", help="folder of the data set, or nyu_depth_v2_labeled.mat")
+    add("--split", metavar="FILE", help="list of test pairs; default: the authors'")
+    add("--depth-scale", type=float, help="value in a depth PNG of 1 m; default: the data set's")
+    add("--max-depth", type=float, help="metres; default: the data set's")
+    add("--clip", metavar="NAME|FILE", default="RN50", help="CLIP's weights; default: RN50")
     args = parser.parse_args()
     scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
-    dataset = data.DepthDataset(args.data, args.root, args.test_split, **scale)
+    dataset = data.DepthDataset(args.data, args.root, args.split, **scale)
     predict = depthclip(cabins.load_clip(args.clip).to(data.default_device()))
     windows = evaluate_windows(predict, dataset, progress=True)
     for window in windows:
