@@ -163,6 +163,11 @@ def test_clips_own_embeddings(backbone, tmp_path):
         assert {k: list(v.shape) for k, v in state.items()} == shapes
 
 
+def test_vit_is_tapped_where_dpt_taps_it_and_as_wide():
+    vit = cabins.CLIP(cabins.BACKBONES["ViT-B/16"]).visual
+    assert vit.taps == [3, 6, 9, 12] and vit.channels == [96, 192, 384, 768]
+
+
 def test_text_encoder_is_causal_and_frozen(tiny):
     ids = clip_tokenizer.tokenize("2.7415", 9)
     longer = F.pad(ids, (0, 5), value=7)
@@ -243,6 +248,11 @@ def test_distance_classes_known_answers():
     w = torch.softmax(1 / (torch.tensor([0.4 / 3, 0.1 / 3, 0.5 / 3]) + 1e-4), 0)
     e = cabins.distance_classes(torch.tensor([[0.0, 0.1, 0.3]]), 1).item()
     assert e == pytest.approx((w[1] * 0.1 + w[2] * 0.3).item(), rel=1e-5)
+
+
+def test_epsilon_is_that_of_eq_2():
+    e = cabins.distance_classes(torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.double), 1).item()
+    assert e == pytest.approx(2.0636174, abs=1e-6)  # with ε = 1e-3 it is another
 
 
 def test_equal_widths_give_group_means():
@@ -1843,6 +1853,16 @@ def test_rotation_reaches_its_limits(name, degrees):
         x, y = xs - 100.0, ys - 100.0
         angles.append(math.degrees(math.atan2((x * y).sum(), (x * x).sum())))
     assert max(angles) == pytest.approx(degrees, abs=0.12) == -min(angles)
+    # what is upright turns with it
+    _, out = data.augment(
+        torch.zeros(300, 3, 201, 201, dtype=torch.uint8), depth.mT.contiguous(), recipe, generator()
+    )
+    for row, angle in zip(out[:, 0], angles):
+        ys, xs = row.nonzero(as_tuple=True)
+        x, y = xs - 100.0, ys - 100.0
+        other = math.degrees(math.atan2((x * y).sum(), (y * y).sum()))
+        assert abs(other) == pytest.approx(abs(angle), abs=0.3)
+        assert abs(angle) < 0.5 or other * angle < 0
 
 
 def test_recipes_sizes_and_scales():
@@ -1884,6 +1904,18 @@ def test_gradients_are_clipped_at_a_tenth_and_cleared():
         _, _, result = learner.step(batch, number)
         squares = [p.grad.square().sum() for p in learner.model.parameters() if p.grad is not None]
         assert result[1] > 0.1 and sum(squares).sqrt().item() == pytest.approx(0.1, rel=1e-3)
+
+
+def test_gradients_of_what_is_not_stepped_pile_up_as_released():
+    learner, batch = toy_learner("--as-released")
+    prompts = learner.model.prompts
+    before = prompts.detach().clone()
+    prompts.grad = torch.full_like(prompts, 1e6)  # of earlier steps
+    _, _, result = learner.step(batch, 1)
+    assert result[1] > 1e6 and torch.equal(prompts, before)
+    learner, batch = toy_learner()
+    learner.model.prompts.grad = torch.full_like(prompts, 1e6)
+    assert learner.step(batch, 1)[2][1] < 1e4  # cleared
 
 
 def test_prompts_start_as_coops_do_or_as_the_released(few_rooms, tmp_path):
