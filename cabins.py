@@ -109,6 +109,7 @@ class Config:
     min_depth: float = 1e-3  # d_min. NOTE(paper silent): the released code's value
     max_depth: float = 10.0  # d_max
     image_width: int = 640  # longer side, in pixels, of the images in training
+    focal: float = 518.86  # focal length of their camera, in the same pixels; the default is NYU's
     # NOTE(paper silent): how images are normalised. The released code takes ImageNet's mean and
     # std, not CLIP's. All networks share them, so a checkpoint does not store them.
     image_mean: ClassVar = (0.485, 0.456, 0.406)  # red, green, blue, of images from 0 to 1
@@ -119,8 +120,7 @@ class Config:
             if (value := getattr(self, field)) not in allowed:
                 raise ValueError(f"{field} is {value!r}; it must be one of {', '.join(allowed)}")
         for field, least in (("n_bins", 2), ("n_cabins", 1), ("n_prompts", 0), ("image_width", 1)):
-            value = getattr(self, field)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value := getattr(self, field), int) or value < least:
                 raise ValueError(f"{field} is {value!r}; it must be an integer of at least {least}")
         n, low, high = self.n_cabins, self.min_depth, self.max_depth
         if self.n_bins % n:
@@ -128,8 +128,8 @@ class Config:
         if self.distance_class == "semantic" and n != len(SEMANTIC_BINS):
             raise ValueError(f"n_cabins is {n}; for 'semantic' it must be {len(SEMANTIC_BINS)}")
         if not 0 < low < high < 10_000:  # prompts have up to four digits before the point
-            must = "they must satisfy 0 < min_depth < max_depth < 10000 metres"
-            raise ValueError(f"min_depth is {low} and max_depth {high}; {must}")
+            must = "0 < min_depth < max_depth < 10000 metres"
+            raise ValueError(f"min_depth is {low} and max_depth {high}; it must be {must}")
 
 
 # ---- Sec. 3.1  CLIP's blocks. Parameters have the names that CLIP's own files give them. ---------
@@ -157,7 +157,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
-        self.pool = nn.AvgPool2d(stride)
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.downsample = nn.Identity()
         if in_channels != 4 * width:
             self.downsample = nn.Sequential(
@@ -169,13 +169,6 @@ class Bottleneck(nn.Module):
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(self.pool(out)))  # (B, 4 width, h / stride, w / stride)
         return F.relu(out + self.downsample(self.pool(x)))
-
-
-class QuickGELU(nn.Module):
-    """The approximation of GELU that CLIP was trained with."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
 
 
 class SelfAttention(nn.Module):
@@ -202,11 +195,12 @@ class TransformerBlock(nn.Module):
         self.attn = SelfAttention(width, is_causal)
         self.ln_2 = nn.LayerNorm(width)
         c_fc, c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=QuickGELU(), c_proj=c_proj))
+        self.mlp = nn.ModuleDict({"c_fc": c_fc, "c_proj": c_proj})
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        y = self.mlp.c_fc(self.ln_2(x))
+        return x + self.mlp.c_proj(y * torch.sigmoid(1.702 * y))  # CLIP's approximation of GELU
 
 
 def transformer(width: int, n_layers: int, is_causal: bool) -> nn.Sequential:
@@ -340,8 +334,6 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
     10 m, the two in the middle of a group get a weight of 0.50 each and the next 1e-15; over 80 m,
     0.47 and 0.007. In centimetres it would be nearly the mean. All rows of Table 3 have AbsRel 0.059.
     """
-    if centers.shape[1] % n_groups:
-        raise ValueError(f"n_groups is {n_groups}; it must divide the {centers.shape[1]} bins")
     c = centers.unflatten(1, (n_groups, -1))  # (B, K, n_g)
     m = c.mean(2, keepdim=True)  # (B, K, 1)
     if kind == "mean":
@@ -374,9 +366,8 @@ class CLIP(nn.Module):
         self.ln_final = nn.LayerNorm(a.text_width)
         projection = torch.randn(a.text_width, a.embed_dim) / a.text_width**0.5
         self.text_projection = nn.Parameter(projection)
-        self.logit_scale = nn.Parameter(
-            torch.tensor(1 / 0.07).log()
-        )  # in CLIP's files; Eq. 4 has none
+        # in CLIP's files; Eq. 4 has no temperature
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         # NOTE(differs): as in the paper, all of the text encoder; the released token embedding learns
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith("visual."))
@@ -492,12 +483,6 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
-def conv_block(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.LeakyReLU()
-    )
-
-
 class DepthDecoder(nn.Module):
     """Probability p (B, n_bins, H/2, W/2) of every bin, from the pyramid and s (B, K, h, w).
 
@@ -516,8 +501,11 @@ class DepthDecoder(nn.Module):
         self.reduce = nn.Conv2d(n + n_cabins, n, 1, padding=1)
         self.up = nn.ModuleList()
         for skip in reversed(skips):  # of x3, x2, x1
-            blocks = [*conv_block(n + skip, n // 2), *conv_block(n // 2, n // 2)]
-            self.up.append(nn.Sequential(*blocks))
+            layers = []
+            for inputs in (n + skip, n // 2):
+                layers += [nn.Conv2d(inputs, n // 2, 3, padding=1), nn.BatchNorm2d(n // 2)]
+                layers += [nn.LeakyReLU()]
+            self.up.append(nn.Sequential(*layers))
             n = n // 2
         # with nothing between them, these two are one linear map, written as two
         self.features = nn.Conv2d(n, n_bins, 3, padding=1)
@@ -532,9 +520,7 @@ class DepthDecoder(nn.Module):
             x = up(x)  # (B, C / 2, …), at the skip's size
         x = resize(x, (2 * x.shape[-2], 2 * x.shape[-1]))  # (B, C_4 / 8, H/2, W/2)
         # softmax keeps p for its gradient, and no logits
-        return self.logits(self.features(x)).softmax(
-            dim=1, dtype=torch.float32
-        )  # (B, n_bins, H/2, W/2)
+        return self.logits(self.features(x)).softmax(1, torch.float32)  # (B, n_bins, H/2, W/2)
 
 
 def expected_depth(centers: Tensor, p: Tensor) -> Tensor:
@@ -571,17 +557,12 @@ class CaBins(nn.Module):
         if clip is None:
             clip = CLIP(expected)
             if config.backbone != "tiny":
-                warnings.warn(
-                    "CLIP has random weights: depths mean nothing until trained", stacklevel=2
-                )
+                what = "CLIP has random weights: depths mean nothing until trained"
+                warnings.warn(what, stacklevel=2)
         # the authors' checkpoints have fewer positions for texts than CLIP's 77
-        n_positions = clip.architecture.context_length
-        if clip.architecture != expected._replace(context_length=n_positions):
+        if clip.architecture._replace(context_length=77) != expected:
             raise ValueError(f"backbone is {config.backbone}; the CLIP given is another")
         self.integer_digits = len(f"{config.max_depth:.0f}")  # before the point
-        most = n_positions - number_tokens(torch.zeros(()), self.integer_digits).numel()
-        if config.n_prompts > most:
-            raise ValueError(f"n_prompts is {config.n_prompts}; at most {most} fit beside a number")
         self.config = config
         self.clip = clip
         embed_dim = expected.embed_dim
@@ -595,6 +576,7 @@ class CaBins(nn.Module):
         if config.distance_class == "semantic":
             ids = tokenize(SEMANTIC_BINS, 5)  # three tokens at most, and the two ends
             self.register_buffer("phrases", ids, persistent=False)
+        self.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
 
     def encode_prompts(self, e: Tensor) -> Tensor:
         """Text embeddings t (B, K, D) of the distances e (B, K), or of the phrases of Table 3.
@@ -699,9 +681,7 @@ def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return loss.mean()
 
 
-def total_loss(
-    prediction: Prediction, target: Tensor, min_depth: float, unbiased: bool = False
-) -> Tensor:
+def total_loss(prediction, target: Tensor, min_depth: float, unbiased: bool = False) -> Tensor:
     """The training loss against ground truth (B, 1, H, W) in metres, valid above `min_depth`."""
     mask = target > min_depth
     pixel = silog_loss(resize(prediction.depth, target.shape[-2:]), target, mask, unbiased)
@@ -804,20 +784,20 @@ def sha256_of(path: Path) -> str:
 def download(url: str, file: str, sha256: str) -> Path:
     """The path of `file` in torch.hub's cache, where a download with the right hash is put."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / file
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if not path.exists():
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-        except (OSError, RuntimeError) as error:
-            remedy = f"put the file at {path}, or name one of yours"
-            raise FileNotFoundError(f"{url} could not be fetched ({error}); {remedy}") from None
+    except (OSError, RuntimeError) as error:
+        remedy = f"put the file at {path}, or name one of yours"
+        raise FileNotFoundError(f"{url} could not be fetched ({error}); {remedy}") from None
     if sha256_of(path) != sha256:
         raise ValueError(f"{path} is not what {url} was: delete it, and it is fetched again")
     return path
 
 
 def load_clip(name_or_path: str | Path) -> CLIP:
-    """CLIP with OpenAI's weights, in float32, by name (a key of CLIP_SHA256) or from a file.
+    """CLIP with OpenAI's weights, in float32: "RN50", "RN101", "ViT-B/16", or a file.
 
     A name is downloaded once. A file may be OpenAI's TorchScript archive or a plain state dict of
     the same names. Raises FileNotFoundError or ValueError, saying what was found and expected.
@@ -827,10 +807,8 @@ def load_clip(name_or_path: str | Path) -> CLIP:
         name = name.replace("/", "-")
         path = download(CLIP_URL.format(sha256=sha256, name=name), f"clip-{name}.pt", sha256)
     elif not path.exists():
-        known = ", ".join(CLIP_SHA256)
-        raise FileNotFoundError(
-            f"{path}: no such file, and no CLIP of that name; known are {known}"
-        )
+        names = ", ".join(CLIP_SHA256)
+        raise FileNotFoundError(f"{path}: no such file, and no CLIP of that name; known: {names}")
     if path.is_file() and sha256_of(path) in CLIP_SHA256.values():
         state = torch.jit.load(path, map_location="cpu").state_dict()
     else:
@@ -877,12 +855,11 @@ def new_clip(state: dict[str, Tensor], source: object) -> CLIP:
 def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
     """Load a state dict that must fit exactly, or raise one ValueError that says what does not."""
     own = module.state_dict()
-    both = own.keys() & state.keys()
     misfits = {
-        "missing": own.keys() - both,
-        "unknown": state.keys() - both,
-        "of another shape": {name for name in both if own[name].shape != state[name].shape},
-        "not finite": {name for name, tensor in state.items() if not tensor.isfinite().all()},
+        "missing": own.keys() - state.keys(),
+        "unknown": state.keys() - own.keys(),
+        "of another shape": {k for k in own if k in state and own[k].shape != state[k].shape},
+        "not finite": {k for k, tensor in state.items() if not tensor.isfinite().all()},
     }
     found = [f"{len(names)} {what} ({min(names)}, …)" for what, names in misfits.items() if names]
     if found:
@@ -948,12 +925,10 @@ def restore(content: dict, source: object, max_depth: float | None = None) -> Ca
         if max_depth not in (None, config.max_depth):
             raise ValueError(f"{source} is for depths to {config.max_depth} m, not to {max_depth}")
     elif max_depth is None:
-        remedy = "give max_depth, 10 for NYU or 80 for KITTI"
-        raise ValueError(
-            f"{source} is a checkpoint of the authors, without a depth range: {remedy}"
-        )
+        raise ValueError(f"{source} is the authors': give max_depth, 10 for NYU or 80 for KITTI")
     else:
-        config = Config(max_depth=max_depth, image_width=640 if max_depth <= 10 else 1216)
+        kitti = {"image_width": 1216, "focal": 721.54}
+        config = Config(max_depth=max_depth, **kitti if max_depth > 10 else {})
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         for theirs, ours in RELEASED_NAMES.items():
             state = {re.sub(f"^{re.escape(theirs)}", ours, k): v for k, v in state.items()}
@@ -965,9 +940,7 @@ def restore(content: dict, source: object, max_depth: float | None = None) -> Ca
     return model.eval()
 
 
-def load_checkpoint(
-    path: str | Path, max_depth: float | None = None, map_location: str | torch.device = "cpu"
-) -> CaBins:
+def load_checkpoint(path: str | Path, max_depth: float | None = None, map_location="cpu") -> CaBins:
     """The network of a checkpoint, ours or the authors', in eval mode; its `config` says what it is.
 
     The authors' do not say their range, so `max_depth` must: 10 m for NYU, 80 m for KITTI. Every
@@ -988,23 +961,37 @@ class Inference(NamedTuple):
     cabins: np.ndarray  # (K,)
 
 
+def mean_and_std(image: Tensor) -> Tensor:
+    """Of the images in training, (2, 3, 1, 1), on the device of `image`, without waiting for it."""
+    statistics = torch.tensor([Config.image_mean, Config.image_std])[..., None, None]
+    return statistics.to(image.device, non_blocking=True)
+
+
+def open_picture(path: str | Path, what: str = "a picture") -> Image.Image:
+    """An image file, decoded. Raises ValueError, which calls it `what`."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except Exception as error:  # of many kinds: it depends on what the bytes happen to be
+        raise ValueError(f"{path} cannot be read as {what}: {error}") from error
+    return image
+
+
 def read_picture(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8, upright, of a picture of any mode but floating point, or of such an array."""
     if isinstance(picture, (str, Path)):
-        with Image.open(picture) as image:
-            return read_picture(image)
+        picture = open_picture(picture)
     if isinstance(picture, Image.Image):
         picture = ImageOps.exif_transpose(picture)
         if picture.mode == "F":
             raise ValueError("the picture has floating-point values; save it in 8 or 16 bits")
-        if picture.mode.startswith("I"):  # grey of more than 8 bits: keep the highest 8
-            values = np.asarray(picture)
-            bits = max(int(values.max()).bit_length(), 8)
-            picture = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+        if picture.mode.startswith("I"):  # grey of more than 8 bits: its greatest value is white
+            grey = np.asarray(picture).clip(0)
+            picture = Image.fromarray((grey * (255 / max(grey.max(), 1))).astype(np.uint8))
         picture = np.asarray(picture.convert("RGB"))
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
-        what = f"picture is {picture.dtype} of shape {picture.shape}"
-        raise ValueError(f"{what}; an array must be uint8 (H, W, 3)")
+    if picture.dtype != np.uint8 or picture.shape[2:] != (3,) or not picture.size:
+        is_now = f"{picture.dtype} of shape {picture.shape}"
+        raise ValueError(f"picture is {is_now}; an array must be uint8 (H, W, 3)")
     return picture
 
 
@@ -1018,26 +1005,30 @@ def to_input(model: CaBins, picture: np.ndarray) -> Tensor:
     factor = model.config.image_width / max(picture.shape[:2])
     size = [max(64, round(side * factor)) for side in picture.shape[:2]]
     image = F.interpolate(image, size, mode="bilinear", antialias=True)
-    mean, std = image.new_tensor([Config.image_mean, Config.image_std])[..., None, None]
+    mean, std = mean_and_std(image)
     return (image - mean) / std
 
 
-def mean_and_spread(c: Tensor, p: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Depth of one image by Eq. 5, and its standard deviation under p, each of `size`, in metres."""
-    depth = expected_depth(c, p)  # (1, 1, H/2, W/2)
-    variance = expected_depth(c.square(), p) - depth.square()
-    depth, std = resize(torch.cat([depth, variance.clamp(min=0).sqrt()], dim=1), size)[0]
-    return depth, std
-
-
 @torch.inference_mode()
+def look(model: CaBins, image: Tensor, size: tuple[int, int]) -> tuple[Inference, np.ndarray]:
+    """What the network, set to eval mode, makes of one normalised image (1, 3, h, w).
+
+    The maps of `Inference` get the given size. The other array is s (K, h, w), of Eq. 4.
+    """
+    _, c, e, s, p = model.eval().distribution(image.to(next(model.parameters()).device))
+    depth = expected_depth(c, p)  # (1, 1, H/2, W/2)
+    variance = (p * (c[:, :, None, None] - depth).square()).sum(1, keepdim=True)
+    depth, std = resize(torch.cat([depth, variance.sqrt()], dim=1), size)[0]
+    depth, std, c, e, s = (x.float().cpu().numpy() for x in (depth, std, c[0], e[0], s[0]))
+    return Inference(depth, std, c, e), s
+
+
 def infer(model: CaBins, picture: str | Path | Image.Image | np.ndarray) -> Inference:
     """Depth of a picture of any size: a path, a PIL image, or a uint8 array (H, W, 3).
 
-    It goes through the network, set to eval mode, at the size of the images in its training. Raises
-    OSError or ValueError for what is no picture.
+    The network gets it at the size of the images in its training, on whichever device it is, and in
+    the precision of the `torch.autocast` around. Raises ValueError for what is no picture.
     """
     picture = read_picture(picture)
-    _, c, e, _, p = model.eval().distribution(to_input(model, picture))
-    depth, std = mean_and_spread(c, p, picture.shape[:2])
-    return Inference(*(x.cpu().numpy() for x in (depth, std, c[0], e[0])))
+    inference, _ = look(model, to_input(model, picture), picture.shape[:2])
+    return inference

@@ -31,6 +31,9 @@ N_MERGES = 48_894
 SOT, EOT = 49_406, 49_407  # <|startoftext|>, <|endoftext|>
 DIGIT_0, POINT = 271, 269  # "0</w>" to "9</w>" are 271 to 280, ".</w>" is 269
 DECIMALS = 4
+# special tokens, English contractions, words, single digits, runs of anything else
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+WORDS += r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 @functools.cache
@@ -59,26 +62,6 @@ def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
     return ids, {pair: rank for rank, pair in enumerate(merges)}
 
 
-@functools.cache
-def word_pattern():
-    """Special tokens, English contractions, words, single digits, runs of anything else."""
-    import regex  # unlike re, knows the Unicode classes \p{L} (letters) and \p{N} (numbers)
-
-    return regex.compile(
-        r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
-        r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
-        regex.IGNORECASE,
-    )
-
-
-def clean(text: str) -> str:
-    """Repaired, unescaped, on one line and in lower case, as CLIP's own tokenizer does it."""
-    import ftfy
-
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
-
-
 @functools.lru_cache(maxsize=65_536)
 def merge(word: str) -> tuple[str, ...]:
     """Join the pieces of one word, given as byte characters, into the vocabulary's tokens.
@@ -105,10 +88,13 @@ def merge(word: str) -> tuple[str, ...]:
 
 def encode(text: str) -> list[int]:
     """The ids of `text`, without the two special tokens that begin and end it."""
+    import ftfy
+    import regex  # unlike re, it knows the Unicode classes \\p{L} (letters) and \\p{N} (numbers)
+
     ids, _ = vocabulary()
-    character = byte_characters()
-    words = word_pattern().findall(clean(text))
-    words = ("".join(character[byte] for byte in word.encode()) for word in words)
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    words = regex.findall(WORDS, " ".join(text.split()).lower(), regex.IGNORECASE)
+    words = ("".join(byte_characters()[byte] for byte in word.encode()) for word in words)
     return [ids[token] for word in words for token in merge(word)]
 
 
@@ -155,7 +141,6 @@ def number_tokens(depths: Tensor, integer_digits: int = 4) -> Tensor:
     whole, decimals = (digits * is_printed).split((integer_digits, DECIMALS), -1)
     one = torch.ones_like(number)
     ids = torch.cat([SOT * one, whole, POINT * one, decimals, EOT * one], -1)  # (…, T)
-    # What is not printed is 0 now. It moves behind the end token, and the rest keeps its order.
-    position = torch.arange(ids.shape[-1], device=e.device)
-    order = torch.where(ids > 0, position, position + len(position)).argsort(-1)
-    return ids.gather(-1, order).to(depths.device)
+    # What is not printed is 0 now. Every other id moves to its place among those that are printed.
+    place = (ids > 0).cumsum(-1) - 1
+    return torch.zeros_like(ids).scatter_add(-1, place, ids).to(depths.device)

@@ -4,7 +4,8 @@ A sample is an RGB image and its depth in metres; 0 means that nothing was measu
 decodes a pair and cuts its fixed crop. `augment` then rotates, crops, flips and recolours the whole
 batch on the training device. Nothing random happens in a worker, so that a run can be resumed.
 
-`python data.py nyu --root DIR --fetch` gets what is missing of a data set and checks it. The last part is what every script shares.
+`python data.py nyu --root DIR --fetch` gets what is missing of a data set and checks it. The last
+part of this file is what every script shares.
 """
 
 import argparse
@@ -12,12 +13,10 @@ import csv
 import math
 import os
 import re
-import shutil
 import sys
 import threading
-import urllib.request
 import zipfile
-from collections.abc import Callable
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -26,15 +25,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ImageDraw
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.utils import calculate_md5
-from torchvision.transforms.v2.functional import normalize
-from torchvision.utils import save_image
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from cabins import Config, download, write_whole
+from cabins import download, mean_and_std, open_picture, write_whole
 
 # ---- The recipe (Sec. 4.1 and 4.2; what the paper leaves open is the released code's) ------------
 
@@ -49,31 +48,24 @@ class Recipe(NamedTuple):
     brightness: float = 0.1  # factors from 1 - this to 1 + this; likewise gamma and colour
     gamma: float = 0.1
     colour: float = 0.1
-    image_folders: tuple[str, ...] = ("",)  # where, below the root, a list's paths may begin
-    depth_folders: tuple[str, ...] = ("",)
+    focal: float = 518.86  # of the camera, in pixels of the images; the default is NYU's
+    folders: tuple[str, ...] = ("",)  # where, below the root, a list's paths may begin
 
 
 NYU_FOLDERS = ("", "sync", "train", "official_splits/test", "test")
-KITTI_IMAGES = ("", "raw", "raw_data", "kitti_raw")
-KITTI_DEPTHS = tuple(  # the ground truth unzips into train/ and val/
-    f"{folder}/{part}".strip("/")
-    for folder in ("", "gts", "gt_depth", "data_depth_annotated", "depth", "depth_annotated")
-    for part in ("", "train", "val", "total")
+KITTI_FOLDERS = ("", "raw", "raw_data", "kitti_raw") + tuple(
+    f"{folder}/{part}"  # the ground truth unzips into train/ and val/
+    for folder in (".", "gts", "gt_depth", "data_depth_annotated", "depth", "depth_annotated")
+    for part in ("train", "val", "total", "")
 )
 DATASETS = {
-    "nyu": Recipe(
-        10.0, 1000.0, (416, 544), 2.5, 0.25, image_folders=NYU_FOLDERS, depth_folders=NYU_FOLDERS
-    ),
-    "kitti": Recipe(
-        80.0, 256.0, (352, 704), 1.0, 0.1, image_folders=KITTI_IMAGES, depth_folders=KITTI_DEPTHS
-    ),
-    "toy": Recipe(crop=(96, 128), rotation=0.0),  # rooms drawn on the fly
+    "nyu": Recipe(10.0, 1000.0, (416, 544), 2.5, 0.25, folders=NYU_FOLDERS),
+    "kitti": Recipe(80.0, 256.0, (352, 704), 1.0, focal=721.54, folders=KITTI_FOLDERS),
+    "toy": Recipe(crop=(96, 128), rotation=0.0, focal=100.0),  # rooms drawn on the fly
     "list": Recipe(),  # your own
 }
-LIST_URL = (
-    "https://raw.githubusercontent.com/EunjinSon1/CaBins/"
-    "4e9c9a03d16da42e65c67f5bb7911397726ade6c/train_test_inputs/"
-)
+LIST_URL = "https://raw.githubusercontent.com/EunjinSon1/CaBins/"
+LIST_URL += "4e9c9a03d16da42e65c67f5bb7911397726ade6c/train_test_inputs/"
 LIST_FILES = {"nyu": "nyudepthv2_{}_files_with_gt.txt", "kitti": "kitti_eigen_{}_files_with_gt.txt"}
 LISTS = {  # number of lines, SHA-256; 45 of KITTI's test lines have no ground truth
     "nyu_train": (24231, "66e2beb718a58c5c946c169f6e70cc6ae166ddd19f5618266fff52ff7443e0e9"),
@@ -98,6 +90,8 @@ def fixed_crop(name: str, height: int, width: int, train: bool) -> tuple[int, in
             raise ValueError(f"{height} x {width} pixels; KITTI's images have at least 352 x 1216")
         top, left = height - 352, (width - 1216) // 2
         return top, top + 352, left, left + 1216
+    if min(height, width) < 64:
+        raise ValueError(f"{height} x {width} pixels; the network needs at least 64 x 64")
     return 0, height, 0, width
 
 
@@ -109,18 +103,15 @@ def evaluation_windows(name: str, height: int, width: int) -> dict[str, tuple[sl
     """
     if name == "nyu":
         return {"eigen": (slice(45, 471), slice(41, 601))}
-    if name == "kitti":
-        top, _, left, _ = fixed_crop(name, height, width, train=False)
-        nested, full = garg(352, 1216), garg(height, width)
-        full = [slice(s.start - o, s.stop - o) for s, o in zip(full, (top, left))]
-        return {"nested": nested, "full": tuple(full)}
-    return {"whole": (slice(0, height), slice(0, width))}
+    if name != "kitti":
+        return {"whole": (slice(0, height), slice(0, width))}
 
+    def garg(h: int, w: int, top: int = 0, left: int = 0) -> tuple[slice, slice]:
+        rows = slice(int(0.40810811 * h) - top, int(0.99189189 * h) - top)
+        return rows, slice(int(0.03594771 * w) - left, int(0.96405229 * w) - left)
 
-def garg(height: int, width: int) -> tuple[slice, slice]:
-    """Garg's rows and columns of a frame."""
-    rows = slice(int(0.40810811 * height), int(0.99189189 * height))
-    return rows, slice(int(0.03594771 * width), int(0.96405229 * width))
+    top, _, left, _ = fixed_crop(name, height, width, train=False)
+    return {"nested": garg(352, 1216), "full": garg(height, width, top, left)}
 
 
 # ---- Samples -------------------------------------------------------------------------------------
@@ -135,8 +126,8 @@ class DepthDataset(Dataset):
 
     [i] gives {"image": (3, h, w), "depth": (1, h, w) in metres, 0 being none, "path": str, "size":
     (2,) rows and columns of the whole frame}; the image is normalised, or uint8 with `train`, for
-    `augment`. Pairs without ground truth are left out; `n_left_out` counts them. Raises
-    FileNotFoundError or ValueError, naming what is missing, at construction.
+    `augment`. Pairs without ground truth are left out; `n_left_out` counts them. `checksum` tells
+    lists apart. Raises FileNotFoundError or ValueError, naming what is missing, at construction.
     """
 
     def __init__(
@@ -150,89 +141,76 @@ class DepthDataset(Dataset):
     ):
         if name not in DATASETS:
             raise ValueError(f"data is {name!r}; it must be one of {', '.join(DATASETS)}")
-        given = {"max_depth": max_depth, "depth_scale": depth_scale}
-        given = {k: v for k, v in given.items() if v is not None}
-        for option, value in given.items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"{option} is {value}; it must be positive")
-        self.recipe = DATASETS[name]._replace(**given)
-        self.name, self.train, self.n_left_out, self.size_to_train = name, train, 0, None
-        part = "train" if train else "test"
+        self.recipe, self.name, self.train, self.n_left_out = DATASETS[name], name, train, 0
+        for field, value in (("max_depth", max_depth), ("depth_scale", depth_scale)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{field} is {value}; it must be positive")
+            if value is not None:
+                self.recipe = self.recipe._replace(**{field: value})
+        part, self.size_to_train = "train" if train else "test", None
         if name == "toy":
             self.pairs = [("room", i) for i in TOY_ROOMS[part]]
+            self.checksum = zlib.crc32(str(self.pairs).encode())
             return
         if root is None:
             raise ValueError(f"data {name!r} needs --root, the folder that holds it")
-        root = Path(root)
-        is_mat = root.suffix == ".mat"
+        root, is_mat = Path(root), str(root).endswith(".mat")
         if not (root.is_file() if is_mat else root.is_dir()):
             raise FileNotFoundError(f"{root}: no such folder; --root must be where {name} lies")
         if is_mat and (name != "nyu" or train):
             raise ValueError(f"{root} can only be NYU's test set; {name} {part} needs a folder")
-        self.pairs = self.find_pairs(root, Path(split or fetch_list(name, part)))
-        if self.recipe.crop is None and train:
-            self.size_to_train = read_image(self.pairs[0][0]).shape[:2]
-            crop = tuple(side * 7 // 8 // 32 * 32 for side in self.size_to_train)
-            self.recipe = self.recipe._replace(crop=crop)
+        lines = read_list(name, part, split)
+        self.checksum = zlib.crc32(str(lines).encode())
+        self.pairs = self.find_pairs(root, lines)
+        if name == "list" and train:
+            size = self.size_to_train = read_image(self.pairs[0][0]).shape[:2]
+            crop = tuple(max(64, side * 7 // 8 // 32 * 32) for side in size)
+            _, _, *focal = lines[0]  # without a focal length there, NYU's in proportion
+            focal = float(focal[0]) if focal else self.recipe.focal * max(size) / 640
+            self.recipe = self.recipe._replace(crop=crop, focal=focal)
 
-    def find_pairs(self, root: Path, split: Path) -> list[tuple]:
-        """Image and depth of each line of `split` that has ground truth: paths, or .mat and index."""
-        pairs, missing = [], []
+    def find_pairs(self, root: Path, lines: list[list[str]]) -> list[tuple]:
+        """Image and depth of each line that has ground truth: paths, or .mat and index."""
+        pairs, missing, folders = [], [], self.recipe.folders
         mat = root if root.is_file() else root / NYU_MAT
         has_mat = self.name == "nyu" and not self.train and mat.is_file()
-        for number, fields in read_list(split, root):
+        for fields in lines:
             if fields[1] == "None":
                 self.n_left_out += 1
                 continue
-            image = find(root, self.recipe.image_folders, fields[0], (".png", ".jpg", ".jpeg"))
-            depth = find(root, self.recipe.depth_folders, fields[1], (".png",))
-            if has_mat and not (image and depth):  # digits in a file's name count pairs from 0
-                if not (digits := re.sub(r"\D", "", Path(fields[0]).stem)):
-                    raise ValueError(f"{split}, line {number}: {fields[0]} has no number to go by")
+            image, depth = find(root, folders, fields[0]), find(root, folders, fields[1])
+            digits = re.sub(r"\D", "", Path(fields[0]).stem)  # they count the .mat's pairs from 0
+            if has_mat and digits and not (image and depth):
                 image, depth = mat, int(digits)
             missing += [field for field, path in zip(fields, (image, depth)) if path is None]
             pairs.append((image, depth))
         if not pairs:
-            raise ValueError(f"{split} names no pair of image and depth")
+            raise ValueError(f"the list of {self.name} names no pair of image and depth")
         if missing:
-            raise FileNotFoundError(
-                f"{len(missing)} of the {2 * len(pairs)} files that {split} names are not below "
-                f"{root}: {', '.join(missing[:3])}, …; {self.why_missing(root, missing[-1])}"
+            n = f"{len(missing)} of the {2 * len(pairs)} files that the list names"
+            remedy = (
+                "docs/data.md has the folders and known traps, and --fetch gets NYU's and KITTI's"
             )
+            raise FileNotFoundError(f"{n} are not below {root}: {missing[0]}, …; {remedy}")
         return pairs
-
-    def why_missing(self, root: Path, name: str) -> str:
-        """The likely reason that a file is not there; docs/data.md has them all."""
-        if self.name == "nyu" and self.train and (root / "official_splits/train").is_dir():
-            return "official_splits/train has the 795 labelled pairs, not the 24,231 to train on"
-        raw = name.replace("groundtruth", "velodyne_raw")
-        if raw != name and find(root, self.recipe.depth_folders, raw, (".png",)):
-            return "velodyne_raw is raw LiDAR: the ground truth is in data_depth_annotated.zip"
-        if raw != name:
-            return "KITTI's ground truth has two parts, train/ and val/, and both are needed"
-        return "docs/data.md shows where files may lie; for nyu and kitti, --fetch gets what is missing"
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, i: int) -> dict:
         path, depth_path = self.pairs[i]
-        scale = 1.0
         if self.name == "toy":
-            image, depth = draw_room(depth_path)
+            (image, depth), scale = draw_room(depth_path), 1.0
         elif isinstance(depth_path, int):
-            image, depth = read_labelled(path, depth_path)
+            (image, depth), scale = read_labelled(path, depth_path), 1.0
         else:
-            image, depth = read_image(path), read_depth(depth_path)
-            scale = self.recipe.depth_scale
+            image, depth, scale = read_image(path), read_depth(depth_path), self.recipe.depth_scale
         if image.shape[:2] != depth.shape:
             raise ValueError(f"{path} has {image.shape[:2]} pixels, {depth_path} {depth.shape}")
         height, width = depth.shape
         if self.size_to_train not in (None, (height, width)):
-            first = f"the first of the list {self.size_to_train[0]} x {self.size_to_train[1]}"
-            raise ValueError(
-                f"{path} has {height} x {width} pixels, but {first}: train on one size"
-            )
+            first = "but the first of the list {} x {}".format(*self.size_to_train)
+            raise ValueError(f"{path} has {height} x {width} pixels, {first}: train on one size")
         try:
             top, bottom, left, right = fixed_crop(self.name, height, width, self.train)
         except ValueError as error:
@@ -243,66 +221,53 @@ class DepthDataset(Dataset):
         if self.name == "list":  # 65535, say, may stand for none
             depth[depth > self.recipe.max_depth] = 0
         if not self.train:
-            image = normalize(image / 255, Config.image_mean, Config.image_std)
-        name = str(path) if isinstance(depth_path, str) else f"{path} {depth_path}"
-        size = torch.tensor([height, width])
-        return {"image": image, "depth": depth, "path": name, "size": size}
+            mean, std = mean_and_std(image)
+            image = (image / 255 - mean) / std
+        name = path if isinstance(depth_path, str) else f"{path} {depth_path}"
+        return {"image": image, "depth": depth, "path": name, "size": torch.tensor([height, width])}
 
 
-def fetch_list(name: str, part: str) -> Path:
-    """The authors' list of `name`'s train or test pairs. It has no licence: fetched, not shipped."""
-    if name not in LIST_FILES:
-        raise ValueError(f"data {name!r} needs --{part}-split, a list of its {part} pairs")
-    file = LIST_FILES[name].format(part)
-    return download(LIST_URL + file, file, LISTS[f"{name}_{part}"][1])
+def read_list(name: str, part: str, split: str | Path | None) -> list[list[str]]:
+    """The fields of each line `image depth focal` of a list; without `split`, of the authors' own.
 
-
-def read_list(split: Path, root: Path) -> list[tuple[int, list[str]]]:
-    """Number and fields of each line `image depth focal`; all must lie below `root`."""
-    if not split.is_file():
-        raise FileNotFoundError(f"{split}: no such split list")
+    Theirs have no licence: they are fetched, not shipped.
+    """
+    if split is None:
+        if name not in LIST_FILES:
+            raise ValueError(f"data {name!r} needs --{part}-split, a list of its {part} pairs")
+        file = LIST_FILES[name].format(part)
+        split = download(LIST_URL + file, file, LISTS[f"{name}_{part}"][1])
     try:
-        lines = split.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{split} is no text in UTF-8: {error}") from None
-    lines = [(number, line.split()) for number, line in enumerate(lines, 1) if line.strip()]
-    for number, fields in lines:
-        where = f"{split}, line {number}: {' '.join(fields)!r}"
-        if len(fields) not in (2, 3):
-            raise ValueError(f"{where} is not 'image depth focal'; paths may hold no spaces")
-        if any(".." in Path(field).parts for field in fields):
-            raise ValueError(f"{where} leads out of {root} by '..'; all must lie below it")
+        text = Path(split).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{split} is no list of pairs, a text in UTF-8: {error}") from None
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    for fields in lines:
+        is_focal = len(fields) == 2 or fields[-1].replace(".", "", 1).isdigit()
+        if len(fields) not in (2, 3) or not is_focal or any(".." in f.split("/") for f in fields):
+            must = "it must be 'image depth focal', paths below --root and without spaces"
+            raise ValueError(f"{split} has the line {' '.join(fields)!r}; {must}")
     return lines
 
 
-def find(root: Path, folders: tuple[str, ...], name: str, suffixes: tuple[str, ...]) -> str | None:
+def find(root: Path, folders: tuple[str, ...], name: str) -> str | None:
     """The file `name` in one of the folders below root, with its own suffix or another."""
     for folder in folders:
         path = root / folder / name.lstrip("/")
-        for candidate in (path, *(path.with_suffix(suffix) for suffix in suffixes)):
+        for candidate in (path, *map(path.with_suffix, (".png", ".jpg", ".jpeg"))):
             if candidate.is_file():
                 return str(candidate)
     return None
 
 
-def read_file(path: str | Path, what: str) -> Image.Image:
-    """An image file, decoded."""
-    try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as {what}: {error}") from None
-    return image
-
-
 def read_image(path: str | Path) -> np.ndarray:
     """(H, W, 3) uint8."""
-    return np.asarray(read_file(path, "an image").convert("RGB"))
+    return np.asarray(open_picture(path, "an image").convert("RGB"))
 
 
 def read_depth(path: str | Path) -> np.ndarray:
     """(H, W), 16-bit, in the file's own units."""
-    image = read_file(path, "a depth map")
+    image = open_picture(path, "a depth map")
     if not image.mode.startswith("I"):
         raise ValueError(f"{path} is no depth map: its mode is {image.mode}, not 16-bit grey")
     return np.asarray(image)
@@ -333,11 +298,7 @@ SOURCES = {  # "virutal" is theirs
     "kitti_depth": "https://s3.eu-central-1.amazonaws.com/avg-kitti/data_depth_annotated.zip",
 }
 NYU_MAT, NYU_MAT_MD5 = "nyu_depth_v2_labeled.mat", "520609c519fba3ba5ac58c8fefcc3530"
-DRIVE = "https://drive.google.com/file/d/1AysroWpfISmm-yRFGBgFTrLy6FjQwvwP/view"
-BY_HAND = {  # and licences
-    "nyu": (f"{DRIVE} as sync.zip, and {NYU_MAT}", "NYU-Depth V2 states no licence"),
-    "kitti": ("the archives of cvlibs.net/datasets/kitti", "KITTI is under CC BY-NC-SA 3.0"),
-}
+LICENCES = {"nyu": "NYU-Depth V2 states no licence", "kitti": "KITTI is under CC BY-NC-SA 3.0"}
 
 
 def fetch(name: str, root: str | Path, train_split=None, test_split=None) -> None:
@@ -345,72 +306,71 @@ def fetch(name: str, root: str | Path, train_split=None, test_split=None) -> Non
 
     Single files are read out of the archives of SOURCES over HTTP ranges, or out of archives of the
     same names in `root`. A file gets its name when it is whole, so that the next call goes on.
-    Raises ValueError, saying how to get the files by hand.
+    Raises ValueError, naming what failed.
     """
-    if name not in BY_HAND or root is None:
+    if name not in LICENCES or root is None:
         raise ValueError(f"{name} cannot be fetched: only nyu and kitti can, into --root DIR")
-    root, (by_hand, licence) = Path(root), BY_HAND[name]
+    root, wanted = Path(root), {}  # by URL of an archive: how paths end in it, where they go
     root.mkdir(parents=True, exist_ok=True)
-    wanted = wanted_files(name, root, {"train": train_split, "test": test_split})
+    for part, split in (("train", train_split), ("test", test_split)):
+        for image, depth, *_ in read_list(name, part, split):
+            for field, kind, folder in (
+                (image, "kitti_raw", "raw"),
+                (depth, "kitti_depth", "data_depth_annotated"),
+            ):
+                if depth != "None" and find(root, DATASETS[name].folders, field) is None:
+                    kind, folder = (f"nyu_{part}", "sync") if name == "nyu" else (kind, folder)
+                    drive = re.sub(r".*?([^/]+)_sync/.*", r"\1", field)
+                    files = wanted.setdefault(SOURCES[kind].format(drive=drive), {})
+                    files[field.lstrip("/")] = root / folder / field.lstrip("/")
     mat = wanted.pop(SOURCES["nyu_test"], None) and root / NYU_MAT
-    pool, stop = ThreadPoolExecutor(8), threading.Event()
+    hosts = ", ".join(sorted({url.split("/")[2] for url in wanted})) or "nowhere"
+    print(f"{sum(map(len, wanted.values()))} files from {hosts}; {LICENCES[name]}")
+    pool, parts, stop = ThreadPoolExecutor(8), [], threading.Event()
+    for url, files in wanted.items():  # in parts, each for one of eight connections
+        pairs = list(files.items())
+        parts += [(root, url, dict(pairs[i : i + 500]), stop) for i in range(0, len(pairs), 500)]
     try:
-        jobs = []
-        for url, found in zip(
-            wanted, pool.map(lambda u: thrice(look_up, root, u, wanted[u]), wanted)
-        ):
-            jobs += [(url, found[i : i + 500]) for i in range(0, len(found), 500)]
-        sizes = [info.compress_size for _, members in jobs for info, _ in members]
-        hosts = ", ".join(sorted({url.split("/")[2] for url in wanted})) or "nowhere"
-        print(f"{len(sizes)} files, {sum(sizes) / 1e9:.2f} GB, from {hosts}; {licence}")
         if mat and not mat.exists():
-            print(f"{mat.name}, 2.97 GB, from {SOURCES['nyu_test']}")
-            fetch_whole(SOURCES["nyu_test"], mat, NYU_MAT_MD5)
-        with tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None) as bar:
-            list(pool.map(lambda job: thrice(extract, root, *job, bar, stop), jobs))
-    except Exception as error:  # of many kinds: zipfile's, urllib's, remotezip's
-        what = str(error) or type(error).__name__
-        remedy = (
-            f"what came stays; start again to go on, or first get {by_hand} by hand into {root}"
-        )
-        raise ValueError(f"{what}; {remedy}") from error
+            fetch_mat(mat)
+        for _ in tqdm(pool.map(lambda part: extract(*part), parts), "parts", len(parts)):
+            pass
+    except (OSError, ValueError) as error:
+        remedy = "what came stays; start again to go on, or see docs/data.md, By hand"
+        raise ValueError(f"{error}; {remedy}") from None
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
 
 
-def wanted_files(name: str, root: Path, splits: dict) -> dict[str, dict[str, Path]]:
-    """By URL of an archive: how the paths of the files to get end in it, and where they go."""
-    recipe, wanted = DATASETS[name], {}
-    for part, split in splits.items():
-        for _, (image, depth, *_) in read_list(Path(split or fetch_list(name, part)), root):
-            if depth == "None":
-                continue
-            files = {image: (f"nyu_{part}", "sync"), depth: (f"nyu_{part}", "sync")}
-            if name == "kitti":
-                files = {
-                    image: ("kitti_raw", "raw"),
-                    depth: ("kitti_depth", "data_depth_annotated"),
-                }
-            for field, (source, folder) in files.items():
-                folders = recipe.image_folders if field == image else recipe.depth_folders
-                if find(root, folders, field, (".png", ".jpg", ".jpeg")) is None:
-                    drive = re.sub(r".*?([^/]+)_sync/.*", r"\1", field)
-                    field = field.lstrip("/")
-                    url = SOURCES[source].format(drive=drive)
-                    wanted.setdefault(url, {})[field] = root / folder / field
-    return wanted
+def extract(root: Path, url: str, files: dict[str, Path], stop: threading.Event) -> None:
+    """Write files of an archive, each whole and with the right sum. A break is tried three times."""
+    for tries_left in (2, 1, 0):
+        try:
+            with open_archive(root, url) as archive:
+                members = {}  # one may lie up to two folders deeper than the list says
+                for name in archive.namelist():
+                    folders = name.rsplit(".", 1)[0].split("/")
+                    if ".." not in folders:  # which would lead out of `root`
+                        members |= {"/".join(folders[i:]): name for i in range(3)}
+                for end, path in files.items():
+                    if (member := members.get(end.rsplit(".", 1)[0])) is None:
+                        raise ValueError(f"it has no {end}")
+                    path = path.with_suffix(Path(member).suffix)
+                    if not (path.exists() or stop.is_set()):
+                        content = archive.read(member)  # which checks the sum
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        write_whole(path, lambda p, content=content: p.write_bytes(content))
+            return
+        except Exception as error:  # of many kinds: zipfile's, zlib's, remotezip's
+            if not tries_left:
+                raise ValueError(f"{url}: {error or type(error).__name__}") from error
 
 
 def open_archive(root: Path, url: str) -> zipfile.ZipFile:
     """The archive in `root`, if the user has it, or at `url`, of which only parts are read."""
     local = root / url.rsplit("/", 1)[1]
     if local.exists():
-        if not zipfile.is_zipfile(local):
-            with open(local, "rb") as file:
-                is_page = file.read(1) == b"<"
-            what = "a web page, such as Drive sends over its quota" if is_page else "damaged"
-            raise ValueError(f"{local} is no archive but {what}: delete it")
         return zipfile.ZipFile(local)
     try:
         from remotezip import RemoteZip
@@ -419,77 +379,17 @@ def open_archive(root: Path, url: str) -> zipfile.ZipFile:
     return RemoteZip(url, timeout=60)
 
 
-def look_up(root: Path, url: str, wanted: dict[str, Path]) -> list[tuple[zipfile.ZipInfo, Path]]:
-    """The members of an archive that are wanted, and where they go, with the members' suffixes."""
-    try:
-        with open_archive(root, url) as archive:
-            infos = archive.infolist()
-    except Exception as error:
-        raise ValueError(f"{url} cannot be read: {error or type(error).__name__}") from error
-    ends = {}  # a member may lie up to two folders deeper than the list says
-    for info in infos:
-        parts = info.filename.rsplit(".", 1)[0].split("/")
-        if ".." not in parts:  # which would lead out of `root`
-            ends |= {"/".join(parts[i:]): info for i in range(3)}
-    found = {path: ends.get(name.rsplit(".", 1)[0]) for name, path in wanted.items()}
-    if missing := [path.name for path, info in found.items() if info is None]:
-        raise ValueError(f"{url} has {len(missing)} of {len(found)} files not: {missing[0]}, …")
-    return [(info, path.with_suffix(Path(info.filename).suffix)) for path, info in found.items()]
-
-
-def extract(root: Path, url: str, members: list, bar: tqdm, stop: threading.Event) -> None:
-    """Write members of an archive, each whole and with the right sum, unless they are there."""
-    with open_archive(root, url) as archive:
-        for info, path in members:
-            if path.exists() or stop.is_set():
-                continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                content = archive.read(info.filename)  # which checks the sum
-            except Exception as error:
-                raise ValueError(f"{url} broke off: {error or type(error).__name__}") from error
-            write_whole(path, lambda partial, c=content: partial.write_bytes(c))
-            bar.update(info.compress_size)
-
-
-def thrice(action: Callable, *args):
-    """What `action` returns, in up to three tries, as connections break."""
-    for tries_left in (2, 1, 0):
-        try:
-            return action(*args)
-        except ValueError:
-            if not tries_left:
-                raise
-
-
-def fetch_whole(url: str, path: Path, md5: str) -> None:
-    """Download one file, going on where an earlier call stopped; it gets its name when it is right."""
+def fetch_mat(path: Path) -> None:
+    """Download NYU's labelled pairs, 2.97 GB; the file gets its name when it is right."""
     partial = Path(f"{path}.partial")
-    done = partial.stat().st_size if partial.exists() else 0
-    if not (done and calculate_md5(partial) == md5):
-        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            done = done if response.status == 206 else 0  # or the whole file comes again
-            size = done + int(response.headers["Content-Length"])
-            with open(partial, "ab" if done else "wb") as file:
-                bar = {"total": size, "initial": done, "disable": None, "unit_scale": True}
-                with tqdm.wrapattr(response, "read", unit="B", **bar) as content:
-                    shutil.copyfileobj(content, file)
-        if partial.stat().st_size < size:
-            raise ValueError(f"{url} broke off after {partial.stat().st_size} of {size} bytes")
-        if calculate_md5(partial) != md5:
-            partial.unlink()
-            raise ValueError(f"{url} gave a file with another MD5, which is deleted")
+    torch.hub.download_url_to_file(SOURCES["nyu_test"], str(partial))
+    if calculate_md5(partial) != NYU_MAT_MD5:
+        partial.unlink()
+        raise ValueError(f"{SOURCES['nyu_test']} gave a file with another MD5, which is deleted")
     partial.replace(path)
 
 
 # ---- Augmentation, on the batch ------------------------------------------------------------------
-
-
-def mean_and_std(image: Tensor) -> Tensor:
-    """Of images in training, (2, 3, 1, 1), on the device of `image`, without waiting for it."""
-    statistics = torch.tensor([Config.image_mean, Config.image_std])[..., None, None]
-    return statistics.to(image.device, non_blocking=True)
 
 
 def denormalize(image: Tensor) -> Tensor:
@@ -542,26 +442,22 @@ def augment(
     coloured = coloured * factor(brightness, recipe.brightness)[:, None]
     coloured = (coloured * factor(colour, recipe.colour)).clamp(0, 1)
     image = torch.where(recolour[:, None] < 0.5, coloured, image)
-    mean, std = mean_and_std(image)  # torchvision's normalize would wait for the device
+    mean, std = mean_and_std(image)
     return (image - mean) / std, depth
 
 
-# ---- Toy rooms: a data set that needs no download ------------------------------------------------
-
-TOY_SIZE, TOY_FOCAL = (96, 128), 100.0  # pixels; about 65 degrees from left to right
-
-
-def draw_room(seed: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_room(seed: int, height: int = 96, width: int = 128) -> tuple[np.ndarray, np.ndarray]:
     """A furnished room: (96, 128, 3) uint8 and its exact depth (96, 128) in metres.
 
     The ray through each pixel meets the walls from inside and the furniture, boxes too, from
-    outside; the nearest hit is tiled and lit. A ray has length 1 along the optical axis, so that
-    its multiple at the hit is the depth. Axes: x right, y down, z ahead; the camera is at 0.
+    outside; the nearest hit is tiled, and darker the farther it is from the lamp. A ray has length
+    1 along the optical axis, so that its multiple at the hit is the depth. Axes: x right, y down, z
+    ahead; the camera is at 0.
     """
     rng = np.random.default_rng(seed)
-    height, width = TOY_SIZE
     y, x = np.mgrid[:height, :width].reshape(2, -1).astype(np.float32)
-    x, y, z = (x - width / 2 + 0.5) / TOY_FOCAL, (y - height / 2 + 0.5) / TOY_FOCAL, np.ones_like(x)
+    focal = DATASETS["toy"].focal
+    x, y, z = (x - width / 2 + 0.5) / focal, (y - height / 2 + 0.5) / focal, np.ones_like(x)
     pitch, yaw = rng.uniform(-0.05, 0.25), rng.uniform(-0.5, 0.5)
     y, z = np.cos(pitch) * y + np.sin(pitch) * z, np.cos(pitch) * z - np.sin(pitch) * y
     rays = np.stack([np.cos(yaw) * x + np.sin(yaw) * z, y, np.cos(yaw) * z - np.sin(yaw) * x])
@@ -569,6 +465,7 @@ def draw_room(seed: int) -> tuple[np.ndarray, np.ndarray]:
     size = rng.uniform((3, 2.4, 3.5), (6, 3.0, 8.5))
     floor = rng.uniform(1.2, 1.7)  # below the camera
     low = np.array([-rng.uniform(0.25, 0.75) * size[0], floor - size[1], -0.15 * size[2]])
+    lamp = low + size * (0.5, 0.1, 0.5)
     boxes = [(low, low + size)]  # the room, then the furniture
     for _ in range(rng.integers(3, 8)):
         side = rng.uniform((0.3, 0.3, 0.3), (1.2, 1.6, 1.2))
@@ -576,25 +473,18 @@ def draw_room(seed: int) -> tuple[np.ndarray, np.ndarray]:
         corner[1:] = floor - side[1], max(corner[2], 1.0)  # on the floor, in front of the camera
         boxes.append((corner, corner + side))
 
-    depth, colour, normal = np.inf, 0.0, 0.0
+    depth, colour = np.inf, 0.0
     for i, (low, high) in enumerate(boxes):
         entry, leave = np.sort(np.stack([low[:, None] / rays, high[:, None] / rays]), axis=0)
         axis = entry.argmax(0) if i else leave.argmin(0)  # which of x, y, z the hit face is across
         hit_at = entry.max(0) if i else leave.min(0)
         is_hit = (hit_at < depth) & (hit_at <= leave.min(0)) & (hit_at > 0.3)
-        is_across = np.arange(3)[:, None] == axis  # (3, HW)
         tiles = np.floor((rays * hit_at - low[:, None]) / (0.25 if i else 0.5))
-        tiles = 1 - 0.3 * (np.where(is_across, 0, tiles).sum(0) % 2)
+        tiles = 1 - 0.3 * (np.where(np.arange(3)[:, None] == axis, 0, tiles).sum(0) % 2)
         colour = np.where(is_hit, rng.uniform(0.2, 1, (3, 3))[:, axis] * tiles, colour)
-        normal = np.where(is_hit, -np.sign(rays) * is_across, normal)
         depth = np.where(is_hit, hit_at, depth)
-
-    (low, high), hit = boxes[0], rays * depth
-    lamp = np.array([(low[0] + high[0]) / 2, low[1] + 0.3, (low[2] + high[2]) / 2])
-    light = lamp[:, None] - hit
-    distance = np.sqrt((light**2).sum(0))
-    lit = np.maximum((normal * light).sum(0) / distance, 0) / (1 + 0.05 * distance**2)
-    image = colour * (0.35 + 0.75 * lit) + rng.normal(0, 0.01, colour.shape)
+    distance = np.sqrt(((lamp[:, None] - rays * depth) ** 2).sum(0))
+    image = colour * (0.35 + 0.75 / (1 + 0.05 * distance**2)) + rng.normal(0, 0.01, colour.shape)
     image = (255 * image.clip(0, 1)).astype(np.uint8).T.reshape(height, width, 3)
     return image, depth.astype(np.float32).reshape(height, width)
 
@@ -609,13 +499,13 @@ def rank_of() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def default_amp() -> str:
-    """bf16 on GPUs that have it; off on CPUs, many of which would be slower."""
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else "off"
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; without a name CUDA's GPU where there is one, or the CPU."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or ("cuda" if has["cuda"] else "cpu")
+    if not has[name]:
+        raise ValueError(f"--device {name}: torch finds none on this machine")
+    return torch.device(name)
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
@@ -645,6 +535,8 @@ def load(dataset: Dataset, **how) -> DataLoader:
 def append_row(path: Path, row: dict) -> None:
     """Add a row to a CSV file, which begins with the names of its columns."""
     is_new = not path.exists() or path.stat().st_size == 0
+    if not is_new and path.open().readline().strip() != ",".join(row):
+        raise ValueError(f"{path} has other columns: move it away")
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, row, lineterminator="\n")
         if is_new:
@@ -652,86 +544,114 @@ def append_row(path: Path, row: dict) -> None:
         writer.writerow(row)
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
+def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The options that say where a data set is."""
-    add = parser.add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     add("--root", metavar="DIR", help="folder of the data set, or nyu_depth_v2_labeled.mat")
     add("--train-split", metavar="FILE", help="list of training pairs; default: the authors'")
     add("--test-split", metavar="FILE", help="list of test pairs; default: the authors'")
     add("--depth-scale", type=float, help="value in a depth PNG of 1 m; default: the data set's")
     add("--max-depth", type=float, help="metres; default: the data set's")
+    return group
+
+
+def add_device_options(group: argparse._ArgumentGroup, amp: str) -> None:
+    """Where and in which precision a network runs."""
+    about = "default: cuda where there is one, or cpu; mps has not been tried"
+    group.add_argument("--device", choices=("cuda", "cpu", "mps"), help=about)
+    about = f"precision of convolutions and products, off being float32; default: {amp}"
+    group.add_argument("--amp", choices=PRECISIONS, help=about)
+
+
+def refuse(args: argparse.Namespace, names: str, why: str) -> None:
+    """Raise ValueError if an option does not apply, which otherwise would do nothing."""
+    for name in names.split():
+        if getattr(args, name) not in (None, False):
+            raise ValueError(f"--{name.replace('_', '-')} {why}")
 
 
 def run_command(main) -> None:
     """Run a script's `main`; what is wrong with its input is one sentence on standard error."""
     try:
         main()
+    except (FileExistsError, NotADirectoryError) as error:
+        sys.exit(f"error: {error.filename} must be a folder, but a file is there")
     except (OSError, ValueError) as error:
         # of an error in a loader's worker, what follows its traceback
         sys.exit("error: " + re.sub(r"(?s)^Caught .*\n\w+Error: ", "", str(error)).strip())
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: {str(error).splitlines()[0]} Smaller batches or images may fit")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit("error: a process that reads data was killed, perhaps for want of memory")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
 
 
-# ---- Command line: is the data set whole? --------------------------------------------------------
+# ---- Is the data set whole? ----------------------------------------------------------------------
 
 
 def check(dataset: DepthDataset, n_expected: int | None) -> list[Tensor]:
-    """Print what was found, open eight pairs, and return their images, then their depths.
+    """Print what was found, open pairs, and return eight images, then their depths from 0 to 1.
 
-    Raises ValueError if their median depth cannot be right.
+    All are opened of up to 1,000 test pairs of an own list, else eight. Raises ValueError if one
+    cannot be read, or if there is no depth in them.
     """
-    part = "train" if dataset.train else "test"
+    part, n, recipe = "train" if dataset.train else "test", len(dataset), dataset.recipe
     of = f", of {n_expected} lines expected" if n_expected else ""
-    none = f"{dataset.n_left_out} lines without ground truth"
-    none += " (45 of KITTI's 697 test images have none)" if dataset.name == "kitti" else ""
-    print(f"{part}: {len(dataset)} pairs, {none}{of}")
-    chosen = torch.linspace(0, len(dataset) - 1, 8).long().unique().tolist()
+    print(f"{part}: {n} pairs, {dataset.n_left_out} lines without ground truth{of}")
+    chosen = torch.linspace(0, n - 1, 8).long().unique().tolist()
+    if dataset.name == "list":
+        for i in range(n) if n <= 1000 and not dataset.train else chosen:
+            dataset[i]
+        highest = max(read_depth(dataset.pairs[i][1]).max() for i in chosen) / recipe.depth_scale
+        if highest > recipe.max_depth:
+            print(
+                f"{part}: depths go to {highest:.2f} m; beyond {recipe.max_depth} m they are none"
+            )
     samples = [dataset[i] for i in chosen]
     depth = torch.cat([sample["depth"].flatten() for sample in samples])
-    valid = depth[depth > 0]
+    valid, top = depth[depth > 0], recipe.max_depth
     if not len(valid):
         raise ValueError(f"{part}: there is no depth at all in {samples[0]['path']} and others")
-    median, top = valid.median().item(), dataset.recipe.max_depth
-    print(
-        f"{part}: {len(samples)} opened, {tuple(samples[0]['image'].shape[1:])} pixels, "
-        f"{len(valid) / len(depth):.0%} with depth, median {median:.2f} m"
-    )
-    if dataset.name == "kitti" and len(valid) < 0.08 * len(depth):
+    median, share = valid.median().item(), len(valid) / len(depth)
+    size = "{} x {}".format(*samples[0]["depth"].shape[1:])
+    print(f"{part}: {size} pixels, {share:.0%} with depth, median {median:.2f} m")
+    if dataset.name == "kitti" and share < 0.08:
         print(f"{part}: so few depths are those of raw LiDAR, not of the annotated ground truth")
     if not 0.05 * top < median < 0.9 * top:
-        raise ValueError(
-            f"{part}: a median of {median:.2f} m cannot be right for depths to {top} m: "
-            f"wrong --depth-scale ({dataset.recipe.depth_scale})?"
+        print(
+            f"{part}: that median is odd for depths to {top} m: wrong --depth-scale, --max-depth?"
         )
-    depths = [sample["depth"].expand(3, -1, -1) / top for sample in samples]
-    return [denormalize(sample["image"]) for sample in samples] + depths
+    images = [s["image"] / 255 if dataset.train else denormalize(s["image"]) for s in samples]
+    return images + [sample["depth"].expand(3, -1, -1) / top for sample in samples]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Check a data set, and show eight of its pairs.")
+    parser = argparse.ArgumentParser(description="Check a data set, and show eight test pairs.")
     parser.add_argument("data", choices=DATASETS)
-    add_data_options(parser)
-    parser.add_argument(
-        "--fetch", action="store_true", help="first get what is missing; nyu, kitti"
-    )
+    add = add_data_options(parser).add_argument
+    add("--fetch", action="store_true", help="first get what is missing of nyu or kitti")
+    add("--out", metavar="DIR", default="runs", help="where check_DATA.png goes; default: runs")
     args = parser.parse_args()
     if args.fetch:
         fetch(args.data, args.root, args.train_split, args.test_split)
     for part in ("test",) if str(args.root).endswith(".mat") else ("train", "test"):
-        split = args.train_split if part == "train" else args.test_split
-        scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
-        dataset = DepthDataset(args.data, args.root, split, part == "train", **scale)
+        split, is_train = getattr(args, f"{part}_split"), part == "train"
+        scale = (args.depth_scale, args.max_depth)
+        dataset = DepthDataset(args.data, args.root, split, is_train, *scale)
         n_expected, _ = LISTS.get(f"{args.data}_{part}", (None, None))
         cells = check(dataset, None if split else n_expected)
     cells = [F.interpolate(cell[None], (192, 256))[0].clamp(0, 1) for cell in cells]
-    path = Path("runs") / f"check_{args.data}.png"
-    path.parent.mkdir(exist_ok=True)
-    n = len(cells) // 2
-    save_image(cells, path, nrow=n)
+    n, path = len(cells) // 2, Path(args.out) / f"check_{args.data}.png"
+    sheet = to_pil_image(make_grid(cells, nrow=n))
+    unit = f"depth in metres: black is 0 or none, white is {dataset.recipe.max_depth:g}"
+    ImageDraw.Draw(sheet).text((8, 200), unit, "yellow")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda partial: sheet.save(partial, "png"))
     print(f"{path} shows {n} test images above their depths: do they belong together?")
 
 

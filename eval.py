@@ -7,22 +7,22 @@ python eval.py runs/toy/best.pt --images *.jpg      depth of your own pictures
 """
 
 import argparse
+import datetime
 import glob
 import itertools
+import math
 import statistics
 import sys
+import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-from torch.utils.data import Subset
 from tqdm import tqdm
 
 import cabins
@@ -75,61 +75,47 @@ def format_table(name: str, rows: dict[str, dict[str, float]]) -> str:
 
 
 @torch.no_grad()
-def evaluate_windows(
-    predict: Predict, dataset: DepthDataset, progress: bool = False
-) -> dict[str, dict[str, float]]:
+def evaluate_windows(predict: Predict, dataset: DepthDataset, progress=False) -> dict[str, dict]:
     """Mean metrics in each of the data set's test windows, from one pass.
 
     `predict` takes normalised images (1, 3, H, W) to depth (1, 1, H, W) in metres, which is clipped
     to the data set's range; NaN counts as its minimum. Ground truth counts strictly inside the
-    range. A metric is the mean over images of its mean over an image's pixels; images without a
-    pixel of ground truth in a window are left out of that window's mean. Processes that torchrun
-    started share the images out, and all return the same.
+    range. A metric is the mean over images of its mean over an image's pixels. Raises ValueError
+    where there is no ground truth at all.
     """
     low, high = cabins.Config.min_depth, dataset.recipe.max_depth
-    found: dict[int, dict[str, dict[str, float]]] = {}  # by number of the image, and window
-    rank, n_processes = data.rank_of()
-    mine = range(rank, len(dataset), n_processes)
-    hidden = None if progress and rank == 0 else True
-    bar = tqdm(data.load(Subset(dataset, mine)), desc="evaluating", disable=hidden, leave=False)
-    for i, sample in zip(mine, bar):
+    found: list[dict[str, dict[str, float] | None]] = []  # of each image, by window
+    bar = tqdm(data.load(dataset), "evaluating", disable=None if progress else True, leave=False)
+    for sample in bar:
         depth, target = predict(sample["image"]).cpu(), sample["depth"]
         depth = depth.nan_to_num(low, high, low).clamp(low, high)
         if depth.shape != target.shape:
             raise ValueError(f"predict gave {tuple(depth.shape)} for {tuple(target.shape)}")
         windows = data.evaluation_windows(dataset.name, *sample["size"][0].tolist())
-        found[i] = dict.fromkeys(windows)
+        found.append(dict.fromkeys(windows))
         for window, (rows, columns) in windows.items():
             d, d_star = depth[..., rows, columns], target[..., rows, columns]
             mask = (d_star > low) & (d_star < high)
             if mask.any():
                 metrics = cabins.depth_metrics(d[mask].double(), d_star[mask].double())
-                found[i][window] = {k: v.item() for k, v in metrics.items()}
-    if n_processes > 1:
-        parts = [None] * n_processes
-        dist.all_gather_object(parts, found)
-        found = dict(sorted(item for part in parts for item in part.items()))
+                found[-1][window] = {k: v.item() for k, v in metrics.items()}
     means = {}
     for window in found[0]:
-        images = [windows[window] for windows in found.values() if windows[window]]
+        images = [windows[window] for windows in found if windows[window]]
         if images:
             means[window] = {k: statistics.fmean(m[k] for m in images) for k in images[0]}
-            if len(images) < len(found) and rank == 0:
-                missing = f"{len(found) - len(images)} of the images have no ground truth"
-                print(f"{missing} in window {window}: left out")
+        if 0 < len(images) < len(found):
+            n = len(found) - len(images)
+            print(f"{n} of the images have no ground truth in window {window}: left out")
     if not means:
         raise ValueError(f"none of the {len(dataset)} images has ground truth to measure against")
     return means
 
 
-def evaluate(
-    predict: Predict, dataset: DepthDataset, window: str | None = None
-) -> dict[str, float]:
-    """Mean metrics in one test window, the paper's if none is named; see `evaluate_windows`."""
-    windows = evaluate_windows(predict, dataset)
-    if window is not None and window not in windows:
-        raise ValueError(f"window is {window!r}; {dataset.name} has {', '.join(windows)}")
-    return windows[window or next(iter(windows))]
+def evaluate(predict: Predict | cabins.CaBins, dataset: DepthDataset) -> dict[str, float]:
+    """Mean metrics in the paper's test window; a network is measured with flip averaging."""
+    predict = predictor(predict) if isinstance(predict, cabins.CaBins) else predict
+    return next(iter(evaluate_windows(predict, dataset).values()))
 
 
 def predictor(model: cabins.CaBins, flip: bool = True, amp: str = "off") -> Predict:
@@ -155,92 +141,69 @@ def predictor(model: cabins.CaBins, flip: bool = True, amp: str = "off") -> Pred
     return predict
 
 
-def ablate(
-    model: cabins.CaBins, predict: Predict, dataset: DepthDataset
-) -> dict[str, dict[str, float]]:
+def ablate(model: cabins.CaBins, predict: Predict, dataset: DepthDataset) -> dict[str, dict]:
     """Rows of the same network, not trained anew, whose decoder gets less from the text.
 
     They measure what the similarities s, and so the prompts, add to x4.
     """
-    t, s = model.context_decoder, model.depth_decoder  # the modules that t and s go into
+    decoder, texts = model.depth_decoder, model.context_decoder  # into which s and t go
     changes = {
-        "s = 0": (s, lambda _, inputs: (inputs[0], 0 * inputs[1])),
-        "s of the classes in reverse": (s, lambda _, inputs: (inputs[0], inputs[1].flip(1))),
-        "one text for all classes": (
-            t,
-            lambda _, inputs: (inputs[0][:, :1].expand_as(inputs[0]), *inputs[1:]),
-        ),
+        "s = 0": (decoder, lambda x, s: (x, 0 * s)),
+        "s of the classes in reverse": (decoder, lambda x, s: (x, s.flip(1))),
+        "one text for all classes": (texts, lambda t, *z: (t[:, :1].expand_as(t), *z)),
     }
     rows = {}
     for name, (module, change) in changes.items():
-        hook = module.register_forward_pre_hook(change)
-        rows |= {
-            f"{name}, {window}": row for window, row in evaluate_windows(predict, dataset).items()
-        }
+        hook = module.register_forward_pre_hook(lambda _, inputs, f=change: f(*inputs))
+        windows = evaluate_windows(predict, dataset)
         hook.remove()
+        rows |= {f"{name}, {window}": row for window, row in windows.items()}
     return rows
 
 
 def protocol(dataset: DepthDataset, window: str, flip: bool, amp: str = "off") -> str:
     """How a row was measured, in one line."""
-    return (
-        f"{dataset.name}: {len(dataset)} images ({dataset.n_left_out} without ground truth left out), "
-        f"window {window}, {cabins.Config.min_depth} < depth < {dataset.recipe.max_depth} m, "
-        f"flip averaging {'on' if flip else 'off'}, {'fp32' if amp == 'off' else amp}, "
-        "mean of each image's mean"
+    images = f"{len(dataset)} images ({dataset.n_left_out} without ground truth left out)"
+    valid = f"{cabins.Config.min_depth} < depth < {dataset.recipe.max_depth} m"
+    how = f"flip averaging {'on' if flip else 'off'}, {'fp32' if amp == 'off' else amp}"
+    return f"{dataset.name}: {images}, window {window}, {valid}, {how}, mean of each image's mean"
+
+
+def write_depth(path: str, depth: np.ndarray, max_depth: float, scale: float, about="") -> str:
+    """Write depth (H, W) in metres as a 16-bit PNG of depth * scale; returns the file's path.
+
+    If 16 bits cannot hold `max_depth` so, the scale is a coarser one. The name says 1 mm to 1 m.
+    """
+    units = {1000: "_mm", 100: "_cm", 10: "_dm", 1: "_m"}
+    finest = next(s for s in (scale, *units) if max_depth * s <= 65535)
+    path = f"{path}{units.get(finest, '')}.png"
+    image, info = (
+        Image.fromarray((depth * finest).round().clip(0, 65535).astype(np.uint16)),
+        PngInfo(),
     )
+    info.add_text("Description", f"{about}in 1/{finest:g} m")
+    cabins.write_whole(path, lambda partial: image.save(partial, "png", pnginfo=info))
+    return path
 
 
 def keep_predictions(predict: Predict, dataset: DepthDataset, folder: Path) -> Predict:
-    """`predict`, writing each depth as a 16-bit PNG in the data set's scale: 00000.png and so on.
+    """`predict`, writing each depth in the data set's scale: 00000.png and so on, or 00000_mm.png.
 
     The files are of the test image's size, KITTI's therefore of the cropped frame's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = itertools.count()
+    numbers, recipe = itertools.count(), dataset.recipe
 
     def predict_and_keep(image: Tensor) -> Tensor:
         depth = predict(image)
-        path = folder / f"{next(numbers):05}.png"
-        write_depth(path, depth[0, 0].cpu().numpy(), dataset.recipe.depth_scale)
+        path = f"{folder}/{next(numbers):05}"
+        write_depth(path, depth[0, 0].cpu().numpy(), recipe.max_depth, recipe.depth_scale)
         return depth
 
     return predict_and_keep
 
 
-def write_depth(path: Path, depth: np.ndarray, scale: float, about: str = "") -> None:
-    """A depth map (H, W) in metres as a 16-bit PNG of depth * scale."""
-    values = (depth * scale).round().clip(0, 65535).astype(np.uint16)
-    info = PngInfo()
-    info.add_text("Description", f"depth in 1/{scale:g} m{about}")
-    cabins.write_whole(path, lambda p: Image.fromarray(values).save(p, "png", pnginfo=info))
-
-
 # ---- Figures -------------------------------------------------------------------------------------
-
-
-class Explanation(NamedTuple):
-    """How the depth of one image came about."""
-
-    depth: np.ndarray  # (H, W) metres
-    spread: np.ndarray  # (H, W) metres, the standard deviation of p
-    edges: np.ndarray  # (n_bins + 1,) metres, of the bins
-    cabins: np.ndarray  # (K,) metres
-    texts: list[str]  # K prompts, without the learnt context
-    similarity: np.ndarray  # (K, h, w)
-
-
-@torch.inference_mode()
-def explain(model: cabins.CaBins, image: Tensor, size: tuple[int, int]) -> Explanation:
-    """What is behind the depth, at `size`, of one normalised image (1, 3, H, W)."""
-    b, c, e, s, p = model.eval().distribution(image.to(next(model.parameters()).device))
-    depth, spread = cabins.mean_and_spread(c, p, size)
-    low, high = model.config.min_depth, model.config.max_depth
-    edges = low + (high - low) * F.pad(b[0].cumsum(0), (1, 0))
-    texts = [str(round(value, 4)) for value in e[0].tolist()]
-    texts = cabins.SEMANTIC_BINS if model.config.distance_class == "semantic" else texts
-    depth, spread, edges, e, s = (x.cpu().numpy() for x in (depth, spread, edges, e[0], s[0]))
-    return Explanation(depth, spread, edges, e, texts, s)
 
 
 def show(axis, title: str, values: np.ndarray, label="", low=0.0, high=1.0, cmap="viridis") -> None:
@@ -254,35 +217,36 @@ def show(axis, title: str, values: np.ndarray, label="", low=0.0, high=1.0, cmap
         axis.figure.colorbar(shown, ax=axis, label=label, **bar)
 
 
-def show_depth(axes, image: np.ndarray, depth: np.ndarray, truth: np.ndarray | None, top) -> None:
+def show_depth(axes, image: np.ndarray, depth: np.ndarray, truth: np.ndarray | None) -> None:
     """Image, truth (0 is none) if known, prediction, error: a row of Figures 4 and 5."""
-    maps = {"image": (image,), "prediction": (depth, "depth (m)", 0, top)}
-    if truth is not None:
+    low, high = depth.min(), depth.max()
+    maps = {"image": (image,), "prediction": (depth, "depth (m)", low, high)}
+    if truth is not None and truth.any():
+        low, high = min(low, truth[truth > 0].min()), max(high, truth.max())
         truth = np.where(truth > 0, truth, np.nan)
-        error = np.abs(depth - truth)
-        maps = {"image": (image,), "ground truth": (truth, "depth (m)", 0, top)} | maps
-        maps["error"] = (error, "|error| (m)", 0, top / 10, "magma")
+        maps = {"image": (image,), "ground truth": (truth, "depth (m)", low, high)}
+        maps["prediction"] = (depth, "depth (m)", low, high)
+        maps["error"] = (np.abs(depth - truth), "|error| (m)", 0, high / 10, "magma")
     for axis, (title, values) in zip(axes, maps.items()):
         show(axis, title, *values)
 
 
-def show_bins(axis, e: Explanation, truth: np.ndarray | None) -> None:
-    """Histograms of depth over the edges of the bins, and the prompts where their distances are."""
-    top = e.edges[-1]
-    axis.hist(e.depth.ravel(), 128, range=(0, top), density=True, label="prediction")
+def show_bins(axis, found: cabins.Inference, texts: list[str], truth, top: float) -> None:
+    """Histograms of depth over the bin centres, and the prompts where their distances are."""
+    axis.hist(found.depth.ravel(), 128, range=(0, top), density=True, label="prediction")
     if truth is not None and truth.any():
-        values = truth[truth > 0]
         how = {"range": (0, top), "density": True, "histtype": "step"}
-        axis.hist(values, 128, **how, label="ground truth")
+        axis.hist(truth[truth > 0], 128, **how, label="ground truth")
     bottom_line = axis.get_xaxis_transform()  # metres across, shares of the height upwards
-    axis.vlines(e.edges, 0, 0.06, "black", linewidth=0.4, transform=bottom_line)
-    for k, (distance, text) in enumerate(zip(e.cabins, e.texts)):
+    axis.vlines(found.centers, 0, 0.06, "black", linewidth=0.4, transform=bottom_line)
+    for k, (distance, text) in enumerate(zip(found.cabins, texts)):
         axis.axvline(distance, color="black", linewidth=0.8, linestyle="--")
-        place = {"xytext": ((k + 0.5) / len(e.cabins), 1.12), "textcoords": "axes fraction"}
+        place = {"xytext": ((k + 0.5) / len(texts), 1.12), "textcoords": "axes fraction"}
         place |= {"xycoords": bottom_line, "ha": "center", "arrowprops": {"arrowstyle": "-"}}
         axis.annotate(f"“{text}”", (distance, 1.0), **place)
     axis.set(xlabel="depth (m)", ylabel="share of pixels per metre", xlim=(0, top))
-    axis.set_title(f"{len(e.edges) - 1} bins (short ticks) and their prompts (dashed)", pad=38)
+    n = len(found.centers)
+    axis.set_title(f"{n} bin centres (short ticks) and their prompts (dashed)", pad=38)
     axis.legend(loc="upper right")
 
 
@@ -294,51 +258,43 @@ def new_figure(*heights: float):
     return figure, figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
 
 
-def save_figure(path: Path, figure) -> None:
+def save_figure(path: str | Path, figure) -> None:
     cabins.write_whole(path, lambda partial: figure.savefig(partial, dpi=100, format="png"))
 
 
-def draw_explained(path: Path, image: np.ndarray, e: Explanation, truth=None) -> None:
-    """The figure of one image: depth and its spread, the bins, and where each prompt matches."""
-    n, k = 3 if truth is None else 5, len(e.cabins)
+def draw_explained(path: Path, image: np.ndarray, config, found, s, truth=None) -> None:
+    """The figure of one image: depth and its spread, the bins, and where each prompt matches.
+
+    `found` and `s` are what `cabins.look` gives.
+    """
+    n, k = 3 if truth is None else 5, len(s)
+    texts = [str(round(distance, 4)) for distance in found.cabins.tolist()]
+    texts = cabins.SEMANTIC_BINS if config.distance_class == "semantic" else texts
     shape = min(image.shape[0] / image.shape[1], 2.5)  # a picture taller than that gets margins
-    figure, (maps, bins, texts) = new_figure(1 + 13 / n * shape, 3.3, 1 + 13 / k * shape)
+    figure, (maps, bins, prompts) = new_figure(1 + 13 / n * shape, 3.3, 1 + 13 / k * shape)
     axes = maps.subplots(1, n)
-    show_depth(axes, image, e.depth, truth, float((e.depth if truth is None else truth).max()))
-    show(axes[-1], "spread of p", e.spread, "std (m)", 0, e.spread.max(), "magma")
-    show_bins(bins.subplots(), e, truth)
-    low, high = e.similarity.min(), e.similarity.max()
-    for i, axis in enumerate(texts.subplots(1, k, squeeze=False)[0]):
-        title = f"“{e.texts[i]}”, {e.cabins[i]:.2f} m"
-        show(axis, title, e.similarity[i], "cosine", low, high, "cividis")
+    show_depth(axes, image, found.depth, truth)
+    show(axes[-1], "spread of p", found.std, "std (m)", 0, found.std.max(), "magma")
+    show_bins(bins.subplots(), found, texts, truth, config.max_depth)
+    for i, axis in enumerate(prompts.subplots(1, k, squeeze=False)[0]):
+        title = f"“{texts[i]}”, {found.cabins[i]:.2f} m"
+        show(axis, title, s[i], "cosine", s.min(), s.max(), "cividis")
     save_figure(path, figure)
 
 
-def draw_samples(
-    out: Path, model: cabins.CaBins, dataset: DepthDataset, n: int, predict: Predict
-) -> None:
-    """Draw n samples from all over the data set, side by side and then each explained."""
+def draw_samples(out: Path, model: cabins.CaBins, dataset: DepthDataset, n: int) -> None:
+    """Draw n samples from all over the data set, each explained."""
     out.mkdir(parents=True, exist_ok=True)
-    chosen = torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long().tolist()
-    samples = [dataset[i] for i in chosen]
-    top = max(float(sample["depth"].max()) for sample in samples)
-    height, width = samples[0]["depth"].shape[1:]
-    figure, rows = new_figure(*[1 + 13 / 4 * height / width] * len(samples))
-    for i, row, sample in zip(chosen, rows, samples):
-        truth = sample["depth"][0].numpy()
-        image = data.denormalize(sample["image"]).permute(1, 2, 0).numpy()
-        depth = predict(sample["image"][None])[0, 0].cpu().numpy()
-        show_depth(row.subplots(1, 4), image, depth, truth, top)
-        e = explain(model, sample["image"][None], truth.shape)
-        draw_explained(out / f"explained_{i}.png", image, e, truth)
-    save_figure(out / "comparison.png", figure)
+    for i in torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long().tolist():
+        image, truth = dataset[i]["image"], dataset[i]["depth"][0].numpy()
+        found, s = cabins.look(model, image[None], truth.shape)
+        image = data.denormalize(image).permute(1, 2, 0).numpy()
+        draw_explained(out / f"explained_{i}.png", image, model.config, found, s, truth)
 
 
 # ---- Your own pictures ---------------------------------------------------------------------------
 
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-# width of an image and focal length, in pixels, of the training sets' cameras
-CAMERAS = {"nyu": (640, 518.86), "kitti": (1242, 721.54), "toy": (128, 100.0)}
+PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 def find_pictures(arguments: list[str]) -> list[Path]:
@@ -349,10 +305,26 @@ def find_pictures(arguments: list[str]) -> list[Path]:
         paths = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(argument))]
         if path.is_dir():
             paths = [p for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURES]
+            paths = [p for p in paths if not p.name.startswith(".")]
         if not paths:
             raise FileNotFoundError(f"{argument}: no picture there, nor any that the pattern fits")
         found += paths
     return found
+
+
+def focal_of(image: Image.Image, config: cabins.Config, args) -> tuple[float, str]:
+    """The focal length of a picture in pixels, and what says so."""
+    if args.focal:
+        return args.focal, "--focal"
+    width, height = image.size
+    exif = image.getexif()
+    if args.fov:
+        width = height if exif.get(0x0112, 1) > 4 else width  # held upright: see `read_picture`
+        return width / 2 / math.tan(math.radians(args.fov) / 2), "--fov"
+    equivalent = exif.get_ifd(0x8769).get(0xA405)  # FocalLengthIn35mmFilm
+    if isinstance(equivalent, int) and equivalent > 0:
+        return equivalent * math.hypot(width, height) / math.hypot(36, 24), "EXIF"
+    return config.focal * max(width, height) / config.image_width, "the training's camera"
 
 
 def write_ply(path: Path, picture: np.ndarray, depth: np.ndarray, focal: float) -> None:
@@ -370,12 +342,13 @@ def write_ply(path: Path, picture: np.ndarray, depth: np.ndarray, focal: float) 
     cabins.write_whole(path, lambda partial: partial.write_bytes(content))
 
 
-def predict_pictures(model: cabins.CaBins, trained_on: str | None, args: argparse.Namespace) -> int:
+def predict_pictures(model: cabins.CaBins, args: argparse.Namespace) -> int:
     """Write the depth of each picture of `args.images` into `args.out`; return how many failed."""
     out, paths = Path(args.out or "runs/pictures"), find_pictures(args.images)
     if own := [path for path in paths if path.resolve().parent == out.resolve()]:
         raise ValueError(f"--out {out} is the folder of {own[0]}, which must stay: choose another")
     out.mkdir(parents=True, exist_ok=True)
+    warnings.filterwarnings("ignore", module="PIL")  # odd EXIF blocks, and very large pictures
     n_failed, names = 0, set()
     for path in tqdm(paths, unit="picture", disable=None):
         name = path.stem
@@ -383,127 +356,133 @@ def predict_pictures(model: cabins.CaBins, trained_on: str | None, args: argpars
             name += "_"
         names.add(name)
         try:
-            picture = cabins.read_picture(path)
-        except (OSError, SyntaxError, ValueError) as error:
-            tqdm.write(f"{path} cannot be read as a picture: {error}", file=sys.stderr)
+            tqdm.write(f"{path}: {write_picture(path, out / name, model, args)}")
+        except (OSError, ValueError) as error:
+            tqdm.write(f"{path} is left out: {error}", file=sys.stderr)
             n_failed += 1
-            continue
-        tqdm.write(f"{path}: {write_picture(out / name, model, picture, trained_on, args)}")
     print(f"{len(paths) - n_failed} of {len(paths)} pictures written to {out}")
     return n_failed
 
 
-def write_picture(path: Path, model, picture: np.ndarray, trained_on, args) -> str:
-    """Write the files of one picture, whose names begin as `path`; returns a line about its depth."""
-    height, width = picture.shape[:2]
+def write_picture(path: Path, out: Path, model: cabins.CaBins, args) -> str:
+    """Write the files of one picture, whose names begin as `out`; returns a line about them."""
+    import matplotlib
+
+    image, config = cabins.open_picture(path), model.config
+    picture = cabins.read_picture(image)
     with data.autocast(next(model.parameters()).device, args.amp):
-        depth = cabins.infer(model, picture).depth
-        if args.explain:
-            e = explain(model, cabins.to_input(model, picture), (height, width))
-            draw_explained(Path(f"{path}_explained.png"), picture, e)
-    figure, (part,) = new_figure(1 + 13 * min(height / width, 2.5))
-    show(part.subplots(), path.name, depth, "depth (m)", 0, float(depth.max()))
-    save_figure(Path(f"{path}_depth.png"), figure)
-    unit, scale = ("mm", 1000) if model.config.max_depth < 65.535 else ("cm", 100)
-    about = f" ({unit}); CaBins, {args.checkpoint}"
-    write_depth(Path(f"{path}_depth_{unit}.png"), depth, scale, about)
+        found, s = cabins.look(model, cabins.to_input(model, picture), picture.shape[:2])
+    depth, files = found.depth, [f"{out}_depth.png", f"{out}_colour.png"]
+    low, high = (0, args.range) if args.range else (float(depth.min()), float(depth.max()))
+    figure, (part,) = new_figure(1 + 13 * min(depth.shape[0] / depth.shape[1], 2.5))
+    show(part.subplots(), "", depth, "depth (m)", low, high)
+    save_figure(files[0], figure)
+    shares = (depth - low) / max(high - low, 1e-6)
+    colours = Image.fromarray(matplotlib.colormaps["viridis"](shares, bytes=True)[..., :3])
+    cabins.write_whole(files[1], lambda partial: colours.save(partial, "png"))
+    for name, values in (("depth", depth), ("std", found.std)):
+        about = f"{name} by CaBins, {args.checkpoint}, "
+        files.append(write_depth(f"{out}_{name}", values, config.max_depth, 1000, about))
     line = f"{depth.min():.2f} to {depth.max():.2f} m, median {np.median(depth):.2f} m"
+    if image.mode.startswith("I"):
+        line += f"; its greatest grey value, {np.max(image)}, is white"
+    if args.explain:
+        files.append(f"{out}_explained.png")
+        draw_explained(files[-1], picture, config, found, s)
     if args.ply:
-        like = (
-            trained_on
-            if trained_on in CAMERAS
-            else "kitti"
-            if model.config.max_depth > 10
-            else "nyu"
-        )
-        pixels = args.focal or CAMERAS[like][1] * width / CAMERAS[like][0]
-        if args.fov:
-            pixels = width / 2 / np.tan(np.radians(args.fov) / 2)
-        write_ply(Path(f"{path}.ply"), picture, depth, pixels)
-        line += f"; point cloud with a focal length of {pixels:.1f} pixels"
-    return line
+        files.append(f"{out}.ply")
+        focal, source = focal_of(image, config, args)
+        write_ply(files[-1], picture, depth, focal)
+        line += f"; point cloud with a focal length of {focal:.1f} pixels, from {source}"
+    return f"{line}; {', '.join(Path(file).name for file in files)}"
 
 
 # ---- Command line --------------------------------------------------------------------------------
 
 
 def main() -> None:
-    args, device = parse_args(), data.default_device()
+    args = parse_args()
     data.go_fast(False)  # what is measured as fp32 is fp32
-    model, saved = load(args)
-    model = model.to(device, memory_format=torch.channels_last)
-    predict = predictor(model, args.flip, args.amp)
-    name = args.data or saved.get("data")
+    content = cabins.read_checkpoint(args.checkpoint)
+    saved, max_depth = content.get("args"), args.max_depth
+    if "config" not in content and args.data:  # the authors', which do not say their range
+        max_depth = max_depth or data.DATASETS[args.data].max_depth
+    model = cabins.restore(content, args.checkpoint, max_depth)
+    model, config = model.to(data.choose_device(args.device)), model.config
+    kind = f"{config.backbone}, {config.distance_class}, depths to {config.max_depth} m"
+    print(f"{args.checkpoint}: {kind}; all of its {len(content['model'])} tensors are used")
     if args.images:
-        sys.exit(1 if predict_pictures(model, name, args) else 0)
+        sys.exit(1 if predict_pictures(model, args) else 0)
+    saved = saved if isinstance(saved, dict) else {}
+    name = args.data or saved.get("data")
     if name is None:
         raise ValueError(f"{args.checkpoint} does not say what data it is for: give --data")
+    if name == "toy":
+        data.refuse(args, "root test_split depth_scale", "is not for toy rooms: add --data")
     known = saved if name == saved.get("data") else {}
     keys = ("root", "test_split", "depth_scale", "max_depth")
     root, split, scale, max_depth = (getattr(args, key) or known.get(key) for key in keys)
     dataset = DepthDataset(name, root, split, depth_scale=scale, max_depth=max_depth)
-    top = dataset.recipe.max_depth
-    if max_depth is None and model.config.max_depth != top:
-        print(f"note: the network predicts to {model.config.max_depth} m, {name} goes to {top} m")
+    top, predict = dataset.recipe.max_depth, predictor(model, args.flip, args.amp)
+    if max_depth is None and config.max_depth != top:
+        print(f"note: the network predicts to {config.max_depth} m, {name} goes to {top} m")
     if args.explain:
         out = Path(args.out or "runs/explained")
-        draw_samples(out, model, dataset, args.explain, predict)
-        print(f"{out} has comparison.png, and an explained_….png of each sample")
+        draw_samples(out, model, dataset, args.explain)
+        print(f"{out} has an explained_….png of each sample")
         return
-    keep = keep_predictions(predict, dataset, Path(args.out) / "predictions") if args.out else None
-    windows = evaluate_windows(keep or predict, dataset, progress=True)
+    of = {"checkpoint": str(Path(args.checkpoint).resolve()), "data": name}
+    of["list"] = f"{split or 'the standard one'} ({dataset.checksum:08x})"
+    keep, out = predict, Path(args.out or ".")
+    if args.out:  # no two networks or lists share a folder of predictions
+        of["predictions"] = f"predictions_{zlib.crc32(str(of).encode()):08x}"
+        keep = keep_predictions(predict, dataset, out / of["predictions"])
+    windows = evaluate_windows(keep, dataset, progress=True)
     rows = {f"{Path(args.checkpoint).name}, {window}": row for window, row in windows.items()}
-    if args.ablate:
-        rows |= ablate(model, predict, dataset)
+    rows |= ablate(model, predict, dataset) if args.ablate else {}
     for window in windows:
         print(protocol(dataset, window, args.flip, args.amp))
     print(format_table(name, rows))
     for label, row in rows.items() if args.out else ():
         how = protocol(dataset, label.split(", ")[-1], args.flip, args.amp)
-        data.append_row(Path(args.out) / "results.csv", {"label": label, "protocol": how, **row})
-
-
-def load(args: argparse.Namespace) -> tuple[cabins.CaBins, dict]:
-    """The network of args.checkpoint, and the options that it was trained with, if it says so."""
-    content = cabins.read_checkpoint(args.checkpoint)
-    saved, is_ours = content.get("args"), "config" in content
-    max_depth = args.max_depth
-    if not is_ours and args.data:
-        max_depth = max_depth or data.DATASETS[args.data].max_depth
-    model = cabins.restore(content, args.checkpoint, max_depth)
-    config = model.config
-    print(
-        f"{args.checkpoint} is {'train.py’s' if is_ours else 'the authors’'}: {config.backbone}, "
-        f"{config.distance_class}, depths to {config.max_depth} m; "
-        f"all of its {len(content['model'])} tensors are used"
-    )
-    return model, saved if isinstance(saved, dict) else {}
+        when = {"date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}"}
+        data.append_row(out / "results.csv", {"label": label, **of, **when, "protocol": how, **row})
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("checkpoint", help="train.py's or the authors'")
-    add("--data", choices=data.DATASETS, help="default: what it was trained on")
-    data.add_data_options(parser)
-    add("--split", dest="test_split", metavar="FILE", help="the same as --test-split")
-    add("--flip", action=argparse.BooleanOptionalAction, default=True)
-    add(
-        "--amp",
-        choices=data.PRECISIONS,
-        default="off",
-        help="precision; default: off, which is float32",
-    )
-    add("--ablate", action="store_true", help="also rows with the text silenced")
-    add("--out", metavar="DIR", help="keep results.csv and depth PNGs; for pictures: where to")
-    about = "figures of N samples, or of the pictures"
+    about, *examples = __doc__.split("\n\n")
+    how = {"epilog": "\n\n".join(examples), "formatter_class": argparse.RawTextHelpFormatter}
+    parser = argparse.ArgumentParser(description=about, **how)
+    parser.add_argument("checkpoint", help="train.py's or the authors'")
+    group = data.add_data_options(parser)
+    group.add_argument("--data", choices=data.DATASETS, help="default: what it was trained on")
+    group.add_argument("--split", dest="test_split", metavar="FILE", help="same as --test-split")
+    group = parser.add_argument_group("network")
+    data.add_device_options(group, "off")
+    about = "mean of each image's depth and that of its mirror image; default: on"
+    group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help=about)
+    group.add_argument("--ablate", action="store_true", help="also rows with the text silenced")
+    add = parser.add_argument_group("files and pictures").add_argument
+    about = "results.csv and predictions/; for --images default runs/pictures"
+    add("--out", metavar="DIR", help=about)
+    about = "figures of N samples, or of the pictures; default N: 4"
     add("--explain", nargs="?", type=int, const=4, metavar="N", help=about)
     add("--images", nargs="+", metavar="PICTURE", help="files, folders or patterns of your own")
+    add("--range", type=float, metavar="M", help="colours of all pictures go from 0 to M metres")
     add("--ply", action="store_true", help="write a point cloud of each picture")
-    add("--focal", type=float, help="of the pictures' camera, in pixels; default: in training")
+    add("--focal", type=float, help="of its camera, in pixels; default: EXIF's or training's")
     add("--fov", type=float, help="in the place of --focal: degrees from left to right")
     args = parser.parse_args()
-    for option, limit in (("explain", np.inf), ("focal", np.inf), ("fov", 180)):
+    args.amp = args.amp or "off"
+    if args.images:
+        data.refuse(args, "ablate root test_split depth_scale", "is not for --images")
+    else:
+        data.refuse(args, "ply focal fov range", "is for --images")
+    if not args.ply or args.focal:
+        data.refuse(args, "fov", "is for --ply, without --focal")
+        data.refuse(args, "focal" * (not args.ply), "is for --ply")
+    data.refuse(args, "train_split", "is for training")
+    for option, limit in (("explain", np.inf), ("focal", np.inf), ("fov", 180), ("range", np.inf)):
         value = getattr(args, option)
         if value is not None and not 0 < value < limit:
             raise ValueError(f"--{option} is {value}; it must be above 0 and below {limit}")

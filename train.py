@@ -1,7 +1,8 @@
 """Train CaBins by the paper's recipe (Sec. 4.1): python train.py --data nyu --root DIR
 
-Without arguments, trains a tiny network on rooms drawn on the fly, in about two minutes of a
-laptop's CPU, and shows what it has learnt under runs/toy/.
+python train.py                               rooms drawn on the fly: two minutes on a laptop's CPU
+python train.py --data nyu --root DIR         the paper's network
+python train.py --resume runs/nyu/last.pt     goes on where a run stopped
 """
 
 import argparse
@@ -25,14 +26,11 @@ from tqdm import tqdm
 import cabins
 import data
 from data import DepthDataset, Recipe
-from eval import draw_samples, evaluate, evaluate_windows, format_table, predictor, protocol
+from eval import draw_samples, evaluate_windows, format_table, predictor, protocol
 
 TOY_DEFAULTS = {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # from random weights
 MAX_NORM = 0.1  # NOTE(paper silent): the released code clips gradients at this norm
 LOG_EVERY, SAVE_EVERY = 10, 500  # steps; it is also saved at the end of each epoch
-
-
-# ---- One step ------------------------------------------------------------------------------------
 
 
 def parameter_groups(model: cabins.CaBins, as_released: bool = False) -> list[dict]:
@@ -41,17 +39,17 @@ def parameter_groups(model: cabins.CaBins, as_released: bool = False) -> list[di
     NOTE(differs): the released code's optimizer lacks prompts and γ, and has the token embedding.
     """
     model.clip.token_embedding.requires_grad_(as_released)
-    left = {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-    def take(*beginnings: str) -> list[Tensor]:
-        return [left.pop(name) for name in list(left) if name.startswith(beginnings)]
-
-    groups = {
-        "image encoder": take("clip.visual."),
-        "prompts and gamma": take("prompts", "context_decoder.gamma"),
-        "token embedding": take("clip.token_embedding."),
-        "bins and decoders": take(""),  # all that is left
+    beginnings = {
+        "image encoder": "clip.visual.",
+        "prompts and gamma": ("prompts", "context_decoder.gamma"),
+        "token embedding": "clip.token_embedding.",
+        "bins and decoders": "",  # all that is left
     }
+    groups = {name: [] for name in beginnings}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = next(g for g, beginning in beginnings.items() if name.startswith(beginning))
+            groups[group].append(parameter)
     del groups["prompts and gamma" if as_released else "token embedding"]
     return [{"name": name, "params": parameters} for name, parameters in groups.items()]
 
@@ -61,17 +59,12 @@ def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def gather(tensor: Tensor) -> Tensor:
-    """The tensors (b, …) of all processes as one batch, to which each has the whole gradient."""
-    return torch.cat(all_gather(tensor.contiguous()))
-
-
 class Learner:
     """A network and what trains it, one `step` at a time. Nothing in a step waits for the device."""
 
     def __init__(self, model: cabins.CaBins, args, recipe: Recipe, n_steps: int, device):
         self.args, self.recipe, self.device = args, recipe, device
-        self.model = model = model.to(device, memory_format=torch.channels_last)
+        self.model = model = model.to(device)
         self.amp = data.autocast(device, args.amp)
         self.rank, self.n_processes = data.rank_of()
         if self.n_processes > 1 and device.type == "cuda":  # torch has it for GPUs only
@@ -79,9 +72,8 @@ class Learner:
         self.groups = parameter_groups(model, args.as_released)
         self.optimizer = torch.optim.AdamW(self.groups, args.lr, weight_decay=0.1, fused=True)
         # from lr / 25 up to lr and down to lr / 2500, the momentum from 0.95 to 0.85 and back
-        self.scheduler = OneCycleLR(
-            self.optimizer, args.lr, n_steps, div_factor=25, final_div_factor=100
-        )
+        how = {"div_factor": 25, "final_div_factor": 100}
+        self.scheduler = OneCycleLR(self.optimizer, args.lr, n_steps, **how)
         self.network = DistributedDataParallel(model) if self.n_processes > 1 else model
         if args.compile:
             self.network = torch.compile(self.network)
@@ -96,8 +88,9 @@ class Learner:
         with self.amp:
             prediction = self.network(image)
         if self.n_processes > 1:  # the loss is the whole batch's, as if in one process
-            whole = {k: gather(getattr(prediction, k)) for k in ("depth", "centers")}
-            prediction, depth = prediction._replace(**whole), gather(depth)
+            parts = (prediction.depth, prediction.centers, depth)
+            d, c, depth = (torch.cat(all_gather(part.contiguous())) for part in parts)
+            prediction = prediction._replace(depth=d, centers=c)
         min_depth, unbiased = self.model.config.min_depth, self.args.as_released
         return prediction, depth, cabins.total_loss(prediction, depth, min_depth, unbiased)
 
@@ -139,20 +132,15 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace, saved: dict):
-        self.args, self.out, self.device = args, Path(args.out), start_process()
-        self.rank, self.n_processes = data.rank_of()
-        n = args.batch_size
-        if n % self.n_processes:
-            of = f"{self.n_processes} processes must divide it"
-            raise ValueError(f"--batch-size {n} is the total; {of}")
-        scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
+        self.args, self.out, self.device = args, Path(args.out), start_process(args.device)
+        self.rank, n_processes = data.rank_of()
+        n, scale = args.batch_size, {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
         self.dataset = DepthDataset(args.data, args.root, args.train_split, train=True, **scale)
         self.test_set = DepthDataset(args.data, args.root, args.test_split, **scale)
-        n_pairs = len(self.dataset)
-        if n > n_pairs:
-            raise ValueError(f"--batch-size {n} is more than the {n_pairs} pairs")
-        if saved and (before := saved["n_pairs"]) != n_pairs:
-            raise ValueError(f"{args.resume} was trained on {before} pairs, but here are {n_pairs}")
+        n_pairs, self.lists = len(self.dataset), [self.dataset.checksum, self.test_set.checksum]
+        if n % n_processes or n > n_pairs:
+            must = f"{n_processes} processes must divide it, and {n_pairs} pairs fill it"
+            raise ValueError(f"--batch-size {n} is the total: {must}")
         self.per_epoch = math.ceil(n_pairs / n) if args.as_released else n_pairs // n
         self.n_steps = args.epochs * self.per_epoch
         self.step, self.best, self.recent = saved.get("step", 0), saved.get("best", math.inf), []
@@ -164,66 +152,63 @@ class Run:
                 self.learner.scheduler.load_state_dict(saved["scheduler"])
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(f"{args.resume} cannot be resumed: {error!r}") from None
+            if saved["lists"] != self.lists:
+                raise ValueError(f"{args.resume} is of other pairs or test pairs: start a new run")
         self.predict = predictor(model)
         if self.rank == 0:
             self.take_folder()
 
     def new_model(self) -> cabins.CaBins:
-        args = self.args
+        args, recipe = self.args, self.dataset.recipe
         torch.manual_seed(args.seed)
-        top, width = self.dataset.recipe.max_depth, self.test_set[0]["image"].shape[-1]
-        config = cabins.Config(args.backbone, args.distance_class, max_depth=top, image_width=width)
-        clip = None if args.clip == "none" else cabins.load_clip(args.clip)
+        camera = {"image_width": max(self.test_set[0]["image"].shape[1:]), "focal": recipe.focal}
+        kinds = (args.backbone, args.distance_class)
+        config = cabins.Config(*kinds, max_depth=recipe.max_depth, **camera)
+        clip = None if args.clip == "none" or args.init else cabins.load_clip(args.clip)
         model = cabins.CaBins(config, clip)
         if args.as_released:  # 44 times CaBins' own start, and never trained
             nn.init.trunc_normal_(model.prompts, std=1.0)
+        if args.init:
+            weights = cabins.load_checkpoint(args.init, args.max_depth).state_dict()
+            cabins.load_strictly(model, weights, args.init)
         return model
 
     def take_folder(self) -> None:
         """Make the folder this run's own. Nothing of another run goes, but for the demo's own."""
         self.out.mkdir(parents=True, exist_ok=True)
         if not self.args.resume or Path(self.args.resume).resolve().parent != self.out.resolve():
-            taken = [name for name in ("last.pt", "best.pt") if (self.out / name).exists()]
+            taken = any((self.out / name).exists() for name in ("last.pt", "best.pt"))
             is_demo = self.out == Path("runs/toy") and self.args.data == "toy"
             if taken and (self.args.resume or not is_demo):
                 remedy = "go on with --resume, or take another --out"
                 raise ValueError(f"{self.out} holds another run: {remedy}")
             if taken:
-                print(f"the run in {self.out} is replaced")
                 self.save("last.pt")
                 (self.out / "best.pt").unlink(missing_ok=True)
+                print(f"the run in {self.out} is replaced")
         for name, first in (("log.csv", self.step + 1), ("metrics.csv", self.step)):
             drop_rows_from(self.out / name, first)
 
-    def say(self, line: str) -> None:
-        if self.rank == 0:
-            tqdm.write(line)
-
     def announce(self) -> None:
-        """Say what is trained, on what, and what is not."""
-        args, amp = self.args, self.args.amp
-        self.say(
-            f"{args.data}: {len(self.dataset)} training pairs, {len(self.test_set)} test pairs; "
-            f"{self.n_processes} x {self.device}, {amp if amp != 'off' else 'fp32'}"
-        )
+        """Print what is trained, on what, and what is not."""
+        precision = "fp32" if self.args.amp == "off" else self.args.amp
+        where = f"{self.learner.n_processes} x {self.device}, {precision}"
+        print(f"{len(self.dataset)} training pairs, {len(self.test_set)} test pairs; {where}")
         frozen = [p for p in self.learner.model.parameters() if not p.requires_grad]
         for group in [*self.learner.groups, {"name": "frozen: text encoder", "params": frozen}]:
             n = sum(p.numel() for p in group["params"])
-            self.say(f"{group['name']:20} {n:>12,} parameters in {len(group['params'])} tensors")
-        if args.as_released:
-            self.say("as released: see the rows marked * of README's ledger")
-        self.say("on a GPU the first step can take a minute")
+            print(f"{group['name']:20} {n:>12,} parameters in {len(group['params'])} tensors")
+        if self.args.as_released:
+            print("as released: see the rows marked * of README's ledger")
+        print("on a GPU the first step can take a minute")
 
     def check(self) -> None:
         """Stop if a step since the last look was not finite; looking at each would hold it up."""
         for number, lr, paths, result in self.recent:
             loss, norm = result.tolist()
             if not math.isfinite(loss + norm):
-                raise ValueError(
-                    f"loss {loss} and gradient norm {norm} at step {number}, learning rate "
-                    f"{lr:.3g}, of the images {', '.join(paths)}; "
-                    f"what was saved in {self.out} is from before"
-                )
+                where = f"step {number}, learning rate {lr:.3g}, of the images {', '.join(paths)}"
+                raise ValueError(f"loss {loss} and gradient norm {norm} at {where}")
         self.recent.clear()
 
     def log(self, prediction: cabins.Prediction, depth: Tensor) -> dict[str, float]:
@@ -231,6 +216,8 @@ class Run:
         _, lr, _, result = self.recent[-1]
         self.check()
         mask = depth > self.learner.model.config.min_depth
+        if not mask.any():
+            raise ValueError(f"no depth of step {self.step} is valid: check the data with data.py")
         bins = cabins.chamfer_loss(prediction.centers.detach(), depth, mask).item()
         row = {"loss": result[0].item(), "bins": bins, "lr": lr}
         if self.rank == 0:
@@ -239,62 +226,59 @@ class Run:
         return row
 
     def save(self, name: str) -> None:
-        """Write a checkpoint, whole or not at all. It needs no random states: see `seed_of`."""
-        if self.rank == 0:
-            state = {k: getattr(self.learner, k).state_dict() for k in ("optimizer", "scheduler")}
-            state |= {"args": vars(self.args), "n_pairs": len(self.dataset)}
-            state |= {"step": self.step, "best": self.best}
-            cabins.save_checkpoint(self.out / name, self.learner.model, **state)
+        """Write last.pt, from which training can go on, or best.pt, which has the network only.
 
-    def validate(self) -> dict[str, dict[str, float]]:
+        Either is whole or not there. No random states are needed: see `seed_of`.
+        """
+        if self.rank == 0:
+            state = {"args": vars(self.args), "lists": self.lists, "step": self.step}
+            if name == "last.pt":
+                state |= {
+                    k: getattr(self.learner, k).state_dict() for k in ("optimizer", "scheduler")
+                }
+            cabins.save_checkpoint(self.out / name, self.learner.model, best=self.best, **state)
+
+    def validate(self) -> None:
         """Measure on the test set, draw a sample, and keep the network if it is the best so far."""
-        model = self.learner.model
-        if self.n_processes > 1:  # on CPUs their BatchNorms differ; the first one's are saved
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
-        data.go_fast(False)
-        windows = evaluate_windows(self.predict, self.test_set, progress=True)
-        row = next(iter(windows.values()))
         if self.rank == 0:
-            epoch = self.step // self.per_epoch
+            data.go_fast(False)
+            self.windows = evaluate_windows(self.predict, self.test_set, progress=True)
+            row, epoch = next(iter(self.windows.values())), self.step // self.per_epoch
             data.append_row(self.out / "metrics.csv", {"step": self.step, "epoch": epoch, **row})
-            draw_samples(self.out, model, self.test_set, 1, self.predict)
+            draw_samples(self.out, self.learner.model, self.test_set, 1)
             metrics = ", ".join(f"{k} {v:.3f}" for k, v in row.items())
-            self.say(f"epoch {epoch}/{self.args.epochs}: {metrics}")
-        if row["abs_rel"] < self.best:
-            self.best = row["abs_rel"]
-            self.save("best.pt")
-            self.save("last.pt")  # which knows the best
-        data.go_fast()
-        model.train()  # which measuring and drawing left in eval mode
-        return windows
-
-    def report(self, windows: dict[str, dict[str, float]]) -> None:
-        """Print the rows of last.pt and best.pt in the paper's table, and draw the curves."""
-        rows = {f"last.pt, {window}": row for window, row in windows.items()}
+            tqdm.write(f"epoch {epoch}/{self.args.epochs}: {metrics}")
+            if row["abs_rel"] < self.best:
+                self.best = row["abs_rel"]
+                self.save("best.pt")
+                self.save("last.pt")  # which knows the best
+            data.go_fast()
+            self.learner.model.train()  # which measuring and drawing left in eval mode
         if dist.is_initialized():
-            dist.barrier()  # until the first process has saved
+            dist.barrier()  # the others wait
+
+    def report(self) -> None:
+        """Print the rows of last.pt and best.pt in the paper's table, and draw the curves."""
+        rows = {f"last.pt, {window}": row for window, row in self.windows.items()}
         if (path := self.out / "best.pt").exists():  # it is not in a new --out of a resumed run
             best = predictor(cabins.load_checkpoint(path, map_location=self.device))
             windows = evaluate_windows(best, self.test_set, progress=True)
             rows |= {f"best.pt, {window}": row for window, row in windows.items()}
-        if self.args.data not in ("nyu", "kitti"):
-            rows |= baselines(self.dataset, self.test_set)
-        if self.rank == 0:
-            for window in windows:
-                print(protocol(self.test_set, window, flip=True))
-            print(format_table(self.args.data, rows))
-            draw_curves(self.out)
-            print(f"{self.out} has last.pt; best.pt is chosen by AbsRel on these test images")
+        for window in self.windows:
+            print(protocol(self.test_set, window, flip=True))
+        print(format_table(self.args.data, rows))
+        draw_curves(self.out)
+        print(f"{self.out} has last.pt; best.pt is chosen by AbsRel on these test images")
 
 
 def train(args: argparse.Namespace, saved: dict) -> None:
     """Train from the start, or from where `saved` is, to the last epoch."""
     run = Run(args, saved)
-    run.announce()
+    if run.rank == 0:
+        run.announce()
     data.go_fast()
     if run.step and run.step % run.per_epoch == 0:  # stopped perhaps before its validation
-        windows = run.validate()
+        run.validate()
     n, done = args.batch_size, run.step * args.batch_size
     bar = tqdm(total=run.n_steps * n, initial=done, unit="image", disable=run.rank > 0 or None)
     run.learner.model.train()
@@ -316,13 +300,15 @@ def train(args: argparse.Namespace, saved: dict) -> None:
             run.save("last.pt")
         if stop:
             bar.close()
-            where = f"after step {run.step} of {run.n_steps}"
-            run.say(f"stopped {where}; go on with --resume {run.out}/last.pt")
+            if run.rank == 0:
+                go_on = f"go on with --resume {run.out}/last.pt"
+                print(f"stopped after step {run.step} of {run.n_steps}; {go_on}")
             sys.exit(128 + stop)
         if is_end:
-            windows = run.validate()
+            run.validate()
     bar.close()
-    run.report(windows)
+    if run.rank == 0:
+        run.report()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -330,9 +316,9 @@ def train(args: argparse.Namespace, saved: dict) -> None:
 # ---- Processes and signals -----------------------------------------------------------------------
 
 
-def start_process() -> torch.device:
+def start_process(name: str | None) -> torch.device:
     """This process's device; joins the others first, if torchrun started several."""
-    device = data.default_device()
+    device = data.choose_device(name)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if device.type == "cuda":
             index, n = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -349,7 +335,8 @@ stops: list[int] = []  # Ctrl-C and SIGTERM that came
 def note_stop(number: int, _) -> None:
     """A signal waits until a step is done and saved; a second one does not, but under torchrun."""
     if stops and not dist.is_initialized():  # torchrun passes one on as two
-        sys.exit(128 + number)
+        os.write(2, b"\nstopped at once\n")
+        os._exit(128 + number)
     stops.append(number)
     again = b"" if dist.is_initialized() else b"; once more to stop at once"
     os.write(2, b"\nstopping when the next step is done and saved" + again + b"\n")
@@ -362,9 +349,6 @@ def agreed_stop(device: torch.device) -> int:
         stop = torch.tensor(stop, device=device)
         dist.all_reduce(stop, dist.ReduceOp.MAX)
     return int(stop)
-
-
-# ---- Tables and curves ---------------------------------------------------------------------------
 
 
 def drop_rows_from(path: Path, step: int) -> None:
@@ -381,99 +365,86 @@ def draw_curves(out: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
-    losses = {"loss": "total loss", "bins": "bins loss (m²)"}
-    metrics = {"abs_rel": "AbsRel", "rmse": "RMSE (m)", "d1": "δ < 1.25"}
-    files = (("log.csv", losses, ""), ("metrics.csv", metrics, "."))
-    for axis, (file, columns, marker) in zip(figure.subplots(1, 2), files):
+    panels = [("log.csv", {"loss": "total loss", "bins": "bins loss (m²)"})]
+    panels += [("metrics.csv", {"abs_rel": "AbsRel", "d1": "δ < 1.25"})]
+    panels += [("metrics.csv", {"rmse": "RMSE (m)"})]
+    for axis, (file, columns) in zip(figure.subplots(1, 3), panels):
         if not (out / file).exists():  # a finished run, resumed into a new --out
             continue
         curves = np.genfromtxt(out / file, delimiter=",", names=True)
         for column, label in columns.items():
-            axis.plot(curves["epoch"], curves[column], marker=marker, label=label)
+            axis.plot(curves["epoch"], curves[column], marker=".", label=label)
         axis.set(xlabel="epoch", ylim=(0, None))
         axis.legend()
-    cabins.write_whole(
-        out / "curves.png", lambda partial: figure.savefig(partial, dpi=100, format="png")
-    )
-
-
-def baselines(dataset: DepthDataset, test_set: DepthDataset) -> dict[str, dict[str, float]]:
-    """What is reached without looking at the image: one depth, or one depth map, for all."""
-    some = [test_set[i]["depth"][:, ::4, ::4] for i in range(len(test_set))]
-    depths = torch.cat([depth[depth > 0] for depth in some]).sort().values
-    weights = (1 / depths).cumsum(0)  # Σ |c - d*| / d* is least at the median weighted with 1 / d*
-    constant = depths[torch.searchsorted(weights, weights[-1] / 2)]
-    some = torch.stack([dataset[i]["depth"] for i in range(min(256, len(dataset)))])
-    n = (some > 0).sum(0)
-    mean = torch.where(n > 0, some.sum(0) / n, constant)[None]  # (1, 1, h, w)
-    maps = {f"best constant, {constant:.2f} m": constant.expand(1, 1, 1, 1)}
-    maps[f"mean of {len(some)} training depths"] = mean
-    predict = {k: lambda image, d=d: cabins.resize(d, image.shape[-2:]) for k, d in maps.items()}
-    return {name: evaluate(function, test_set) for name, function in predict.items()}
+    how = {"dpi": 100, "format": "png"}
+    cabins.write_whole(out / "curves.png", lambda partial: figure.savefig(partial, **how))
 
 
 # ---- Command line --------------------------------------------------------------------------------
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
-    """The options and {}; with --resume, those of the run to go on with, and its checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
+def make_parser() -> argparse.ArgumentParser:
+    about, examples = __doc__.split("\n\n")
+    how = {"epilog": examples, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(description=about, **how)
+    add = data.add_data_options(parser).add_argument
     add("--data", choices=data.DATASETS, default="toy", help="default: toy, rooms drawn on the fly")
-    data.add_data_options(parser)
+    group = parser.add_argument_group("network")
+    data.add_device_options(group, "bf16 on GPUs that have it, or off")
+    add, switch = group.add_argument, {"action": argparse.BooleanOptionalAction, "default": False}
     add("--backbone", choices=cabins.BACKBONES, default="RN101", help="default: RN101; toy: tiny")
     add("--clip", metavar="NAME|FILE|none", help="CLIP's weights; default: the backbone's own")
+    add("--init", metavar="CKPT", help="start from its weights, train.py's or the authors'")
     kinds = cabins.DISTANCE_CLASSES
     add("--distance-class", choices=kinds, default="cabins", help="row of Table 3; default: cabins")
+    add("--compile", **switch, help="torch.compile the network")
+    add = parser.add_argument_group("run").add_argument
     add("--epochs", type=int, default=25, help="default: 25; toy: 3")
     add("--batch-size", type=int, default=8, help="of all processes together; default: 8")
     add("--lr", type=float, default=3.57e-5, help="the highest; default: 3.57e-5; toy: 2e-3")
     add("--seed", type=int, default=0, help="default: 0")
-    about = "precision of convolutions and products; default: bf16 on GPUs that have it, or off"
-    add("--amp", choices=data.PRECISIONS, help=about)
-    switch = {"action": argparse.BooleanOptionalAction, "default": False}
-    add("--compile", **switch, help="torch.compile the network")
-    about = "train as the released code does where it is not the paper: see the README's ledger"
-    add("--as-released", **switch, help=about)
+    add("--as-released", **switch, help="as the released code does: see README's ledger")
     add("--out", metavar="DIR", help="default: runs/DATA")
     add("--resume", nargs="?", const="", metavar="CKPT", help="go on; default: OUT/last.pt")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
+    """The options and {}; with --resume, those of the run to go on with, and its checkpoint."""
+    parser, saved, before = make_parser(), {}, {}
     args = parser.parse_args(argv)
     if args.data == "toy":
         parser.set_defaults(**TOY_DEFAULTS)
         args = parser.parse_args(argv)
-    args.out, saved, before = args.out or f"runs/{args.data}", {}, {}
+        which = "root train_split test_split depth_scale"
+        data.refuse(args, which, "is not for toy rooms: add --data")
+    args.out = args.out or f"runs/{args.data}"
     if args.resume is not None:
         path = args.resume or f"{args.out}/last.pt"
-        saved = read_run(path)
+        saved = cabins.read_checkpoint(path)
+        if not {"args", "lists", "step", "optimizer", "scheduler"} <= saved.keys():
+            raise ValueError(f"{path} is no last.pt of train.py: it cannot be resumed")
         before = saved["args"] | {"out": str(Path(path).parent), "resume": None}
         args = parser.parse_args(argv, argparse.Namespace(**before))
         args.resume = path
     for name in ("root", "train_split", "test_split"):
         if path := getattr(args, name):
             setattr(args, name, str(Path(path).resolve()))  # eval.py may run elsewhere
-            if args.data == "toy":
-                raise ValueError(f"--{name.replace('_', '-')} is not for toy rooms: add --data")
-    args.amp = args.amp or ("off" if args.as_released else data.default_amp())
+    is_gpu = data.choose_device(args.device).type == "cuda"
+    is_bf16 = is_gpu and torch.cuda.is_bf16_supported(False) and not args.as_released
+    args.amp = args.amp or ("bf16" if is_bf16 else "off")
     args.clip = args.clip or ("none" if args.backbone == "tiny" else args.backbone)
     for name in ("epochs", "batch_size", "lr"):
         if not 0 < (value := getattr(args, name)) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be positive")
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"--seed is {args.seed}; it must be from 0 to 2147483647")
-    movable = ("root", "train_split", "test_split", "out", "compile", "resume")
-    if changed := [k for k in before if k not in movable and getattr(args, k) != before[k]]:
-        found = ", ".join(f"{k} {before[k]}, not {getattr(args, k)}" for k in changed)
-        raise ValueError(f"{args.resume} was trained with {found}: leave out, or start another run")
+    movable = ("root", "train_split", "test_split", "out", "compile", "device", "resume")
+    for name in before.keys() - movable:
+        if (value := getattr(args, name)) != before[name]:
+            was = f"was trained with {name} {before[name]}, not {value}"
+            raise ValueError(f"{args.resume} {was}: leave it out, or start another run")
     return args, saved
-
-
-def read_run(path: str) -> dict:
-    """A checkpoint that training can go on from."""
-    saved = cabins.read_checkpoint(path)
-    needed = {"args": dict, "n_pairs": int, "step": int, "optimizer": dict, "scheduler": dict}
-    if not all(isinstance(saved.get(key), kind) for key, kind in needed.items()):
-        raise ValueError(f"{path} was not written by train.py: it cannot be resumed")
-    return saved
 
 
 def main() -> None:
@@ -485,7 +456,7 @@ def main() -> None:
     except RuntimeError as error:  # of a worker or a process that got the signal as well
         if not stops:
             raise
-        print(f"stopped ({error}); {args.out} has what was saved before", file=sys.stderr)
+        print(f"stopped before the step was done: {error}", file=sys.stderr)
         sys.exit(128 + stops[0])
 
 

@@ -49,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
     dataset = data.DepthDataset(args.data, args.root, args.split, **scale)
-    predict = depthclip(cabins.load_clip(args.clip).to(data.default_device()))
+    predict = depthclip(cabins.load_clip(args.clip).to(data.choose_device(None)))
     windows = evaluate_windows(predict, dataset, progress=True)
     for window in windows:
         print(protocol(dataset, window, flip=False))
