@@ -1,13 +1,12 @@
 """CaBins: CLIP-based Adaptive Bins for Monocular Depth Estimation, in the order of the paper.
 
-One RGB image goes in, metres per pixel come out. An MLP on CLIP's image embedding predicts 256
-depth bins for the image (Eq. 1). They are condensed to 8 distances, the CaBins (Eq. 2). Each is
-written as a number into a text prompt for CLIP's frozen text encoder. The text embeddings look at
-the image (Eq. 3) and are compared with every place in it (Eq. 4). A decoder turns the similarities
-and the image features into a probability over the bins at every pixel. Depth is the mean of the bin
-centres under this probability (Eq. 5).
+An MLP on CLIP's image embedding predicts 256 depth bins for the image (Eq. 1). They are condensed
+to 8 distances, the CaBins (Eq. 2). Each is written as a number into a text prompt for CLIP's frozen
+text encoder. The text embeddings look at the image (Eq. 3) and are compared with every place in it
+(Eq. 4). A decoder turns the similarities and the image features into a probability over the bins
+at every pixel. Depth is the mean of the bin centres under this probability (Eq. 5).
 
-Read downwards, with the paper beside it. `CaBins.forward` is Figure 2.
+Read downwards, with the paper beside it. `CaBins.distribution` is Figure 2.
 
     code           paper         shape                 what                               section
     image          I             (B, 3, H, W)          normalised RGB of B images
@@ -52,10 +51,8 @@ import dataclasses
 import hashlib
 import math
 import os
-import re
 import warnings
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -138,8 +135,7 @@ class Config:
 def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, is_causal: bool = False) -> Tensor:
     """Multi-head attention of q (B, Lq, C) to k and v (B, Lk, C) gives (B, Lq, C).
 
-    CLIP attends among tokens (`SelfAttention`) and over the image (`AttentionPool`). Eq. 3 attends
-    among the texts and from texts to image (`Attention`).
+    CLIP attends among tokens and over the image; Eq. 3 among the texts and from texts to image.
     """
     q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, n, L, C/n)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
@@ -203,10 +199,10 @@ class TransformerBlock(nn.Module):
         return x + self.mlp.c_proj(y * torch.sigmoid(1.702 * y))  # CLIP's approximation of GELU
 
 
-def transformer(width: int, n_layers: int, is_causal: bool) -> nn.Sequential:
+def transformer(width: int, n_layers: int, is_causal: bool) -> nn.ModuleDict:
     """CLIP's stack of blocks. In the text encoder a token sees only itself and those before it."""
     blocks = [TransformerBlock(width, is_causal) for _ in range(n_layers)]
-    return nn.Sequential(OrderedDict(resblocks=nn.Sequential(*blocks)))
+    return nn.ModuleDict({"resblocks": nn.Sequential(*blocks)})
 
 
 # ---- Sec. 3.2.1  Image encoder: the pyramid, [z̄, z], and Eq. 1 -----------------------------------
@@ -378,19 +374,18 @@ class CLIP(nn.Module):
         `prompts` (N, text_width), where given, stand between the start token and the text, as in
         CoOp. They are learnable words: the gradient passes through the frozen encoder to them.
 
-        The encoder is causal and a text's embedding is its end token's, so what follows the end
-        token changes nothing. T need only be the longest text's length: with 8 prompts and a number
-        17 positions are encoded, not 77.
+        The encoder is causal, and a text's embedding is its end token's: what follows changes
+        nothing. So with 8 prompts and a number 17 positions are encoded, not 77.
         """
         x = self.token_embedding(ids)  # (L, T, text_width)
         end = ids.argmax(-1)  # (L,); the end token has the highest id
         if prompts is not None:
-            prompts = prompts.expand(len(x), -1, -1)  # (L, N, text_width)
+            prompts = prompts.expand(x.shape[0], -1, -1)  # (L, N, text_width)
             x = torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1)  # (L, N + T, text_width)
             end = end + prompts.shape[1]
         x = x + self.positional_embedding[: x.shape[1]]
-        x = self.ln_final(self.transformer(x))
-        return x[torch.arange(len(x), device=x.device), end] @ self.text_projection  # (L, D)
+        x = self.ln_final(self.transformer.resblocks(x))
+        return x[torch.arange(x.shape[0], device=x.device), end] @ self.text_projection  # (L, D)
 
 
 class Attention(nn.Module):
@@ -589,7 +584,7 @@ class CaBins(nn.Module):
         """
         if self.config.distance_class == "semantic":
             t = self.clip.encode_text(self.phrases, self.prompts)  # (K, D), for every image
-            return t.expand(len(e), -1, -1)  # (B, K, D)
+            return t.expand(e.shape[0], -1, -1)  # (B, K, D)
         ids = number_tokens(e, self.integer_digits)  # (B, K, T), T = 9 for 10 and 80 m
         t = self.clip.encode_text(ids.flatten(0, 1), self.prompts)  # (BK, D)
         return t.view(*e.shape, -1)  # (B, K, D)
@@ -740,20 +735,19 @@ class VisionTransformer(nn.Module):
         self.taps = [n_layers * i // 4 for i in (1, 2, 3, 4)]  # after blocks 3, 6, 9, 12
         self.channels = [width // 8, width // 4, width // 2, width]  # C_1..C_4, of x1..x4
         c1, c2, c3, c4 = self.channels
-        self.reassemble = nn.ModuleList(  # from stride 16 to 4, 8, 16, 32; not part of CLIP
-            [
-                nn.Sequential(nn.Conv2d(width, c1, 1), nn.ConvTranspose2d(c1, c1, 4, stride=4)),
-                nn.Sequential(nn.Conv2d(width, c2, 1), nn.ConvTranspose2d(c2, c2, 2, stride=2)),
-                nn.Conv2d(width, c3, 1),
-                nn.Sequential(nn.Conv2d(width, c4, 1), nn.Conv2d(c4, c4, 3, stride=2, padding=1)),
-            ]
-        )
+        stages = [  # from stride 16 to 4, 8, 16, 32; not part of CLIP
+            nn.Sequential(nn.Conv2d(width, c1, 1), nn.ConvTranspose2d(c1, c1, 4, stride=4)),
+            nn.Sequential(nn.Conv2d(width, c2, 1), nn.ConvTranspose2d(c2, c2, 2, stride=2)),
+            nn.Conv2d(width, c3, 1),
+            nn.Sequential(nn.Conv2d(width, c4, 1), nn.Conv2d(c4, c4, 3, stride=2, padding=1)),
+        ]
+        self.reassemble = nn.ModuleList(stages)
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         h, w = (math.ceil(size / 16) for size in image.shape[-2:])
         image = resize(image, (16 * h, 16 * w))  # whole patches only
         x = self.conv1(image).flatten(2).mT  # (B, hw, width)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + hw, width)
+        x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)  # (B, 1 + hw, width)
         x = self.ln_pre(x + resize_positions(self.positional_embedding, h, w))
         pyramid = []
         for i, block in enumerate(self.transformer.resblocks, 1):
@@ -766,8 +760,6 @@ class VisionTransformer(nn.Module):
 
 
 # ==== The paper ends here. Below: where weights come from, and where they go. =====================
-
-# ---- CLIP's weights ------------------------------------------------------------------------------
 
 CLIP_URL = "https://openaipublic.azureedge.net/clip/models/{sha256}/{name}.pt"
 CLIP_SHA256 = {
@@ -853,18 +845,15 @@ def new_clip(state: dict[str, Tensor], source: object) -> CLIP:
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
-    """Load a state dict that must fit exactly, or raise one ValueError that says what does not."""
-    own = module.state_dict()
-    misfits = {
-        "missing": own.keys() - state.keys(),
-        "unknown": state.keys() - own.keys(),
-        "of another shape": {k for k in own if k in state and own[k].shape != state[k].shape},
-        "not finite": {k for k, tensor in state.items() if not tensor.isfinite().all()},
-    }
-    found = [f"{len(names)} {what} ({min(names)}, …)" for what, names in misfits.items() if names]
-    if found:
-        raise ValueError(f"{source} does not fit the network: tensors " + ", ".join(found))
-    module.load_state_dict(state)
+    """Load tensors that must be finite and fit exactly, or raise ValueError that says what is not."""
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{source} holds values that are not finite, in {name}")
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:  # torch lists all that is missing, unknown or of another shape
+        what = " ".join(str(error).split())[:250]
+        raise ValueError(f"{source} does not fit the network: {what} …") from None
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -899,7 +888,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
 
 
 def save_checkpoint(path: str | Path, model: CaBins, **state) -> None:
-    """Write the model, its config and `state` (tensors and plain values) whole, or not at all."""
+    """Write the model, its config and `state` (tensors and plain values), whole or not at all."""
     content = {"config": dataclasses.asdict(model.config), "model": model.state_dict(), **state}
     write_whole(path, lambda partial: torch.save(content, partial))
 
@@ -931,7 +920,8 @@ def restore(content: dict, source: object, max_depth: float | None = None) -> Ca
         config = Config(max_depth=max_depth, **kitti if max_depth > 10 else {})
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         for theirs, ours in RELEASED_NAMES.items():
-            state = {re.sub(f"^{re.escape(theirs)}", ours, k): v for k, v in state.items()}
+            for name in [name for name in state if name.startswith(theirs)]:
+                state[ours + name.removeprefix(theirs)] = state.pop(name)
         if "prompts" in state:
             state["prompts"] = state["prompts"].squeeze(0)  # theirs is (1, N, 512)
     clip = {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
@@ -996,14 +986,11 @@ def read_picture(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
 
 
 def to_input(model: CaBins, picture: np.ndarray) -> Tensor:
-    """The network's input (1, 3, h, w), on its device: the picture, its longer side as in training.
-
-    No side goes below 64 pixels, which the network needs.
-    """
+    """The network's input (1, 3, h, w), on its device: the picture, its longer side as in training."""
     image = torch.tensor(picture, device=next(model.parameters()).device)
     image = image.permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
     factor = model.config.image_width / max(picture.shape[:2])
-    size = [max(64, round(side * factor)) for side in picture.shape[:2]]
+    size = [max(64, round(side * factor)) for side in picture.shape[:2]]  # 64 is the least it takes
     image = F.interpolate(image, size, mode="bilinear", antialias=True)
     mean, std = mean_and_std(image)
     return (image - mean) / std

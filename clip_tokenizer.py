@@ -136,8 +136,9 @@ def number_tokens(depths: Tensor, integer_digits: int = 4) -> Tensor:
     digits = DIGIT_0 + number // places % 10  # (…, integer_digits + 4)
     # Python prints no zeros before the first digit or after the last, but it does in "0.5", "2.0".
     # So print what is at the first digit or after it, and at the last decimal or before it.
-    is_printed = torch.where(places >= unit, number >= places, number % (10 * places) > 0)
-    is_printed |= (places == unit) | (places == unit // 10)
+    is_whole, is_inside = places >= unit, (places == unit) | (places == unit // 10)
+    is_printed = is_inside | is_whole & (number >= places)
+    is_printed |= ~is_whole & (number % (10 * places) > 0)
     whole, decimals = (digits * is_printed).split((integer_digits, DECIMALS), -1)
     one = torch.ones_like(number)
     ids = torch.cat([SOT * one, whole, POINT * one, decimals, EOT * one], -1)  # (…, T)
