@@ -161,10 +161,10 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
+        out = F.relu_(self.bn1(self.conv1(x)))
+        out = F.relu_(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(self.pool(out)))  # (B, 4 width, h / stride, w / stride)
-        return F.relu(out + self.downsample(self.pool(x)))
+        return F.relu_(out + self.downsample(self.pool(x)))
 
 
 class SelfAttention(nn.Module):
@@ -269,9 +269,9 @@ class ResNet(nn.Module):
         self.attnpool = AttentionPool(self.channels[-1], embed_dim, grid)
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        x = F.relu(self.bn1(self.conv1(image)))  # (B, width / 2, H/2, W/2)
-        x = F.relu(self.bn2(self.conv2(x)))
-        x = F.relu(self.bn3(self.conv3(x)))  # (B, width, H/2, W/2)
+        x = F.relu_(self.bn1(self.conv1(image)))  # (B, width / 2, H/2, W/2)
+        x = F.relu_(self.bn2(self.conv2(x)))
+        x = F.relu_(self.bn3(self.conv3(x)))  # (B, width, H/2, W/2)
         x = F.avg_pool2d(x, 2)  # (B, width, H/4, W/4)
         x1 = self.layer1(x)  # (B, 4 width, H/4, W/4)
         x2 = self.layer2(x1)  # (B, 8 width, H/8, W/8)
@@ -499,7 +499,7 @@ class DepthDecoder(nn.Module):
             layers = []
             for inputs in (n + skip, n // 2):
                 layers += [nn.Conv2d(inputs, n // 2, 3, padding=1), nn.BatchNorm2d(n // 2)]
-                layers += [nn.LeakyReLU()]
+                layers += [nn.LeakyReLU(inplace=True)]
             self.up.append(nn.Sequential(*layers))
             n = n // 2
         # with nothing between them, these two are one linear map, written as two
@@ -514,8 +514,9 @@ class DepthDecoder(nn.Module):
             x = torch.cat([resize(x, skip.shape[-2:]), skip], dim=1)  # (B, C + C_skip, …)
             x = up(x)  # (B, C / 2, …), at the skip's size
         x = resize(x, (2 * x.shape[-2], 2 * x.shape[-1]))  # (B, C_4 / 8, H/2, W/2)
-        # softmax keeps p for its gradient, and no logits
-        return self.logits(self.features(x)).softmax(1, torch.float32)  # (B, n_bins, H/2, W/2)
+        logits = self.logits(self.features(x)).movedim(1, -1)  # (B, H/2, W/2, n_bins)
+        # channels_last has the bins side by side in memory, and so softmax takes them without a copy
+        return logits.softmax(-1, torch.float32).movedim(-1, 1)  # (B, n_bins, H/2, W/2)
 
 
 def expected_depth(centers: Tensor, p: Tensor) -> Tensor:

@@ -3,9 +3,7 @@
 A sample is an RGB image and its depth in metres; 0 means that nothing was measured. A worker only
 decodes a pair and cuts its fixed crop. `augment` then rotates, crops, flips and recolours the whole
 batch on the training device. Nothing random happens in a worker, so that a run can be resumed.
-
-`python data.py nyu --root DIR --fetch` gets what is missing of a data set and checks it. The last
-part of this file is what every script shares.
+`python data.py nyu --root DIR --fetch` gets what is missing of a data set and checks it.
 """
 
 import argparse
@@ -25,12 +23,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import ImageDraw
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.utils import calculate_md5
-from torchvision.transforms.v2.functional import to_pil_image
-from torchvision.utils import make_grid
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 from cabins import download, mean_and_std, open_picture, write_whole
@@ -73,14 +69,12 @@ LISTS = {  # number of lines, SHA-256; 45 of KITTI's test lines have no ground t
     "kitti_train": (23158, "dd5e51c2df33d4c53c1d4dd01726326e7c3ac087cff165b1007738c5c8a06aca"),
     "kitti_test": (697, "1a631c1bc0d40f5580f8363bffe0ffcc9524e5ecdd56765aebfffc3dce162201"),
 }
+NYU_MAT, NYU_MAT_MD5 = "nyu_depth_v2_labeled.mat", "520609c519fba3ba5ac58c8fefcc3530"
 TOY_ROOMS = {"train": range(640), "test": range(1_000_000, 1_000_064)}
 
 
 def fixed_crop(name: str, height: int, width: int, train: bool) -> tuple[int, int, int, int]:
-    """Rows from, to and columns from, to that are kept of every frame, before anything else.
-
-    Raises ValueError for a frame of a size that the data set does not have.
-    """
+    """Rows from, to and columns from, to that are kept of a frame; ValueError for a wrong size."""
     if name == "nyu":
         if (height, width) != (480, 640):
             raise ValueError(f"{height} x {width} pixels; NYU's images have 480 x 640")
@@ -96,10 +90,10 @@ def fixed_crop(name: str, height: int, width: int, train: bool) -> tuple[int, in
 
 
 def evaluation_windows(name: str, height: int, width: int) -> dict[str, tuple[slice, slice]]:
-    """Rows and columns of a test image in which depth is measured, by the window's name.
+    """Rows and columns of a test image in which depth is measured; the paper's window is first.
 
-    The first is the paper's. `height` and `width` are the whole frame's. KITTI's fractions (Garg)
-    are taken of the cropped frame ("nested", as the authors do) or of the whole one ("full").
+    KITTI's fractions (Garg) are taken of the cropped frame ("nested", as the authors do) or of the
+    whole one ("full"), whose size is `height` and `width`.
     """
     if name == "nyu":
         return {"eigen": (slice(45, 471), slice(41, 601))}
@@ -120,14 +114,12 @@ def evaluation_windows(name: str, height: int, width: int) -> dict[str, tuple[sl
 class DepthDataset(Dataset):
     """Pairs of `name`, a key of DATASETS, below the folder `root`.
 
-    `split` is a list file with a line `image depth focal` for each pair; without it the authors'
-    own list is fetched once. NYU's test pairs are also read from nyu_depth_v2_labeled.mat, in
-    `root` or as `root`. `depth_scale` and `max_depth` take the place of the recipe's.
+    `split` is a file of lines `image depth focal`; without it the authors' own list is fetched once.
+    NYU's test pairs are also read from nyu_depth_v2_labeled.mat, in `root` or as `root`.
 
     [i] gives {"image": (3, h, w), "depth": (1, h, w) in metres, 0 being none, "path": str, "size":
     (2,) rows and columns of the whole frame}; the image is normalised, or uint8 with `train`, for
-    `augment`. Pairs without ground truth are left out; `n_left_out` counts them. `checksum` tells
-    lists apart. Raises FileNotFoundError or ValueError, naming what is missing, at construction.
+    `augment`. `n_left_out` counts the lines without ground truth, `checksum` tells lists apart.
     """
 
     def __init__(
@@ -174,23 +166,20 @@ class DepthDataset(Dataset):
         pairs, missing, folders = [], [], self.recipe.folders
         mat = root if root.is_file() else root / NYU_MAT
         has_mat = self.name == "nyu" and not self.train and mat.is_file()
-        for fields in lines:
-            if fields[1] == "None":
-                self.n_left_out += 1
-                continue
-            image, depth = find(root, folders, fields[0]), find(root, folders, fields[1])
-            digits = re.sub(r"\D", "", Path(fields[0]).stem)  # they count the .mat's pairs from 0
-            if has_mat and digits and not (image and depth):
-                image, depth = mat, int(digits)
-            missing += [field for field, path in zip(fields, (image, depth)) if path is None]
-            pairs.append((image, depth))
-        if not pairs:
+        names = [fields[:2] for fields in lines if fields[1] != "None"]
+        self.n_left_out = len(lines) - len(names)
+        if not names:
             raise ValueError(f"the list of {self.name} names no pair of image and depth")
+        for image, depth in names:
+            pair = find(root, folders, image), find(root, folders, depth)
+            digits = re.sub(r"\D", "", Path(image).stem)  # they count the .mat's pairs from 0
+            if has_mat and digits and None in pair:
+                pair = mat, int(digits)
+            missing += [name for name, path in zip((image, depth), pair) if path is None]
+            pairs.append(pair)
         if missing:
             n = f"{len(missing)} of the {2 * len(pairs)} files that the list names"
-            remedy = (
-                "docs/data.md has the folders and known traps, and --fetch gets NYU's and KITTI's"
-            )
+            remedy = "docs/data.md has folders and known traps; --fetch gets NYU's and KITTI's"
             raise FileNotFoundError(f"{n} are not below {root}: {missing[0]}, …; {remedy}")
         return pairs
 
@@ -228,10 +217,7 @@ class DepthDataset(Dataset):
 
 
 def read_list(name: str, part: str, split: str | Path | None) -> list[list[str]]:
-    """The fields of each line `image depth focal` of a list; without `split`, of the authors' own.
-
-    Theirs have no licence: they are fetched, not shipped.
-    """
+    """The fields of each line of a list; without `split`, of the authors' own, which is fetched."""
     if split is None:
         if name not in LIST_FILES:
             raise ValueError(f"data {name!r} needs --{part}-split, a list of its {part} pairs")
@@ -277,116 +263,14 @@ def read_labelled(path: Path, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Image (480, 640, 3) and depth (480, 640) in metres of a pair of nyu_depth_v2_labeled.mat."""
     try:
         import h5py
-    except ImportError:
-        raise ValueError(f"reading {path} needs h5py: pip install h5py") from None
-    try:
+
         with h5py.File(path) as file:  # its arrays are transposed
             image, depth = file["images"][index].T, file["rawDepths"][index].T
-    except (OSError, KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} has no pair {index}: {error}") from None
+    except (ImportError, OSError, KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{path} has no pair {index} that h5py can read: {error}") from None
     framed = np.zeros_like(image)  # the recipe's test images have a black frame
     framed[7:474, 7:632] = image[7:474, 7:632]
     return framed, depth
-
-
-# ---- Fetching what is not there yet --------------------------------------------------------------
-
-SOURCES = {  # "virutal" is theirs
-    "nyu_train": "https://virutalbuy-public.oss-cn-hangzhou.aliyuncs.com/share/newcrfs/datasets/nyu/sync.zip",
-    "nyu_test": "https://horatio.cs.nyu.edu/mit/silberman/nyu_depth_v2/nyu_depth_v2_labeled.mat",
-    "kitti_raw": "https://s3.eu-central-1.amazonaws.com/avg-kitti/raw_data/{drive}/{drive}_sync.zip",
-    "kitti_depth": "https://s3.eu-central-1.amazonaws.com/avg-kitti/data_depth_annotated.zip",
-}
-NYU_MAT, NYU_MAT_MD5 = "nyu_depth_v2_labeled.mat", "520609c519fba3ba5ac58c8fefcc3530"
-LICENCES = {"nyu": "NYU-Depth V2 states no licence", "kitti": "KITTI is under CC BY-NC-SA 3.0"}
-
-
-def fetch(name: str, root: str | Path, train_split=None, test_split=None) -> None:
-    """Get what the lists of "nyu" or "kitti" name and `root` has not yet, and no more.
-
-    Single files are read out of the archives of SOURCES over HTTP ranges, or out of archives of the
-    same names in `root`. A file gets its name when it is whole, so that the next call goes on.
-    Raises ValueError, naming what failed.
-    """
-    if name not in LICENCES or root is None:
-        raise ValueError(f"{name} cannot be fetched: only nyu and kitti can, into --root DIR")
-    root, wanted = Path(root), {}  # by URL of an archive: how paths end in it, where they go
-    root.mkdir(parents=True, exist_ok=True)
-    for part, split in (("train", train_split), ("test", test_split)):
-        for image, depth, *_ in read_list(name, part, split):
-            for field, kind, folder in (
-                (image, "kitti_raw", "raw"),
-                (depth, "kitti_depth", "data_depth_annotated"),
-            ):
-                if depth != "None" and find(root, DATASETS[name].folders, field) is None:
-                    kind, folder = (f"nyu_{part}", "sync") if name == "nyu" else (kind, folder)
-                    drive = re.sub(r".*?([^/]+)_sync/.*", r"\1", field)
-                    files = wanted.setdefault(SOURCES[kind].format(drive=drive), {})
-                    files[field.lstrip("/")] = root / folder / field.lstrip("/")
-    mat = wanted.pop(SOURCES["nyu_test"], None) and root / NYU_MAT
-    hosts = ", ".join(sorted({url.split("/")[2] for url in wanted})) or "nowhere"
-    print(f"{sum(map(len, wanted.values()))} files from {hosts}; {LICENCES[name]}")
-    pool, parts, stop = ThreadPoolExecutor(8), [], threading.Event()
-    for url, files in wanted.items():  # in parts, each for one of eight connections
-        pairs = list(files.items())
-        parts += [(root, url, dict(pairs[i : i + 500]), stop) for i in range(0, len(pairs), 500)]
-    try:
-        if mat and not mat.exists():
-            fetch_mat(mat)
-        for _ in tqdm(pool.map(lambda part: extract(*part), parts), "parts", len(parts)):
-            pass
-    except (OSError, ValueError) as error:
-        remedy = "what came stays; start again to go on, or see docs/data.md, By hand"
-        raise ValueError(f"{error}; {remedy}") from None
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-
-
-def extract(root: Path, url: str, files: dict[str, Path], stop: threading.Event) -> None:
-    """Write files of an archive, each whole and with the right sum. A break is tried three times."""
-    for tries_left in (2, 1, 0):
-        try:
-            with open_archive(root, url) as archive:
-                members = {}  # one may lie up to two folders deeper than the list says
-                for name in archive.namelist():
-                    folders = name.rsplit(".", 1)[0].split("/")
-                    if ".." not in folders:  # which would lead out of `root`
-                        members |= {"/".join(folders[i:]): name for i in range(3)}
-                for end, path in files.items():
-                    if (member := members.get(end.rsplit(".", 1)[0])) is None:
-                        raise ValueError(f"it has no {end}")
-                    path = path.with_suffix(Path(member).suffix)
-                    if not (path.exists() or stop.is_set()):
-                        content = archive.read(member)  # which checks the sum
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        write_whole(path, lambda p, content=content: p.write_bytes(content))
-            return
-        except Exception as error:  # of many kinds: zipfile's, zlib's, remotezip's
-            if not tries_left:
-                raise ValueError(f"{url}: {error or type(error).__name__}") from error
-
-
-def open_archive(root: Path, url: str) -> zipfile.ZipFile:
-    """The archive in `root`, if the user has it, or at `url`, of which only parts are read."""
-    local = root / url.rsplit("/", 1)[1]
-    if local.exists():
-        return zipfile.ZipFile(local)
-    try:
-        from remotezip import RemoteZip
-    except ImportError:
-        raise ValueError("fetching needs remotezip: pip install remotezip") from None
-    return RemoteZip(url, timeout=60)
-
-
-def fetch_mat(path: Path) -> None:
-    """Download NYU's labelled pairs, 2.97 GB; the file gets its name when it is right."""
-    partial = Path(f"{path}.partial")
-    torch.hub.download_url_to_file(SOURCES["nyu_test"], str(partial))
-    if calculate_md5(partial) != NYU_MAT_MD5:
-        partial.unlink()
-        raise ValueError(f"{SOURCES['nyu_test']} gave a file with another MD5, which is deleted")
-    partial.replace(path)
 
 
 # ---- Augmentation, on the batch ------------------------------------------------------------------
@@ -408,8 +292,8 @@ def augment(
     """Random rotation, crop, flip and colour of a batch, by a Recipe or the name of one.
 
     image uint8 (B, 3, h, w), depth (B, 1, h, w) in metres -> image normalised (B, 3, H, W), depth
-    (B, 1, H, W), on the inputs' device. `generator` is on the CPU and decides everything. `share`
-    (i, k) says that these are the images i, i + k, i + 2k, … of a larger batch.
+    (B, 1, H, W). `generator`, on the CPU, decides everything. `share` (i, k) says that these are
+    the images i, i + k, i + 2k, … of a larger batch.
     """
     recipe = DATASETS[recipe] if isinstance(recipe, str) else recipe
     n, _, h, w = image.shape
@@ -419,8 +303,7 @@ def augment(
     i, k = share
     draws = torch.rand(k * n, 10, generator=generator)[i::k]  # from 0 to 1
     draws = draws.to(image.device, non_blocking=True)[..., None, None]  # (B, 10, 1, 1)
-    angle, top, left, flip, recolour, gamma, brightness = draws[:, :7].unbind(1)  # (B, 1, 1) each
-    colour = draws[:, 7:]  # (B, 3, 1, 1): red, green and blue each have their own
+    angle, top, left, flip, recolour = draws[:, :5].unbind(1)  # (B, 1, 1) each
 
     # where each output pixel comes from: unflip, uncrop, rotate about the centre of the input
     x = torch.arange(columns, device=image.device)  # (W,)
@@ -435,12 +318,9 @@ def augment(
     image = F.grid_sample(image / 255, grid, "bilinear", align_corners=True)  # zeros outside
     depth = F.grid_sample(depth, grid, "nearest", align_corners=True)
 
-    def factor(draw: Tensor, spread: float) -> Tensor:  # from 1 - spread to 1 + spread
-        return 1 + spread * (2 * draw - 1)
-
-    coloured = image ** factor(gamma, recipe.gamma)[:, None]
-    coloured = coloured * factor(brightness, recipe.brightness)[:, None]
-    coloured = (coloured * factor(colour, recipe.colour)).clamp(0, 1)
+    gamma, brightness, colour = (2 * draws[:, 5:] - 1).split((1, 1, 3), 1)  # (B, 1 or 3, 1, 1)
+    coloured = image ** (1 + recipe.gamma * gamma) * (1 + recipe.brightness * brightness)
+    coloured = (coloured * (1 + recipe.colour * colour)).clamp(0, 1)
     image = torch.where(recolour[:, None] < 0.5, coloured, image)
     mean, std = mean_and_std(image)
     return (image - mean) / std, depth
@@ -449,10 +329,9 @@ def augment(
 def draw_room(seed: int, height: int = 96, width: int = 128) -> tuple[np.ndarray, np.ndarray]:
     """A furnished room: (96, 128, 3) uint8 and its exact depth (96, 128) in metres.
 
-    The ray through each pixel meets the walls from inside and the furniture, boxes too, from
-    outside; the nearest hit is tiled, and darker the farther it is from the lamp. A ray has length
-    1 along the optical axis, so that its multiple at the hit is the depth. Axes: x right, y down, z
-    ahead; the camera is at 0.
+    Each ray meets the walls from inside and the furniture, boxes, from outside; the nearest hit
+    counts. A ray has length 1 along the optical axis, so that its multiple at the hit is the depth.
+    Axes: x right, y down, z ahead; the camera is at 0.
     """
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width].reshape(2, -1).astype(np.float32)
@@ -591,30 +470,109 @@ def run_command(main) -> None:
         sys.exit(130)
 
 
-# ---- Is the data set whole? ----------------------------------------------------------------------
+# ---- Fetching and checking a data set ------------------------------------------------------------
+
+SOURCES = {  # "virutal" is theirs
+    "nyu_train": "https://virutalbuy-public.oss-cn-hangzhou.aliyuncs.com/share/newcrfs/datasets/nyu/sync.zip",
+    "nyu_test": "https://horatio.cs.nyu.edu/mit/silberman/nyu_depth_v2/nyu_depth_v2_labeled.mat",
+    "kitti_raw": "https://s3.eu-central-1.amazonaws.com/avg-kitti/raw_data/{drive}/{drive}_sync.zip",
+    "kitti_depth": "https://s3.eu-central-1.amazonaws.com/avg-kitti/data_depth_annotated.zip",
+}
+TARGETS = {"nyu_train": "sync", "kitti_raw": "raw", "kitti_depth": "data_depth_annotated"}
+LICENCES = {"nyu": "NYU-Depth V2 states no licence", "kitti": "KITTI is under CC BY-NC-SA 3.0"}
+
+
+def fetch(name: str, root: str | Path, train_split=None, test_split=None) -> None:
+    """Get what the lists of "nyu" or "kitti" name and `root` has not yet, and no more.
+
+    A file gets its name when it is whole, so that the next call goes on. Raises ValueError.
+    """
+    if name not in LICENCES or root is None:
+        raise ValueError(f"{name} cannot be fetched: only nyu and kitti can, into --root DIR")
+    root, wanted = Path(root), {}  # by URL of an archive: how paths end in it, where they go
+    root.mkdir(parents=True, exist_ok=True)
+    for part, split in (("train", train_split), ("test", test_split)):
+        kinds = ("kitti_raw", "kitti_depth") if name == "kitti" else (f"nyu_{part}",) * 2
+        for image, depth, *_ in read_list(name, part, split):
+            for field, kind in zip((image, depth), kinds):
+                if depth != "None" and find(root, DATASETS[name].folders, field) is None:
+                    drive, end = re.sub(r".*?([^/]+)_sync/.*", r"\1", field), field.lstrip("/")
+                    files = wanted.setdefault(SOURCES[kind].format(drive=drive), {})
+                    files[end] = root / TARGETS.get(kind, "") / end
+    mat = wanted.pop(SOURCES["nyu_test"], None) and root / NYU_MAT
+    hosts = ", ".join(sorted({url.split("/")[2] for url in wanted})) or "nowhere"
+    print(f"{sum(map(len, wanted.values()))} files from {hosts}; {LICENCES[name]}")
+    pool, parts, stop = ThreadPoolExecutor(8), [], threading.Event()
+    for url, files in wanted.items():  # in parts, each for one of eight connections
+        pairs = list(files.items())
+        parts += [(root, url, dict(pairs[i : i + 500]), stop) for i in range(0, len(pairs), 500)]
+    try:
+        if mat and not mat.exists():
+            partial = Path(f"{mat}.partial")
+            torch.hub.download_url_to_file(SOURCES["nyu_test"], str(partial))
+            if calculate_md5(partial) != NYU_MAT_MD5:
+                partial.unlink()
+                raise ValueError(f"{SOURCES['nyu_test']} gave another MD5, and is deleted")
+            partial.replace(mat)
+        list(tqdm(pool.map(extract, *zip(*parts)), "parts", len(parts)))
+    except (OSError, ValueError) as error:
+        remedy = "what came stays; start again to go on, or see docs/data.md, By hand"
+        raise ValueError(f"{error}; {remedy}") from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def extract(root: Path, url: str, files: dict[str, Path], stop: threading.Event) -> None:
+    """Write files of the archive in `root` or at `url`, each whole. A break is tried three times."""
+    local = root / url.rsplit("/", 1)[1]
+    for tries_left in (2, 1, 0):
+        try:
+            if local.exists():
+                archive = zipfile.ZipFile(local)
+            else:
+                from remotezip import RemoteZip
+
+                archive = RemoteZip(url, timeout=60)  # which reads only parts
+            with archive:
+                members = {}  # one may lie up to two folders deeper than the list says
+                for name in archive.namelist():
+                    folders = name.rsplit(".", 1)[0].split("/")
+                    if ".." not in folders:  # which would lead out of `root`
+                        members |= {"/".join(folders[i:]): name for i in range(3)}
+                for end, path in files.items():
+                    if (member := members.get(end.rsplit(".", 1)[0])) is None:
+                        raise ValueError(f"it has no {end}")
+                    path = path.with_suffix(Path(member).suffix)
+                    if not (path.exists() or stop.is_set()):
+                        content = archive.read(member)  # which checks the sum
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        write_whole(path, lambda p, content=content: p.write_bytes(content))
+            return
+        except Exception as error:  # of many kinds: zipfile's, zlib's, remotezip's
+            if not tries_left:
+                raise ValueError(f"{url}: {error or type(error).__name__}") from error
 
 
 def check(dataset: DepthDataset, n_expected: int | None) -> list[Tensor]:
-    """Print what was found, open pairs, and return eight images, then their depths from 0 to 1.
+    """Print what was found, and return eight images, then their depths from 0 to 1.
 
-    All are opened of up to 1,000 test pairs of an own list, else eight. Raises ValueError if one
-    cannot be read, or if there is no depth in them.
+    Opens up to 1,000 test pairs of an own list, else eight. Raises ValueError if one cannot be read
+    or none has depth.
     """
-    part, n, recipe = "train" if dataset.train else "test", len(dataset), dataset.recipe
+    part, n, top = "train" if dataset.train else "test", len(dataset), dataset.recipe.max_depth
     of = f", of {n_expected} lines expected" if n_expected else ""
     print(f"{part}: {n} pairs, {dataset.n_left_out} lines without ground truth{of}")
     chosen = torch.linspace(0, n - 1, 8).long().unique().tolist()
     if dataset.name == "list":
         for i in range(n) if n <= 1000 and not dataset.train else chosen:
             dataset[i]
-        highest = max(read_depth(dataset.pairs[i][1]).max() for i in chosen) / recipe.depth_scale
-        if highest > recipe.max_depth:
-            print(
-                f"{part}: depths go to {highest:.2f} m; beyond {recipe.max_depth} m they are none"
-            )
+        highest = max(read_depth(dataset.pairs[i][1]).max() for i in chosen)
+        if (highest := highest / dataset.recipe.depth_scale) > top:
+            print(f"{part}: depths go to {highest:.2f} m; beyond {top} m they are none")
     samples = [dataset[i] for i in chosen]
     depth = torch.cat([sample["depth"].flatten() for sample in samples])
-    valid, top = depth[depth > 0], recipe.max_depth
+    valid = depth[depth > 0]
     if not len(valid):
         raise ValueError(f"{part}: there is no depth at all in {samples[0]['path']} and others")
     median, share = valid.median().item(), len(valid) / len(depth)
@@ -623,9 +581,7 @@ def check(dataset: DepthDataset, n_expected: int | None) -> list[Tensor]:
     if dataset.name == "kitti" and share < 0.08:
         print(f"{part}: so few depths are those of raw LiDAR, not of the annotated ground truth")
     if not 0.05 * top < median < 0.9 * top:
-        print(
-            f"{part}: that median is odd for depths to {top} m: wrong --depth-scale, --max-depth?"
-        )
+        print(f"{part}: that is odd for depths to {top} m: wrong --depth-scale, --max-depth?")
     images = [s["image"] / 255 if dataset.train else denormalize(s["image"]) for s in samples]
     return images + [sample["depth"].expand(3, -1, -1) / top for sample in samples]
 
@@ -640,19 +596,16 @@ def main() -> None:
     if args.fetch:
         fetch(args.data, args.root, args.train_split, args.test_split)
     for part in ("test",) if str(args.root).endswith(".mat") else ("train", "test"):
-        split, is_train = getattr(args, f"{part}_split"), part == "train"
-        scale = (args.depth_scale, args.max_depth)
-        dataset = DepthDataset(args.data, args.root, split, is_train, *scale)
+        split, scale = getattr(args, f"{part}_split"), (args.depth_scale, args.max_depth)
+        dataset = DepthDataset(args.data, args.root, split, part == "train", *scale)
         n_expected, _ = LISTS.get(f"{args.data}_{part}", (None, None))
         cells = check(dataset, None if split else n_expected)
-    cells = [F.interpolate(cell[None], (192, 256))[0].clamp(0, 1) for cell in cells]
+    cells = [F.interpolate(cell[None], (192, 256))[0] for cell in cells]
     n, path = len(cells) // 2, Path(args.out) / f"check_{args.data}.png"
-    sheet = to_pil_image(make_grid(cells, nrow=n))
-    unit = f"depth in metres: black is 0 or none, white is {dataset.recipe.max_depth:g}"
-    ImageDraw.Draw(sheet).text((8, 200), unit, "yellow")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda partial: sheet.save(partial, "png"))
-    print(f"{path} shows {n} test images above their depths: do they belong together?")
+    save_image(cells, path, nrow=n)
+    white = f"0 m or none in black, {dataset.recipe.max_depth:g} m in white"
+    print(f"{path} shows {n} test images above their depths, {white}: do they belong together?")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,6 @@ import cabins
 import data
 from data import DepthDataset
 
-# ---- Tables 1 and 2 of the paper -----------------------------------------------------------------
-
 Predict = Callable[[Tensor], Tensor]  # normalised images (B, 3, H, W) -> metres (B, 1, H, W)
 HEADINGS = {"abs_rel": "AbsRel", "sq_rel": "SqRel", "rmse": "RMSE", "rmse_log": "RMSElog"}
 HEADINGS |= {"log10": "log10", "d1": "d<1.25", "d2": "d<1.25²", "d3": "d<1.25³"}
@@ -78,35 +76,30 @@ def format_table(name: str, rows: dict[str, dict[str, float]]) -> str:
 def evaluate_windows(predict: Predict, dataset: DepthDataset, progress=False) -> dict[str, dict]:
     """Mean metrics in each of the data set's test windows, from one pass.
 
-    `predict` takes normalised images (1, 3, H, W) to depth (1, 1, H, W) in metres, which is clipped
-    to the data set's range; NaN counts as its minimum. Ground truth counts strictly inside the
-    range. A metric is the mean over images of its mean over an image's pixels. Raises ValueError
-    where there is no ground truth at all.
+    Depth is clipped to the data set's range; NaN counts as its minimum. Ground truth counts strictly
+    inside the range. A metric is the mean over images of its mean over an image's pixels.
     """
     low, high = cabins.Config.min_depth, dataset.recipe.max_depth
-    found: list[dict[str, dict[str, float] | None]] = []  # of each image, by window
-    bar = tqdm(data.load(dataset), "evaluating", disable=None if progress else True, leave=False)
-    for sample in bar:
+    found: dict[str, list[dict[str, float]]] = {}  # in each window, those of each image
+    for sample in tqdm(data.load(dataset), "evaluating", leave=False, disable=not progress or None):
         depth, target = predict(sample["image"]).cpu(), sample["depth"]
         depth = depth.nan_to_num(low, high, low).clamp(low, high)
         if depth.shape != target.shape:
             raise ValueError(f"predict gave {tuple(depth.shape)} for {tuple(target.shape)}")
         windows = data.evaluation_windows(dataset.name, *sample["size"][0].tolist())
-        found.append(dict.fromkeys(windows))
         for window, (rows, columns) in windows.items():
             d, d_star = depth[..., rows, columns], target[..., rows, columns]
             mask = (d_star > low) & (d_star < high)
+            images = found.setdefault(window, [])
             if mask.any():
                 metrics = cabins.depth_metrics(d[mask].double(), d_star[mask].double())
-                found[-1][window] = {k: v.item() for k, v in metrics.items()}
+                images.append({k: v.item() for k, v in metrics.items()})
     means = {}
-    for window in found[0]:
-        images = [windows[window] for windows in found if windows[window]]
+    for window, images in found.items():
         if images:
             means[window] = {k: statistics.fmean(m[k] for m in images) for k in images[0]}
-        if 0 < len(images) < len(found):
-            n = len(found) - len(images)
-            print(f"{n} of the images have no ground truth in window {window}: left out")
+            if n := len(dataset) - len(images):
+                print(f"{n} of the images have no ground truth in window {window}: left out")
     if not means:
         raise ValueError(f"none of the {len(dataset)} images has ground truth to measure against")
     return means
@@ -121,8 +114,7 @@ def evaluate(predict: Predict | cabins.CaBins, dataset: DepthDataset) -> dict[st
 def predictor(model: cabins.CaBins, flip: bool = True, amp: str = "off") -> Predict:
     """The function from images to depth that is measured, in a precision of data.PRECISIONS.
 
-    With `flip`, it is the mean over the image and its mirror image. Each is clipped to the depth
-    range, and the mean is taken at the decoder's size and then upsampled.
+    With `flip`, depths of the image and its mirror image are clipped, averaged and then upsampled.
     """
     low, high = model.config.min_depth, model.config.max_depth
 
@@ -142,10 +134,7 @@ def predictor(model: cabins.CaBins, flip: bool = True, amp: str = "off") -> Pred
 
 
 def ablate(model: cabins.CaBins, predict: Predict, dataset: DepthDataset) -> dict[str, dict]:
-    """Rows of the same network, not trained anew, whose decoder gets less from the text.
-
-    They measure what the similarities s, and so the prompts, add to x4.
-    """
+    """Rows of the same network with less from the text: what do s, and so the prompts, add to x4?"""
     decoder, texts = model.depth_decoder, model.context_decoder  # into which s and t go
     changes = {
         "s = 0": (decoder, lambda x, s: (x, 0 * s)),
@@ -172,25 +161,20 @@ def protocol(dataset: DepthDataset, window: str, flip: bool, amp: str = "off") -
 def write_depth(path: str, depth: np.ndarray, max_depth: float, scale: float, about="") -> str:
     """Write depth (H, W) in metres as a 16-bit PNG of depth * scale; returns the file's path.
 
-    If 16 bits cannot hold `max_depth` so, the scale is a coarser one. The name says 1 mm to 1 m.
+    The scale is coarser where 16 bits could not hold `max_depth`. The name says 1 mm to 1 m.
     """
     units = {1000: "_mm", 100: "_cm", 10: "_dm", 1: "_m"}
     finest = next(s for s in (scale, *units) if max_depth * s <= 65535)
     path = f"{path}{units.get(finest, '')}.png"
-    image, info = (
-        Image.fromarray((depth * finest).round().clip(0, 65535).astype(np.uint16)),
-        PngInfo(),
-    )
+    image = Image.fromarray((depth * finest).round().clip(0, 65535).astype(np.uint16))
+    info = PngInfo()
     info.add_text("Description", f"{about}in 1/{finest:g} m")
     cabins.write_whole(path, lambda partial: image.save(partial, "png", pnginfo=info))
     return path
 
 
 def keep_predictions(predict: Predict, dataset: DepthDataset, folder: Path) -> Predict:
-    """`predict`, writing each depth in the data set's scale: 00000.png and so on, or 00000_mm.png.
-
-    The files are of the test image's size, KITTI's therefore of the cropped frame's.
-    """
+    """`predict`, writing each depth in the data set's scale: 00000.png and so on, or 00000_mm.png."""
     folder.mkdir(parents=True, exist_ok=True)
     numbers, recipe = itertools.count(), dataset.recipe
 
@@ -206,8 +190,8 @@ def keep_predictions(predict: Predict, dataset: DepthDataset, folder: Path) -> P
 # ---- Figures -------------------------------------------------------------------------------------
 
 
-def show(axis, title: str, values: np.ndarray, label="", low=0.0, high=1.0, cmap="viridis") -> None:
-    """Colours (H, W, 3), or values (H, W) above a bar that says `label`."""
+def show(axis, title: str, values: np.ndarray, label="", low=0.0, high=1.0, cmap="viridis"):
+    """Colours (H, W, 3), or values (H, W) above a bar that says `label`; returns what is shown."""
     axis.set_axis_off()
     axis.set_title(title, fontsize=10, parse_math=False)
     axis.set_anchor("N")  # so that maps with and without a bar stand side by side
@@ -215,28 +199,27 @@ def show(axis, title: str, values: np.ndarray, label="", low=0.0, high=1.0, cmap
     if label:
         bar = {"location": "bottom", "pad": 0.02, "panchor": False}
         axis.figure.colorbar(shown, ax=axis, label=label, **bar)
+    return shown
 
 
 def show_depth(axes, image: np.ndarray, depth: np.ndarray, truth: np.ndarray | None) -> None:
     """Image, truth (0 is none) if known, prediction, error: a row of Figures 4 and 5."""
     low, high = depth.min(), depth.max()
-    maps = {"image": (image,), "prediction": (depth, "depth (m)", low, high)}
-    if truth is not None and truth.any():
+    if truth is not None:
         low, high = min(low, truth[truth > 0].min()), max(high, truth.max())
         truth = np.where(truth > 0, truth, np.nan)
-        maps = {"image": (image,), "ground truth": (truth, "depth (m)", low, high)}
-        maps["prediction"] = (depth, "depth (m)", low, high)
-        maps["error"] = (np.abs(depth - truth), "|error| (m)", 0, high / 10, "magma")
-    for axis, (title, values) in zip(axes, maps.items()):
-        show(axis, title, *values)
+        show(axes[1], "ground truth", truth, "depth (m)", low, high)
+        show(axes[3], "error", np.abs(depth - truth), "|error| (m)", 0, high / 10, "magma")
+    show(axes[0], "image", image)
+    show(axes[1 if truth is None else 2], "prediction", depth, "depth (m)", low, high)
 
 
 def show_bins(axis, found: cabins.Inference, texts: list[str], truth, top: float) -> None:
     """Histograms of depth over the bin centres, and the prompts where their distances are."""
-    axis.hist(found.depth.ravel(), 128, range=(0, top), density=True, label="prediction")
-    if truth is not None and truth.any():
-        how = {"range": (0, top), "density": True, "histtype": "step"}
-        axis.hist(truth[truth > 0], 128, **how, label="ground truth")
+    how = {"bins": 128, "range": (0, top), "density": True}
+    axis.hist(found.depth.ravel(), **how, label="prediction")
+    if truth is not None:
+        axis.hist(truth[truth > 0], **how, histtype="step", label="ground truth")
     bottom_line = axis.get_xaxis_transform()  # metres across, shares of the height upwards
     axis.vlines(found.centers, 0, 0.06, "black", linewidth=0.4, transform=bottom_line)
     for k, (distance, text) in enumerate(zip(found.cabins, texts)):
@@ -245,8 +228,8 @@ def show_bins(axis, found: cabins.Inference, texts: list[str], truth, top: float
         place |= {"xycoords": bottom_line, "ha": "center", "arrowprops": {"arrowstyle": "-"}}
         axis.annotate(f"“{text}”", (distance, 1.0), **place)
     axis.set(xlabel="depth (m)", ylabel="share of pixels per metre", xlim=(0, top))
-    n = len(found.centers)
-    axis.set_title(f"{n} bin centres (short ticks) and their prompts (dashed)", pad=38)
+    what = f"{len(found.centers)} bin centres (short ticks) and their prompts (dashed)"
+    axis.set_title(what, pad=38)
     axis.legend(loc="upper right")
 
 
@@ -263,10 +246,8 @@ def save_figure(path: str | Path, figure) -> None:
 
 
 def draw_explained(path: Path, image: np.ndarray, config, found, s, truth=None) -> None:
-    """The figure of one image: depth and its spread, the bins, and where each prompt matches.
-
-    `found` and `s` are what `cabins.look` gives.
-    """
+    """Draw depth and its spread, the bins, and where each prompt matches, from `cabins.look`."""
+    truth = truth if truth is not None and truth.any() else None
     n, k = 3 if truth is None else 5, len(s)
     texts = [str(round(distance, 4)) for distance in found.cabins.tolist()]
     texts = cabins.SEMANTIC_BINS if config.distance_class == "semantic" else texts
@@ -304,41 +285,36 @@ def find_pictures(arguments: list[str]) -> list[Path]:
         path = Path(argument)
         paths = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(argument))]
         if path.is_dir():
-            paths = [p for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURES]
-            paths = [p for p in paths if not p.name.startswith(".")]
+            paths = [p for p in sorted(path.glob("[!.]*")) if p.suffix.lower() in PICTURES]
         if not paths:
             raise FileNotFoundError(f"{argument}: no picture there, nor any that the pattern fits")
         found += paths
     return found
 
 
-def focal_of(image: Image.Image, config: cabins.Config, args) -> tuple[float, str]:
-    """The focal length of a picture in pixels, and what says so."""
+def focal_of(exif: Image.Exif, size: tuple[int, int], config, args) -> tuple[float, str]:
+    """The focal length in pixels of a picture of this height and width, and what says so."""
+    equivalent = exif.get_ifd(0x8769).get(0xA405)  # FocalLengthIn35mmFilm
     if args.focal:
         return args.focal, "--focal"
-    width, height = image.size
-    exif = image.getexif()
     if args.fov:
-        width = height if exif.get(0x0112, 1) > 4 else width  # held upright: see `read_picture`
-        return width / 2 / math.tan(math.radians(args.fov) / 2), "--fov"
-    equivalent = exif.get_ifd(0x8769).get(0xA405)  # FocalLengthIn35mmFilm
+        return size[1] / 2 / math.tan(math.radians(args.fov) / 2), "--fov"
     if isinstance(equivalent, int) and equivalent > 0:
-        return equivalent * math.hypot(width, height) / math.hypot(36, 24), "EXIF"
-    return config.focal * max(width, height) / config.image_width, "the training's camera"
+        return equivalent * math.hypot(*size) / math.hypot(36, 24), "EXIF"
+    return config.focal * max(size) / config.image_width, "the training's camera"
 
 
 def write_ply(path: Path, picture: np.ndarray, depth: np.ndarray, focal: float) -> None:
     """A coloured point cloud in metres: x right, y down, z ahead, the camera being the origin."""
     height, width = depth.shape
     v, u = np.mgrid[:height, :width]
-    fields = [(name, "<f4") for name in "xyz"] + [(name, "u1") for name in ("red", "green", "blue")]
     x, y = (u - (width - 1) / 2) * depth / focal, (v - (height - 1) / 2) * depth / focal
-    columns = [*np.stack([x, y, depth]).reshape(3, -1), *picture.reshape(-1, 3).T]
-    points = np.rec.fromarrays(columns, dtype=fields)
-    types = {"<f4": "float", "u1": "uchar"}
+    points = np.empty((height, width), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
+    points["xyz"], points["rgb"] = np.stack([x, y, depth], axis=-1), picture
     lines = ["ply", "format binary_little_endian 1.0", f"element vertex {depth.size}"]
-    lines += [f"property {types[t]} {name}" for name, t in fields] + ["end_header", ""]
-    content = "\n".join(lines).encode() + points.tobytes()
+    lines += [f"property float {name}" for name in "xyz"]
+    lines += [f"property uchar {name}" for name in ("red", "green", "blue")]
+    content = "\n".join([*lines, "end_header", ""]).encode() + points.tobytes()
     cabins.write_whole(path, lambda partial: partial.write_bytes(content))
 
 
@@ -366,8 +342,6 @@ def predict_pictures(model: cabins.CaBins, args: argparse.Namespace) -> int:
 
 def write_picture(path: Path, out: Path, model: cabins.CaBins, args) -> str:
     """Write the files of one picture, whose names begin as `out`; returns a line about them."""
-    import matplotlib
-
     image, config = cabins.open_picture(path), model.config
     picture = cabins.read_picture(image)
     with data.autocast(next(model.parameters()).device, args.amp):
@@ -375,10 +349,9 @@ def write_picture(path: Path, out: Path, model: cabins.CaBins, args) -> str:
     depth, files = found.depth, [f"{out}_depth.png", f"{out}_colour.png"]
     low, high = (0, args.range) if args.range else (float(depth.min()), float(depth.max()))
     figure, (part,) = new_figure(1 + 13 * min(depth.shape[0] / depth.shape[1], 2.5))
-    show(part.subplots(), "", depth, "depth (m)", low, high)
+    shown = show(part.subplots(), "", depth, "depth (m)", low, high)
     save_figure(files[0], figure)
-    shares = (depth - low) / max(high - low, 1e-6)
-    colours = Image.fromarray(matplotlib.colormaps["viridis"](shares, bytes=True)[..., :3])
+    colours = Image.fromarray(shown.to_rgba(depth, bytes=True)[..., :3])
     cabins.write_whole(files[1], lambda partial: colours.save(partial, "png"))
     for name, values in (("depth", depth), ("std", found.std)):
         about = f"{name} by CaBins, {args.checkpoint}, "
@@ -391,20 +364,18 @@ def write_picture(path: Path, out: Path, model: cabins.CaBins, args) -> str:
         draw_explained(files[-1], picture, config, found, s)
     if args.ply:
         files.append(f"{out}.ply")
-        focal, source = focal_of(image, config, args)
+        focal, source = focal_of(image.getexif(), depth.shape, config, args)
         write_ply(files[-1], picture, depth, focal)
         line += f"; point cloud with a focal length of {focal:.1f} pixels, from {source}"
     return f"{line}; {', '.join(Path(file).name for file in files)}"
-
-
-# ---- Command line --------------------------------------------------------------------------------
 
 
 def main() -> None:
     args = parse_args()
     data.go_fast(False)  # what is measured as fp32 is fp32
     content = cabins.read_checkpoint(args.checkpoint)
-    saved, max_depth = content.get("args"), args.max_depth
+    saved = content["args"] if isinstance(content.get("args"), dict) else {}
+    max_depth = args.max_depth
     if "config" not in content and args.data:  # the authors', which do not say their range
         max_depth = max_depth or data.DATASETS[args.data].max_depth
     model = cabins.restore(content, args.checkpoint, max_depth)
@@ -413,7 +384,6 @@ def main() -> None:
     print(f"{args.checkpoint}: {kind}; all of its {len(content['model'])} tensors are used")
     if args.images:
         sys.exit(1 if predict_pictures(model, args) else 0)
-    saved = saved if isinstance(saved, dict) else {}
     name = args.data or saved.get("data")
     if name is None:
         raise ValueError(f"{args.checkpoint} does not say what data it is for: give --data")
@@ -429,8 +399,7 @@ def main() -> None:
     if args.explain:
         out = Path(args.out or "runs/explained")
         draw_samples(out, model, dataset, args.explain)
-        print(f"{out} has an explained_….png of each sample")
-        return
+        return print(f"{out} has an explained_….png of each sample")
     of = {"checkpoint": str(Path(args.checkpoint).resolve()), "data": name}
     of["list"] = f"{split or 'the standard one'} ({dataset.checksum:08x})"
     keep, out = predict, Path(args.out or ".")
@@ -445,28 +414,27 @@ def main() -> None:
     print(format_table(name, rows))
     for label, row in rows.items() if args.out else ():
         how = protocol(dataset, label.split(", ")[-1], args.flip, args.amp)
-        when = {"date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}"}
-        data.append_row(out / "results.csv", {"label": label, **of, **when, "protocol": how, **row})
+        of["date"] = f"{datetime.datetime.now():%Y-%m-%d %H:%M}"
+        data.append_row(out / "results.csv", {"label": label, **of, "protocol": how, **row})
 
 
 def parse_args() -> argparse.Namespace:
-    about, *examples = __doc__.split("\n\n")
-    how = {"epilog": "\n\n".join(examples), "formatter_class": argparse.RawTextHelpFormatter}
-    parser = argparse.ArgumentParser(description=about, **how)
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("checkpoint", help="train.py's or the authors'")
     group = data.add_data_options(parser)
     group.add_argument("--data", choices=data.DATASETS, help="default: what it was trained on")
     group.add_argument("--split", dest="test_split", metavar="FILE", help="same as --test-split")
     group = parser.add_argument_group("network")
     data.add_device_options(group, "off")
-    about = "mean of each image's depth and that of its mirror image; default: on"
-    group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help=about)
+    switch = {"action": argparse.BooleanOptionalAction, "default": True}
+    group.add_argument("--flip", **switch, help="average with the mirror image's; default: on")
     group.add_argument("--ablate", action="store_true", help="also rows with the text silenced")
     add = parser.add_argument_group("files and pictures").add_argument
-    about = "results.csv and predictions/; for --images default runs/pictures"
-    add("--out", metavar="DIR", help=about)
-    about = "figures of N samples, or of the pictures; default N: 4"
-    add("--explain", nargs="?", type=int, const=4, metavar="N", help=about)
+    add("--out", metavar="DIR", help="results.csv, predictions; for --images default runs/pictures")
+    add(
+        "--explain", nargs="?", type=int, const=4, metavar="N", help="N figures (4), or of pictures"
+    )
     add("--images", nargs="+", metavar="PICTURE", help="files, folders or patterns of your own")
     add("--range", type=float, metavar="M", help="colours of all pictures go from 0 to M metres")
     add("--ply", action="store_true", help="write a point cloud of each picture")
