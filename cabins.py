@@ -125,8 +125,7 @@ class Config:
         if self.distance_class == "semantic" and n != len(SEMANTIC_BINS):
             raise ValueError(f"n_cabins is {n}; for 'semantic' it must be {len(SEMANTIC_BINS)}")
         if not 0 < low < high < 10_000:  # prompts have up to four digits before the point
-            must = "0 < min_depth < max_depth < 10000 metres"
-            raise ValueError(f"min_depth is {low} and max_depth {high}; it must be {must}")
+            raise ValueError(f"depths from {low} to {high} m; must be 0 < from < to < 10000 m")
 
 
 # ---- Sec. 3.1  CLIP's blocks. Parameters have the names that CLIP's own files give them. ---------
@@ -156,9 +155,8 @@ class Bottleneck(nn.Module):
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.downsample = nn.Identity()
         if in_channels != 4 * width:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
-            )
+            conv = nn.Conv2d(in_channels, 4 * width, 1, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(4 * width))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu_(self.bn1(self.conv1(x)))
@@ -436,10 +434,9 @@ class ContextDecoder(nn.Module):
 
     def __init__(self, embed_dim: int, width: int = 256, n_heads: int = 4, n_layers: int = 6):
         super().__init__()
-        self.memory_proj = nn.Sequential(
-            nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width), nn.LayerNorm(width)
-        )
         self.text_proj = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width))
+        into = nn.Linear(embed_dim, width)
+        self.memory_proj = nn.Sequential(nn.LayerNorm(embed_dim), into, nn.LayerNorm(width))
         self.layers = nn.ModuleList(ContextLayer(width, n_heads, 0.1) for _ in range(n_layers))
         self.out_proj = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, embed_dim))
         for module in self.modules():
@@ -553,15 +550,12 @@ class CaBins(nn.Module):
         if clip is None:
             clip = CLIP(expected)
             if config.backbone != "tiny":
-                what = "CLIP has random weights: depths mean nothing until trained"
-                warnings.warn(what, stacklevel=2)
+                warnings.warn("CLIP has random weights: train it before use", stacklevel=2)
         # the authors' checkpoints have fewer positions for texts than CLIP's 77
         if clip.architecture._replace(context_length=77) != expected:
             raise ValueError(f"backbone is {config.backbone}; the CLIP given is another")
         self.integer_digits = len(f"{config.max_depth:.0f}")  # before the point
-        self.config = config
-        self.clip = clip
-        embed_dim = expected.embed_dim
+        self.config, self.clip, embed_dim = config, clip, expected.embed_dim
         self.bins = AdaptiveBins(embed_dim, config.n_bins)
         # NOTE(differs): prompts start at CoOp's std of 0.02, the released code's at 1
         self.prompts = nn.Parameter(torch.empty(config.n_prompts, expected.text_width))
@@ -593,8 +587,8 @@ class CaBins(nn.Module):
     def distribution(self, image: Tensor) -> tuple[Tensor, ...]:
         """Figure 2 up to p: b, c (B, n_bins), e (B, K), s (B, K, h, w), p (B, n_bins, H/2, W/2)."""
         if image.ndim != 4 or image.shape[1] != 3 or min(image.shape[2:]) < 64:
-            must = "it must be (B, 3, H, W), H and W at least 64"
-            raise ValueError(f"image has shape {tuple(image.shape)}; {must}")
+            found = tuple(image.shape)
+            raise ValueError(f"image is {found}; it must be (B, 3, H, W), H and W at least 64")
         config = self.config
         # image encoder and bins (Sec. 3.2.1)
         pyramid, z_bar, z = self.clip.visual(image)
@@ -748,7 +742,9 @@ class VisionTransformer(nn.Module):
         h, w = (math.ceil(size / 16) for size in image.shape[-2:])
         image = resize(image, (16 * h, 16 * w))  # whole patches only
         x = self.conv1(image).flatten(2).mT  # (B, hw, width)
-        x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)  # (B, 1 + hw, width)
+        x = torch.cat(
+            [self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1
+        )  # (B, 1 + hw, width)
         x = self.ln_pre(x + resize_positions(self.positional_embedding, h, w))
         pyramid = []
         for i, block in enumerate(self.transformer.resblocks, 1):
@@ -770,10 +766,6 @@ CLIP_SHA256 = {
 }
 
 
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def download(url: str, file: str, sha256: str) -> Path:
     """The path of `file` in torch.hub's cache, where a download with the right hash is put."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / file
@@ -782,9 +774,9 @@ def download(url: str, file: str, sha256: str) -> Path:
         if not path.exists():
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
     except (OSError, RuntimeError) as error:
-        remedy = f"put the file at {path}, or name one of yours"
-        raise FileNotFoundError(f"{url} could not be fetched ({error}); {remedy}") from None
-    if sha256_of(path) != sha256:
+        what = f"{url} could not be fetched ({error})"
+        raise FileNotFoundError(f"{what}; put it at {path}, or name a file of yours") from None
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise ValueError(f"{path} is not what {url} was: delete it, and it is fetched again")
     return path
 
@@ -800,9 +792,9 @@ def load_clip(name_or_path: str | Path) -> CLIP:
         name = name.replace("/", "-")
         path = download(CLIP_URL.format(sha256=sha256, name=name), f"clip-{name}.pt", sha256)
     elif not path.exists():
-        names = ", ".join(CLIP_SHA256)
-        raise FileNotFoundError(f"{path}: no such file, and no CLIP of that name; known: {names}")
-    if path.is_file() and sha256_of(path) in CLIP_SHA256.values():
+        raise FileNotFoundError(f"{path}: no such file, and none of {', '.join(CLIP_SHA256)}")
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() in CLIP_SHA256.values():  # code in it is OpenAI's own
         state = torch.jit.load(path, map_location="cpu").state_dict()
     else:
         state = read_tensors(path, "a CLIP file: one of OpenAI's archives, or a state dict of it")
@@ -934,8 +926,7 @@ def restore(content: dict, source: object, max_depth: float | None = None) -> Ca
 def load_checkpoint(path: str | Path, max_depth: float | None = None, map_location="cpu") -> CaBins:
     """The network of a checkpoint, ours or the authors', in eval mode; its `config` says what it is.
 
-    The authors' do not say their range, so `max_depth` must: 10 m for NYU, 80 m for KITTI. Every
-    tensor is used. Raises FileNotFoundError or ValueError.
+    The authors' do not say their range, so `max_depth` must. Raises FileNotFoundError, ValueError.
     """
     return restore(read_checkpoint(path), path, max_depth).to(map_location)
 

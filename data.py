@@ -1,9 +1,8 @@
 """The data of CaBins (Sec. 4.2): NYU-Depth V2, KITTI's Eigen split, your own lists, toy rooms.
 
 A sample is an RGB image and its depth in metres; 0 means that nothing was measured. A worker only
-decodes a pair and cuts its fixed crop. `augment` then rotates, crops, flips and recolours the whole
-batch on the training device. Nothing random happens in a worker, so that a run can be resumed.
-`python data.py nyu --root DIR --fetch` gets what is missing of a data set and checks it.
+decodes a pair and cuts its fixed crop; what is random, `augment` does to the whole batch on the
+training device, so that a run can be resumed. This script checks a data set and can fetch it.
 """
 
 import argparse
@@ -31,11 +30,9 @@ from tqdm import tqdm
 
 from cabins import download, mean_and_std, open_picture, write_whole
 
-# ---- The recipe (Sec. 4.1 and 4.2; what the paper leaves open is the released code's) ------------
-
 
 class Recipe(NamedTuple):
-    """All that sets one data set apart from another."""
+    """What sets a data set apart (Sec. 4.1 and 4.2); the paper's gaps are the released code's."""
 
     max_depth: float = 10.0  # metres; min_depth is 1e-3 throughout
     depth_scale: float = 1000.0  # value in a depth PNG of 1 m
@@ -90,36 +87,27 @@ def fixed_crop(name: str, height: int, width: int, train: bool) -> tuple[int, in
 
 
 def evaluation_windows(name: str, height: int, width: int) -> dict[str, tuple[slice, slice]]:
-    """Rows and columns of a test image in which depth is measured; the paper's window is first.
-
-    KITTI's fractions (Garg) are taken of the cropped frame ("nested", as the authors do) or of the
-    whole one ("full"), whose size is `height` and `width`.
-    """
+    """Where depth is measured in a test image of a whole frame's size; the paper's window first."""
     if name == "nyu":
         return {"eigen": (slice(45, 471), slice(41, 601))}
     if name != "kitti":
         return {"whole": (slice(0, height), slice(0, width))}
-
-    def garg(h: int, w: int, top: int = 0, left: int = 0) -> tuple[slice, slice]:
-        rows = slice(int(0.40810811 * h) - top, int(0.99189189 * h) - top)
-        return rows, slice(int(0.03594771 * w) - left, int(0.96405229 * w) - left)
-
     top, _, left, _ = fixed_crop(name, height, width, train=False)
-    return {"nested": garg(352, 1216), "full": garg(height, width, top, left)}
-
-
-# ---- Samples -------------------------------------------------------------------------------------
+    windows = {}  # Garg's fractions of the cropped frame, as the authors do, or of the whole one
+    for key, h, w, y, x in (("nested", 352, 1216, 0, 0), ("full", height, width, top, left)):
+        rows = slice(int(0.40810811 * h) - y, int(0.99189189 * h) - y)
+        windows[key] = rows, slice(int(0.03594771 * w) - x, int(0.96405229 * w) - x)
+    return windows
 
 
 class DepthDataset(Dataset):
-    """Pairs of `name`, a key of DATASETS, below the folder `root`.
+    """Pairs of `name`, a key of DATASETS, below the folder `root`, as the file `split` lists them.
 
-    `split` is a file of lines `image depth focal`; without it the authors' own list is fetched once.
-    NYU's test pairs are also read from nyu_depth_v2_labeled.mat, in `root` or as `root`.
-
-    [i] gives {"image": (3, h, w), "depth": (1, h, w) in metres, 0 being none, "path": str, "size":
-    (2,) rows and columns of the whole frame}; the image is normalised, or uint8 with `train`, for
-    `augment`. `n_left_out` counts the lines without ground truth, `checksum` tells lists apart.
+    It has lines `image depth focal`; without it the authors' own list is fetched once. NYU's test
+    pairs are also read from nyu_depth_v2_labeled.mat, in `root` or as `root`. [i] gives {"image":
+    (3, h, w), "depth": (1, h, w) in metres, 0 being none, "path": str, "size": (2,) rows, columns
+    of the whole frame}; the image is normalised, or uint8 with `train`, for `augment`. `n_left_out`
+    counts the lines without ground truth, `checksum` tells lists apart.
     """
 
     def __init__(
@@ -267,7 +255,7 @@ def read_labelled(path: Path, index: int) -> tuple[np.ndarray, np.ndarray]:
         with h5py.File(path) as file:  # its arrays are transposed
             image, depth = file["images"][index].T, file["rawDepths"][index].T
     except (ImportError, OSError, KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} has no pair {index} that h5py can read: {error}") from None
+        raise ValueError(f"{path} has no pair {index}, or h5py is missing: {error}") from None
     framed = np.zeros_like(image)  # the recipe's test images have a black frame
     framed[7:474, 7:632] = image[7:474, 7:632]
     return framed, depth
@@ -292,8 +280,7 @@ def augment(
     """Random rotation, crop, flip and colour of a batch, by a Recipe or the name of one.
 
     image uint8 (B, 3, h, w), depth (B, 1, h, w) in metres -> image normalised (B, 3, H, W), depth
-    (B, 1, H, W). `generator`, on the CPU, decides everything. `share` (i, k) says that these are
-    the images i, i + k, i + 2k, … of a larger batch.
+    (B, 1, H, W). `generator`: on the CPU. `share` (i, k): these are i, i + k, … of a larger batch.
     """
     recipe = DATASETS[recipe] if isinstance(recipe, str) else recipe
     n, _, h, w = image.shape
@@ -329,9 +316,8 @@ def augment(
 def draw_room(seed: int, height: int = 96, width: int = 128) -> tuple[np.ndarray, np.ndarray]:
     """A furnished room: (96, 128, 3) uint8 and its exact depth (96, 128) in metres.
 
-    Each ray meets the walls from inside and the furniture, boxes, from outside; the nearest hit
-    counts. A ray has length 1 along the optical axis, so that its multiple at the hit is the depth.
-    Axes: x right, y down, z ahead; the camera is at 0.
+    Each ray meets the walls from inside and boxes from outside; the nearest hit counts. A ray has
+    length 1 along z, the optical axis (x is right, y down): its multiple at the hit is the depth.
     """
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width].reshape(2, -1).astype(np.float32)
@@ -370,8 +356,6 @@ def draw_room(seed: int, height: int = 96, width: int = 128) -> tuple[np.ndarray
 
 # ---- What every script shares --------------------------------------------------------------------
 
-PRECISIONS = ("off", "bf16")  # of --amp
-
 
 def rank_of() -> tuple[int, int]:
     """This process's number, and of how many that torchrun started."""
@@ -393,7 +377,7 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 
 
 def go_fast(fast: bool = True) -> None:
-    """On GPUs: TF32 in what is float32, and the fastest kernels for images of one size; or neither."""
+    """On GPUs: TF32 in what is float32, and the fastest kernels for images of one size."""
     torch.set_float32_matmul_precision("high" if fast else "highest")
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = fast
 
@@ -406,9 +390,9 @@ def stand_apart(worker: int) -> None:
 def load(dataset: Dataset, **how) -> DataLoader:
     """Batches of a data set, read by as many workers as the machine has cores to spare."""
     n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun, on this machine
-    workers = min(8, max(os.cpu_count() // n_processes - 1, 0))
-    how |= {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
-    return DataLoader(dataset, worker_init_fn=stand_apart, **how)
+    how["num_workers"] = min(8, max(os.cpu_count() // n_processes - 1, 0))
+    is_gpu = torch.cuda.is_available()
+    return DataLoader(dataset, worker_init_fn=stand_apart, pin_memory=is_gpu, **how)
 
 
 def append_row(path: Path, row: dict) -> None:
@@ -439,8 +423,8 @@ def add_device_options(group: argparse._ArgumentGroup, amp: str) -> None:
     """Where and in which precision a network runs."""
     about = "default: cuda where there is one, or cpu; mps has not been tried"
     group.add_argument("--device", choices=("cuda", "cpu", "mps"), help=about)
-    about = f"precision of convolutions and products, off being float32; default: {amp}"
-    group.add_argument("--amp", choices=PRECISIONS, help=about)
+    how = {"choices": ("off", "bf16"), "default": "off" if amp == "off" else None}
+    group.add_argument("--amp", **how, help=f"bf16, or off: float32; default: {amp}")
 
 
 def refuse(args: argparse.Namespace, names: str, why: str) -> None:
@@ -459,12 +443,10 @@ def run_command(main) -> None:
     except (OSError, ValueError) as error:
         # of an error in a loader's worker, what follows its traceback
         sys.exit("error: " + re.sub(r"(?s)^Caught .*\n\w+Error: ", "", str(error)).strip())
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: {str(error).splitlines()[0]} Smaller batches or images may fit")
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not re.search("out of memory|DataLoader worker", str(error)):
             raise
-        sys.exit("error: a process that reads data was killed, perhaps for want of memory")
+        sys.exit(f"error: {str(error).splitlines()[0]} Smaller batches or images may fit in memory")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -483,10 +465,7 @@ LICENCES = {"nyu": "NYU-Depth V2 states no licence", "kitti": "KITTI is under CC
 
 
 def fetch(name: str, root: str | Path, train_split=None, test_split=None) -> None:
-    """Get what the lists of "nyu" or "kitti" name and `root` has not yet, and no more.
-
-    A file gets its name when it is whole, so that the next call goes on. Raises ValueError.
-    """
+    """Get what the lists of "nyu" or "kitti" name and `root` lacks; ValueError where that fails."""
     if name not in LICENCES or root is None:
         raise ValueError(f"{name} cannot be fetched: only nyu and kitti can, into --root DIR")
     root, wanted = Path(root), {}  # by URL of an archive: how paths end in it, where they go
@@ -512,9 +491,9 @@ def fetch(name: str, root: str | Path, train_split=None, test_split=None) -> Non
             torch.hub.download_url_to_file(SOURCES["nyu_test"], str(partial))
             if calculate_md5(partial) != NYU_MAT_MD5:
                 partial.unlink()
-                raise ValueError(f"{SOURCES['nyu_test']} gave another MD5, and is deleted")
+                raise ValueError(f"{SOURCES['nyu_test']} gave a file of bad MD5, which is deleted")
             partial.replace(mat)
-        list(tqdm(pool.map(extract, *zip(*parts)), "parts", len(parts)))
+        list(tqdm(pool.map(lambda part: extract(*part), parts), "parts", len(parts)))
     except (OSError, ValueError) as error:
         remedy = "what came stays; start again to go on, or see docs/data.md, By hand"
         raise ValueError(f"{error}; {remedy}") from None
@@ -524,16 +503,13 @@ def fetch(name: str, root: str | Path, train_split=None, test_split=None) -> Non
 
 
 def extract(root: Path, url: str, files: dict[str, Path], stop: threading.Event) -> None:
-    """Write files of the archive in `root` or at `url`, each whole. A break is tried three times."""
+    """Write files of the archive in `root` or at `url`, each whole. A break is tried 3 times."""
     local = root / url.rsplit("/", 1)[1]
     for tries_left in (2, 1, 0):
         try:
-            if local.exists():
-                archive = zipfile.ZipFile(local)
-            else:
-                from remotezip import RemoteZip
-
-                archive = RemoteZip(url, timeout=60)  # which reads only parts
+            if not local.exists():
+                from remotezip import RemoteZip  # which reads only the parts that are needed
+            archive = zipfile.ZipFile(local) if local.exists() else RemoteZip(url, timeout=60)
             with archive:
                 members = {}  # one may lie up to two folders deeper than the list says
                 for name in archive.namelist():
@@ -555,24 +531,20 @@ def extract(root: Path, url: str, files: dict[str, Path], stop: threading.Event)
 
 
 def check(dataset: DepthDataset, n_expected: int | None) -> list[Tensor]:
-    """Print what was found, and return eight images, then their depths from 0 to 1.
-
-    Opens up to 1,000 test pairs of an own list, else eight. Raises ValueError if one cannot be read
-    or none has depth.
-    """
-    part, n, top = "train" if dataset.train else "test", len(dataset), dataset.recipe.max_depth
+    """Print what is found, or raise ValueError; return eight images, then depths from 0 to 1."""
+    part, n, recipe = "train" if dataset.train else "test", len(dataset), dataset.recipe
     of = f", of {n_expected} lines expected" if n_expected else ""
     print(f"{part}: {n} pairs, {dataset.n_left_out} lines without ground truth{of}")
     chosen = torch.linspace(0, n - 1, 8).long().unique().tolist()
     if dataset.name == "list":
         for i in range(n) if n <= 1000 and not dataset.train else chosen:
-            dataset[i]
-        highest = max(read_depth(dataset.pairs[i][1]).max() for i in chosen)
-        if (highest := highest / dataset.recipe.depth_scale) > top:
-            print(f"{part}: depths go to {highest:.2f} m; beyond {top} m they are none")
+            dataset[i]  # raises what evaluation would meet
+        highest = max(read_depth(dataset.pairs[i][1]).max() for i in chosen) / recipe.depth_scale
+        if highest > recipe.max_depth:
+            print(f"{part}: depths go to {highest:.2f} m; above {recipe.max_depth} m they are none")
     samples = [dataset[i] for i in chosen]
     depth = torch.cat([sample["depth"].flatten() for sample in samples])
-    valid = depth[depth > 0]
+    valid, top = depth[depth > 0], recipe.max_depth
     if not len(valid):
         raise ValueError(f"{part}: there is no depth at all in {samples[0]['path']} and others")
     median, share = valid.median().item(), len(valid) / len(depth)
@@ -581,7 +553,7 @@ def check(dataset: DepthDataset, n_expected: int | None) -> list[Tensor]:
     if dataset.name == "kitti" and share < 0.08:
         print(f"{part}: so few depths are those of raw LiDAR, not of the annotated ground truth")
     if not 0.05 * top < median < 0.9 * top:
-        print(f"{part}: that is odd for depths to {top} m: wrong --depth-scale, --max-depth?")
+        print(f"{part}: the median is odd for depths to {top} m: wrong --depth-scale, --max-depth?")
     images = [s["image"] / 255 if dataset.train else denormalize(s["image"]) for s in samples]
     return images + [sample["depth"].expand(3, -1, -1) / top for sample in samples]
 
@@ -591,7 +563,7 @@ def main() -> None:
     parser.add_argument("data", choices=DATASETS)
     add = add_data_options(parser).add_argument
     add("--fetch", action="store_true", help="first get what is missing of nyu or kitti")
-    add("--out", metavar="DIR", default="runs", help="where check_DATA.png goes; default: runs")
+    add("--out", metavar="DIR", default="runs", help="where check_DATA_….png goes; default: runs")
     args = parser.parse_args()
     if args.fetch:
         fetch(args.data, args.root, args.train_split, args.test_split)
@@ -601,11 +573,11 @@ def main() -> None:
         n_expected, _ = LISTS.get(f"{args.data}_{part}", (None, None))
         cells = check(dataset, None if split else n_expected)
     cells = [F.interpolate(cell[None], (192, 256))[0] for cell in cells]
-    n, path = len(cells) // 2, Path(args.out) / f"check_{args.data}.png"
+    n, top = len(cells) // 2, dataset.recipe.max_depth
+    path = Path(args.out) / f"check_{args.data}_0_to_{top:g}_m.png"  # from black to white
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(cells, path, nrow=n)
-    white = f"0 m or none in black, {dataset.recipe.max_depth:g} m in white"
-    print(f"{path} shows {n} test images above their depths, {white}: do they belong together?")
+    print(f"{path} shows {n} test images above their depths: do they belong together?")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import datetime
 import glob
 import itertools
 import math
-import statistics
 import sys
 import warnings
 import zlib
@@ -20,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
@@ -69,15 +67,11 @@ def format_table(name: str, rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(f"{row[0]:{width}}" + "".join(f"{v:>9}" for v in row[1:]) for row in table)
 
 
-# ---- Sec. 4.3  Evaluation ------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def evaluate_windows(predict: Predict, dataset: DepthDataset, progress=False) -> dict[str, dict]:
     """Mean metrics in each of the data set's test windows, from one pass.
 
-    Depth is clipped to the data set's range; NaN counts as its minimum. Ground truth counts strictly
-    inside the range. A metric is the mean over images of its mean over an image's pixels.
+    Ground truth counts strictly inside the range. A metric is the mean over images of their means.
     """
     low, high = cabins.Config.min_depth, dataset.recipe.max_depth
     found: dict[str, list[dict[str, float]]] = {}  # in each window, those of each image
@@ -97,7 +91,7 @@ def evaluate_windows(predict: Predict, dataset: DepthDataset, progress=False) ->
     means = {}
     for window, images in found.items():
         if images:
-            means[window] = {k: statistics.fmean(m[k] for m in images) for k in images[0]}
+            means[window] = {k: sum(m[k] for m in images) / len(images) for k in images[0]}
             if n := len(dataset) - len(images):
                 print(f"{n} of the images have no ground truth in window {window}: left out")
     if not means:
@@ -112,10 +106,7 @@ def evaluate(predict: Predict | cabins.CaBins, dataset: DepthDataset) -> dict[st
 
 
 def predictor(model: cabins.CaBins, flip: bool = True, amp: str = "off") -> Predict:
-    """The function from images to depth that is measured, in a precision of data.PRECISIONS.
-
-    With `flip`, depths of the image and its mirror image are clipped, averaged and then upsampled.
-    """
+    """The function that is measured: with `flip`, the mean of two depths, the mirror image's too."""
     low, high = model.config.min_depth, model.config.max_depth
 
     @torch.inference_mode()
@@ -134,7 +125,7 @@ def predictor(model: cabins.CaBins, flip: bool = True, amp: str = "off") -> Pred
 
 
 def ablate(model: cabins.CaBins, predict: Predict, dataset: DepthDataset) -> dict[str, dict]:
-    """Rows of the same network with less from the text: what do s, and so the prompts, add to x4?"""
+    """Rows of the same network with less from the text: what do s, and so prompts, add to x4?"""
     decoder, texts = model.depth_decoder, model.context_decoder  # into which s and t go
     changes = {
         "s = 0": (decoder, lambda x, s: (x, 0 * s)),
@@ -159,59 +150,45 @@ def protocol(dataset: DepthDataset, window: str, flip: bool, amp: str = "off") -
 
 
 def write_depth(path: str, depth: np.ndarray, max_depth: float, scale: float, about="") -> str:
-    """Write depth (H, W) in metres as a 16-bit PNG of depth * scale; returns the file's path.
-
-    The scale is coarser where 16 bits could not hold `max_depth`. The name says 1 mm to 1 m.
-    """
+    """Write metres (H, W) as a 16-bit PNG of this scale, or of a coarser if too deep for it."""
     units = {1000: "_mm", 100: "_cm", 10: "_dm", 1: "_m"}
     finest = next(s for s in (scale, *units) if max_depth * s <= 65535)
     path = f"{path}{units.get(finest, '')}.png"
     image = Image.fromarray((depth * finest).round().clip(0, 65535).astype(np.uint16))
-    info = PngInfo()
+    info = PngImagePlugin.PngInfo()
     info.add_text("Description", f"{about}in 1/{finest:g} m")
     cabins.write_whole(path, lambda partial: image.save(partial, "png", pnginfo=info))
     return path
 
 
 def keep_predictions(predict: Predict, dataset: DepthDataset, folder: Path) -> Predict:
-    """`predict`, writing each depth in the data set's scale: 00000.png and so on, or 00000_mm.png."""
+    """`predict`, writing each depth in the data set's scale: 00000.png or 00000_mm.png, …"""
     folder.mkdir(parents=True, exist_ok=True)
     numbers, recipe = itertools.count(), dataset.recipe
 
     def predict_and_keep(image: Tensor) -> Tensor:
-        depth = predict(image)
-        path = f"{folder}/{next(numbers):05}"
+        depth, path = predict(image), f"{folder}/{next(numbers):05}"
         write_depth(path, depth[0, 0].cpu().numpy(), recipe.max_depth, recipe.depth_scale)
         return depth
 
     return predict_and_keep
 
 
-# ---- Figures -------------------------------------------------------------------------------------
+# ---- Figures and your own pictures ---------------------------------------------------------------
 
 
 def show(axis, title: str, values: np.ndarray, label="", low=0.0, high=1.0, cmap="viridis"):
     """Colours (H, W, 3), or values (H, W) above a bar that says `label`; returns what is shown."""
     axis.set_axis_off()
     axis.set_title(title, fontsize=10, parse_math=False)
-    axis.set_anchor("N")  # so that maps with and without a bar stand side by side
     shown = axis.imshow(values, cmap=cmap, vmin=low, vmax=high)
     if label:
-        bar = {"location": "bottom", "pad": 0.02, "panchor": False}
-        axis.figure.colorbar(shown, ax=axis, label=label, **bar)
+        how = {"location": "bottom", "pad": 0.02, "ticks": [low, high], "format": "%.4g"}
+        bar = axis.figure.colorbar(shown, ax=axis, label=label, **how)
+        for text, side in zip(bar.ax.get_xticklabels(), ("left", "right")):
+            text.set_ha(side)  # so that numbers stay within their bar
+    axis.set_anchor("N")  # so that maps with and without a bar stand side by side
     return shown
-
-
-def show_depth(axes, image: np.ndarray, depth: np.ndarray, truth: np.ndarray | None) -> None:
-    """Image, truth (0 is none) if known, prediction, error: a row of Figures 4 and 5."""
-    low, high = depth.min(), depth.max()
-    if truth is not None:
-        low, high = min(low, truth[truth > 0].min()), max(high, truth.max())
-        truth = np.where(truth > 0, truth, np.nan)
-        show(axes[1], "ground truth", truth, "depth (m)", low, high)
-        show(axes[3], "error", np.abs(depth - truth), "|error| (m)", 0, high / 10, "magma")
-    show(axes[0], "image", image)
-    show(axes[1 if truth is None else 2], "prediction", depth, "depth (m)", low, high)
 
 
 def show_bins(axis, found: cabins.Inference, texts: list[str], truth, top: float) -> None:
@@ -228,8 +205,7 @@ def show_bins(axis, found: cabins.Inference, texts: list[str], truth, top: float
         place |= {"xycoords": bottom_line, "ha": "center", "arrowprops": {"arrowstyle": "-"}}
         axis.annotate(f"“{text}”", (distance, 1.0), **place)
     axis.set(xlabel="depth (m)", ylabel="share of pixels per metre", xlim=(0, top))
-    what = f"{len(found.centers)} bin centres (short ticks) and their prompts (dashed)"
-    axis.set_title(what, pad=38)
+    axis.set_title(f"{len(found.centers)} bin centres (ticks) and their prompts (dashed)", pad=38)
     axis.legend(loc="upper right")
 
 
@@ -247,17 +223,24 @@ def save_figure(path: str | Path, figure) -> None:
 
 def draw_explained(path: Path, image: np.ndarray, config, found, s, truth=None) -> None:
     """Draw depth and its spread, the bins, and where each prompt matches, from `cabins.look`."""
-    truth = truth if truth is not None and truth.any() else None
-    n, k = 3 if truth is None else 5, len(s)
+    depth, std = found.depth, found.std
+    truth = np.where(truth > 0, truth, np.nan) if truth is not None and truth.any() else None
+    known = depth if truth is None else np.stack([depth, truth])
+    low, high = np.nanmin(known), np.nanmax(known)
+    maps = [("image", image), ("prediction", depth, "depth (m)", low, high)]
+    if truth is not None:
+        maps.insert(1, ("ground truth", truth, "depth (m)", low, high))
+        maps.append(("error", np.abs(depth - truth), "|error| (m)", 0, high / 10, "magma"))
+    maps.append(("spread of p", std, "std (m)", 0, std.max(), "magma"))
     texts = [str(round(distance, 4)) for distance in found.cabins.tolist()]
     texts = cabins.SEMANTIC_BINS if config.distance_class == "semantic" else texts
     shape = min(image.shape[0] / image.shape[1], 2.5)  # a picture taller than that gets margins
-    figure, (maps, bins, prompts) = new_figure(1 + 13 / n * shape, 3.3, 1 + 13 / k * shape)
-    axes = maps.subplots(1, n)
-    show_depth(axes, image, found.depth, truth)
-    show(axes[-1], "spread of p", found.std, "std (m)", 0, found.std.max(), "magma")
+    heights = (1 + 13 / len(maps) * shape, 3.3, 1 + 13 / len(s) * shape)
+    figure, (depths, bins, prompts) = new_figure(*heights)
+    for axis, shown in zip(depths.subplots(1, len(maps)), maps):
+        show(axis, *shown)
     show_bins(bins.subplots(), found, texts, truth, config.max_depth)
-    for i, axis in enumerate(prompts.subplots(1, k, squeeze=False)[0]):
+    for i, axis in enumerate(prompts.subplots(1, len(s), squeeze=False)[0]):
         title = f"“{texts[i]}”, {found.cabins[i]:.2f} m"
         show(axis, title, s[i], "cosine", s.min(), s.max(), "cividis")
     save_figure(path, figure)
@@ -273,13 +256,11 @@ def draw_samples(out: Path, model: cabins.CaBins, dataset: DepthDataset, n: int)
         draw_explained(out / f"explained_{i}.png", image, model.config, found, s, truth)
 
 
-# ---- Your own pictures ---------------------------------------------------------------------------
-
 PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 def find_pictures(arguments: list[str]) -> list[Path]:
-    """The files that paths, folders and patterns name. Raises FileNotFoundError for one that is none."""
+    """The files that paths, folders and patterns name. Raises FileNotFoundError."""
     found = []
     for argument in arguments:
         path = Path(argument)
@@ -294,11 +275,11 @@ def find_pictures(arguments: list[str]) -> list[Path]:
 
 def focal_of(exif: Image.Exif, size: tuple[int, int], config, args) -> tuple[float, str]:
     """The focal length in pixels of a picture of this height and width, and what says so."""
-    equivalent = exif.get_ifd(0x8769).get(0xA405)  # FocalLengthIn35mmFilm
     if args.focal:
         return args.focal, "--focal"
     if args.fov:
         return size[1] / 2 / math.tan(math.radians(args.fov) / 2), "--fov"
+    equivalent = exif.get_ifd(0x8769).get(0xA405)  # FocalLengthIn35mmFilm
     if isinstance(equivalent, int) and equivalent > 0:
         return equivalent * math.hypot(*size) / math.hypot(36, 24), "EXIF"
     return config.focal * max(size) / config.image_width, "the training's camera"
@@ -306,10 +287,9 @@ def focal_of(exif: Image.Exif, size: tuple[int, int], config, args) -> tuple[flo
 
 def write_ply(path: Path, picture: np.ndarray, depth: np.ndarray, focal: float) -> None:
     """A coloured point cloud in metres: x right, y down, z ahead, the camera being the origin."""
-    height, width = depth.shape
-    v, u = np.mgrid[:height, :width]
-    x, y = (u - (width - 1) / 2) * depth / focal, (v - (height - 1) / 2) * depth / focal
-    points = np.empty((height, width), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
+    v, u = np.indices(depth.shape)
+    x, y = (u - u.max() / 2) * depth / focal, (v - v.max() / 2) * depth / focal
+    points = np.empty(depth.shape, [("xyz", "<f4", 3), ("rgb", "u1", 3)])
     points["xyz"], points["rgb"] = np.stack([x, y, depth], axis=-1), picture
     lines = ["ply", "format binary_little_endian 1.0", f"element vertex {depth.size}"]
     lines += [f"property float {name}" for name in "xyz"]
@@ -399,7 +379,8 @@ def main() -> None:
     if args.explain:
         out = Path(args.out or "runs/explained")
         draw_samples(out, model, dataset, args.explain)
-        return print(f"{out} has an explained_….png of each sample")
+        print(f"{out} has an explained_….png of each sample")
+        return
     of = {"checkpoint": str(Path(args.checkpoint).resolve()), "data": name}
     of["list"] = f"{split or 'the standard one'} ({dataset.checksum:08x})"
     keep, out = predict, Path(args.out or ".")
@@ -432,23 +413,21 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--ablate", action="store_true", help="also rows with the text silenced")
     add = parser.add_argument_group("files and pictures").add_argument
     add("--out", metavar="DIR", help="results.csv, predictions; for --images default runs/pictures")
-    add(
-        "--explain", nargs="?", type=int, const=4, metavar="N", help="N figures (4), or of pictures"
-    )
+    add("--explain", nargs="?", type=int, const=4, metavar="N", help="figures; default N: 4")
     add("--images", nargs="+", metavar="PICTURE", help="files, folders or patterns of your own")
     add("--range", type=float, metavar="M", help="colours of all pictures go from 0 to M metres")
     add("--ply", action="store_true", help="write a point cloud of each picture")
     add("--focal", type=float, help="of its camera, in pixels; default: EXIF's or training's")
     add("--fov", type=float, help="in the place of --focal: degrees from left to right")
     args = parser.parse_args()
-    args.amp = args.amp or "off"
     if args.images:
         data.refuse(args, "ablate root test_split depth_scale", "is not for --images")
     else:
         data.refuse(args, "ply focal fov range", "is for --images")
-    if not args.ply or args.focal:
-        data.refuse(args, "fov", "is for --ply, without --focal")
-        data.refuse(args, "focal" * (not args.ply), "is for --ply")
+    if not args.ply:
+        data.refuse(args, "focal fov", "is for --ply")
+    if args.focal:
+        data.refuse(args, "fov", "cannot go with --focal")
     data.refuse(args, "train_split", "is for training")
     for option, limit in (("explain", np.inf), ("focal", np.inf), ("fov", 180), ("range", np.inf)):
         value = getattr(args, option)

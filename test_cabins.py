@@ -41,6 +41,7 @@ GOLDENS, SAMPLES = HERE.parent / "shared" / "goldens", HERE.parent / "shared" / 
 needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="no ../shared/goldens here")
 needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="no ../shared/samples here")
 TINY = cabins.Config(backbone="tiny", image_width=128)
+TINY_CAMERA = cabins.Config(backbone="tiny", image_width=128, focal=100.0)
 
 
 def normal(name: str, shape: tuple) -> np.ndarray:
@@ -201,7 +202,7 @@ def test_load_clip_reads_half_precision_torchscript_and_plain_files(tiny, tmp_pa
         torch.jit.trace(ClipLike(half), torch.zeros(1)).save(archive)
     with pytest.raises(ValueError, match="archive.pt .* of another kind; expected a CLIP file"):
         cabins.load_clip(archive)
-    known = {"tiny": cabins.sha256_of(archive)}
+    known = {"tiny": hashlib.sha256(archive.read_bytes()).hexdigest()}
     monkeypatch.setattr(cabins, "CLIP_SHA256", known)
     for path in (plain, archive):
         clip = cabins.load_clip(path)
@@ -379,7 +380,7 @@ def test_no_logits_are_kept_beside_the_probabilities(tiny):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         p = tiny.depth_decoder(pyramid, torch.randn(1, 8, 8, 12))
         cabins.expected_depth(torch.linspace(1, 9, 256)[None], p)
-    maps = {t.data_ptr() for t in kept if t.shape == p.shape}
+    maps = {t.data_ptr() for t in kept if t.numel() == p.numel()}
     assert len(maps) == 2 and p.data_ptr() in maps
 
 
@@ -445,7 +446,7 @@ def made_truth() -> torch.Tensor:
 
 
 def test_released_network(released):
-    with pytest.raises(ValueError, match="without a depth range: give max_depth"):
+    with pytest.raises(ValueError, match="is the authors': give max_depth, 10 for NYU or 80"):
         cabins.load_checkpoint(released)
     model = cabins.load_checkpoint(released, max_depth=10.0)
     image = torch.from_numpy(normal("image", (2, 3, 96, 128)))
@@ -709,16 +710,28 @@ def test_pictures_of_every_kind(tiny, tmp_path, monkeypatch, capsys):
     options = ("--images", folder, "--out", out, "--ply", "--fov", 60, "--explain")
     assert run_eval(monkeypatch, tmp_path / "tiny.pt", *options) == 1
     printed = capsys.readouterr()
-    assert "broken.jpg cannot be read as a picture" in printed.err
+    assert "broken.jpg is left out: " in printed.err and "cannot be read as a pict" in printed.err
     assert "10 of 11 pictures written" in printed.out and "median" in printed.out
     names = {p.name for p in out.iterdir()}
-    assert len(names) == 40 and not any(name.endswith(".partial") for name in names)
+    assert len(names) == 60 and not any(name.endswith(".partial") for name in names)
     depth = Image.open(out / "phone_depth_mm.png")
     assert depth.size == (90, 120) and depth.mode.startswith("I")  # upright
-    assert depth.text["Description"].startswith("depth in 1/1000 m (mm)")
+    assert depth.text["Description"].startswith("depth by CaBins, ")
+    assert depth.text["Description"].endswith("tiny.pt, in 1/1000 m")
+    assert Image.open(out / "phone_colour.png").size == (90, 120)
+    line = next(line for line in printed.out.splitlines() if "phone.jpg: " in line)
+    assert all(name in line for name in ("phone_std_mm.png", "phone_explained.png", "phone.ply"))
+    assert "focal length of 77.9 pixels, from --fov" in line
+    found = cabins.infer(tiny, folder / "phone.jpg")
+    for name, values in (("depth", found.depth), ("std", found.std)):
+        written = np.asarray(Image.open(out / f"phone_{name}_mm.png"))
+        assert np.array_equal(written, (values * 1000).round())
+    grey_line = next(line for line in printed.out.splitlines() if "deep.png: " in line)
+    assert f"greatest grey value, {np.asarray(grey).max() * 257}, is white" in grey_line
     assert 0 < np.asarray(depth).max() < 10_000
     assert Image.open(out / "phone__depth_mm.png").size == (120, 90)
-    close(cabins.read_picture(folder / "deep.png") / 255, np.asarray(grey.convert("RGB")) / 255)
+    deep = cabins.read_picture(folder / "deep.png") / 255
+    close(deep, np.asarray(grey.convert("RGB")) / 255, 0.01)
     # the point cloud, read back
     header, points = (out / "L.ply").read_bytes().split(b"end_header\n")
     assert b"element vertex 10800" in header and len(points) == 10800 * 15
@@ -734,7 +747,9 @@ def test_pictures_beyond_65_m_and_none(tmp_path, monkeypatch):
     Image.new("RGB", (80, 70)).save(tmp_path / "a.png")
     command = (tmp_path / "far.pt", "--out", tmp_path / "out", "--images")
     assert run_eval(monkeypatch, *command, tmp_path / "*.png") == 0
-    assert "1/100 m (cm)" in Image.open(tmp_path / "out" / "a_depth_cm.png").text["Description"]
+    for name in ("depth", "std"):
+        picture = Image.open(tmp_path / "out" / f"a_{name}_cm.png")
+        assert picture.text["Description"].endswith("in 1/100 m")
     with pytest.raises(FileNotFoundError, match="none.png: no picture there"):
         run_eval_main(monkeypatch, *command, tmp_path / "none.png")
     own = (tmp_path / "far.pt", "--out", tmp_path, "--images", tmp_path / "a.png")
@@ -742,7 +757,7 @@ def test_pictures_beyond_65_m_and_none(tmp_path, monkeypatch):
         run_eval_main(monkeypatch, *own)
     for option, value in (("--fov", 180), ("--focal", "nan"), ("--explain", 0)):
         with pytest.raises(ValueError, match=f"{option} is .*; it must be above 0 and below"):
-            run_eval_main(monkeypatch, *command, tmp_path / "a.png", option, value)
+            run_eval_main(monkeypatch, *command, tmp_path / "a.png", "--ply", option, value)
 
 
 def test_thin_pictures_and_odd_values(tiny, tmp_path, monkeypatch, capsys):
@@ -757,22 +772,25 @@ def test_thin_pictures_and_odd_values(tiny, tmp_path, monkeypatch, capsys):
         tiny.prompts[0, 0], kept = math.nan, tiny.prompts[0, 0].item()
         cabins.save_checkpoint(tmp_path / "nan.pt", tiny)
         tiny.prompts[0, 0] = kept
-    with pytest.raises(ValueError, match=r"tensors 1 not finite \(prompts, …\)"):
+    with pytest.raises(ValueError, match="nan.pt holds values that are not finite, in prompts"):
         cabins.load_checkpoint(tmp_path / "nan.pt")
 
 
-def test_explained_bins_and_spread_are_the_networks(tiny):
+def test_what_is_explained_is_the_networks(tiny, tmp_path, monkeypatch):
     image = torch.randn(1, 3, 96, 128, generator=generator())
-    e = evaluation.explain(tiny, image, (90, 120))
+    found, s = cabins.look(tiny, image, (90, 120))
     with torch.no_grad():
         prediction = tiny(image)
-    close((e.edges[1:] + e.edges[:-1]) / 2, prediction.centers[0], 1e-5)
-    assert e.edges[-1] == pytest.approx(10.0) and len(e.edges) == 257
-    assert e.texts == [str(round(e, 4)) for e in prediction.cabins[0].tolist()]
-    close(e.cabins, prediction.cabins[0], 1e-6)
-    close(e.similarity, prediction.similarity[0], 1e-5)
-    assert e.depth.shape == e.spread.shape == (90, 120)
-    assert 0 < e.spread.min() and e.spread.max() < 10 / 2
+    close(found.centers, prediction.centers[0], 1e-5)
+    close(found.cabins, prediction.cabins[0], 1e-6)
+    close(s, prediction.similarity[0], 1e-5)
+    assert found.depth.shape == found.std.shape == (90, 120)
+    assert 0 < found.std.min() and found.std.max() < 10 / 2
+    shown = []
+    monkeypatch.setattr(evaluation, "show_bins", lambda _, found, texts, *__: shown.extend(texts))
+    picture = np.zeros((90, 120, 3), np.uint8)
+    evaluation.draw_explained(tmp_path / "a.png", picture, tiny.config, found, s)
+    assert shown == [str(round(e, 4)) for e in prediction.cabins[0].tolist()]
 
 
 def test_the_readmes_python(tiny, tmp_path, monkeypatch, capsys):
@@ -897,7 +915,7 @@ def test_labelled_mat(tmp_path):
     value = (2 * 3 * 640 * 480 + 1 * 640 * 480 + 20 * 480 + 10) % 256  # green, column 20, row 10
     assert image[1, 10, 20].item() == pytest.approx(value, abs=1e-3)
     split.write_text("bath/rgb.jpg bath/depth.png 518.8579\n")
-    with pytest.raises(ValueError, match="line 1: bath/rgb.jpg has no number to go by"):
+    with pytest.raises(FileNotFoundError, match="2 of the 2 files .* not below .*: bath/rgb.jpg"):
         data.DepthDataset("nyu", tmp_path / "nyu.mat", split)
     split.write_text("bath/rgb_00003.jpg bath/sync_depth_00003.png 518.8579\n")
     with pytest.raises(ValueError, match="nyu.mat has no pair 3"):
@@ -925,11 +943,12 @@ def test_checking_a_data_set(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command)
     data.main()
     printed = capsys.readouterr().out
-    assert "train: 3 opened, (427, 565) pixels, 100% with depth, median 2.00 m" in printed
-    assert Image.open("runs/check_nyu.png").size[0] > 3 * 256
+    assert "train: 427 x 565 pixels, 100% with depth, median 2.00 m" in printed
+    assert "odd" not in printed
+    assert Image.open("runs/check_nyu_0_to_10_m.png").size[0] > 3 * 256
     monkeypatch.setattr(sys, "argv", [*command, "--depth-scale", "100"])
-    with pytest.raises(ValueError, match=r"median of 20.01 m .* wrong --depth-scale \(100.0\)"):
-        data.main()
+    data.main()  # a warning, as the range may really be so wide
+    assert "median is odd for depths to 10.0 m: wrong --depth-scale" in capsys.readouterr().out
 
 
 @needs_samples
@@ -1090,7 +1109,7 @@ def test_fetching_kitti_gets_what_the_list_names_and_no_more(server, tmp_path, c
     image = "raw/2011_09_26/2011_09_26_drive_0002_sync/image_02/data/0000000007.png"
     assert found[image] == picture_bytes(369, 1242)
     printed = capsys.readouterr().out
-    assert "4 files, 0.0" in printed and "127.0.0.1" in printed and "CC BY-NC-SA 3.0" in printed
+    assert "4 files from 127.0.0.1" in printed and "CC BY-NC-SA 3.0" in printed
     kitti = data.DepthDataset("kitti", tmp_path / "root", tmp_path / "kitti.txt")
     assert len(kitti) == 2 and kitti[1]["depth"].max().item() == pytest.approx(7000 / 256, rel=1e-3)
     # what is there is not fetched again, and what was lost is
@@ -1108,29 +1127,18 @@ def test_fetching_nyu_and_its_mat(server, tmp_path):
     assert {name.rsplit(".", 1)[0] for name in found} == {*names, "nyu_depth_v2_labeled"}
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_the_mat_goes_on_where_it_stopped(broken, server, tmp_path):
+def test_the_mat_gets_its_name_when_it_is_right(server, tmp_path):
     test, mat = tmp_path / "test.txt", tmp_path / "root" / data.NYU_MAT
     test.write_text("bath/rgb_00001.jpg bath/sync_depth_00001.png 1\n")
     call = ("nyu", tmp_path / "root", tmp_path / "nyu.txt", test)
     server.faults["nyu.mat"] = ["breaks", 1]
-    with pytest.raises(
-        ValueError, match=r"nyu.mat broke off after 150000 of 300000 bytes; what came"
-    ):
+    with pytest.raises(ValueError, match="MD5, which is deleted|fetched|IncompleteRead|broke off"):
         data.fetch(*call)
-    partial = Path(f"{mat}.partial")
-    assert partial.stat().st_size == 150_000 and not mat.exists()
-    if broken:
-        partial.write_bytes(b"x" * 150_000)
-        with pytest.raises(ValueError, match="gave a file with another MD5, which is deleted"):
-            data.fetch(*call)
-        assert not partial.exists() and not mat.exists()
+    assert not mat.exists() and not Path(f"{mat}.partial").exists()
     data.fetch(*call)
     assert mat.read_bytes() == server.files["/nyu.mat"]
-    asked = [what for path, what in server.asked if path == "/nyu.mat"]
-    assert asked[:2] == [None, "bytes=150000-"]
     data.fetch(*call)
-    assert len([path for path, _ in server.asked if path == "/nyu.mat"]) == len(asked)
+    assert len([path for path, _ in server.asked if path == "/nyu.mat"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -1139,14 +1147,14 @@ def test_the_mat_goes_on_where_it_stopped(broken, server, tmp_path):
         ("404", "404"),
         ("no ranges", "range"),
         ("wrong bytes", "CRC|[Bb]ad|broke off"),
-        ("breaks", "broke off|cannot be read"),
+        ("breaks", "Connection broken|IncompleteRead|broke off"),
     ],
 )
 def test_a_host_that_fails_is_one_sentence_and_what_came_stays(fault, sentence, server, tmp_path):
     server.faults["data_depth_annotated.zip"] = [fault, 1000]
     with pytest.raises(ValueError, match=sentence) as error:
         fetch("kitti", tmp_path)
-    assert "\n" not in str(error.value) and "cvlibs.net" in str(error.value)
+    assert "\n" not in str(error.value) and "docs/data.md, By hand" in str(error.value)
     found = files_below(tmp_path / "root")
     assert not any(name.startswith("data_depth") or ".partial" in name for name in found)
     server.faults.clear()
@@ -1173,14 +1181,14 @@ def test_wrong_archives_and_members_that_lead_out(server, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     (root / "sync.zip").write_text("<html>Quota exceeded</html>")
-    with pytest.raises(ValueError, match="sync.zip is no archive but a web page, such as Drive"):
+    with pytest.raises(ValueError, match="sync.zip: File is not a zip file; what came stays"):
         fetch("nyu", tmp_path)
     (root / "sync.zip").write_bytes(server.files["/depth/data_depth_annotated.zip"])
-    with pytest.raises(ValueError, match="has 4 of 4 files not: "):
+    with pytest.raises(ValueError, match="sync.zip: it has no kitchen/rgb_00000.jpg; "):
         fetch("nyu", tmp_path)
     (root / "sync.zip").unlink()
     (tmp_path / "nyu.txt").write_text("evil/rgb_9.jpg evil/rgb_9.jpg 1\n")
-    with pytest.raises(ValueError, match="has 1 of 1 files not: rgb_9.jpg"):
+    with pytest.raises(ValueError, match="it has no evil/rgb_9.jpg"):
         fetch("nyu", tmp_path)
     with pytest.raises(ValueError, match="toy cannot be fetched: only nyu and kitti can"):
         data.fetch("toy", root)
@@ -1267,7 +1275,7 @@ nn.BatchNorm2d.forward = lambda self, x: F.batch_norm(
     x, self.running_mean, self.running_var, self.weight, self.bias)
 nn.Dropout.forward = lambda self, x: x
 data.TOY_ROOMS = {{"train": range(9), "test": range(1_000_000, 1_000_003)}}
-train.LOG_EVERY, train.baselines = 1, lambda *_: {{}}
+train.LOG_EVERY = 1
 train.draw_samples = train.draw_curves = lambda *_: None
 draw = data.draw_room
 def room(i):
@@ -1306,7 +1314,7 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     start = cabins.CaBins(TINY).state_dict()
     for name, tensor in weights[0].items():
         if tensor.is_floating_point():
-            torch.testing.assert_close(weights[1][name], tensor, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-5)
     assert not torch.equal(weights[0]["prompts"], start["prompts"])
 
 
@@ -1329,7 +1337,6 @@ def test_shares_of_a_batch_are_augmented_as_the_whole():
 def few_rooms(monkeypatch):
     rooms = {"train": range(8), "test": range(1_000_000, 1_000_002)}
     monkeypatch.setattr(data, "TOY_ROOMS", rooms)
-    monkeypatch.setattr(train, "baselines", lambda *_: {})
 
 
 @pytest.fixture
@@ -1345,7 +1352,7 @@ def run_train(*options):
 
 def test_a_run_its_figures_and_its_evaluation(few_rooms, tmp_path, monkeypatch, capsys):
     run_train("--epochs", 1, "--batch-size", 4, "--out", tmp_path)
-    for figure in ("comparison.png", "explained_0.png", "curves.png"):
+    for figure in ("explained_0.png", "curves.png"):
         assert min(Image.open(tmp_path / figure).size) > 300
     with pytest.raises(ValueError, match="was trained with batch_size 4, not 2"):
         run_train("--resume", "--out", tmp_path, "--batch-size", 2)
@@ -1353,8 +1360,11 @@ def test_a_run_its_figures_and_its_evaluation(few_rooms, tmp_path, monkeypatch, 
     assert "last.pt, whole" in capsys.readouterr().out
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "last.pt").touch()
-    with pytest.raises(ValueError, match="holds another run: go on with --resume, or take another"):
-        run_train("--resume", tmp_path / "best.pt", "--out", tmp_path / "other")
+    with pytest.raises(ValueError, match="holds another run: --resume it, or take another"):
+        run_train("--resume", tmp_path / "last.pt", "--out", tmp_path / "other")
+    assert {*cabins.read_checkpoint(tmp_path / "best.pt")} & {"optimizer", "scheduler"} == set()
+    with pytest.raises(ValueError, match="best.pt is no last.pt of train.py: it cannot be resumed"):
+        run_train("--resume", tmp_path / "best.pt")
     capsys.readouterr()
     run_eval_main(monkeypatch, tmp_path / "best.pt", "--no-flip")
     printed = capsys.readouterr().out
@@ -1373,7 +1383,6 @@ import data, train
 data.TOY_ROOMS = {{"train": range(8), "test": range(1_000_000, 1_000_002)}}
 train.LOG_EVERY = train.SAVE_EVERY = 1
 train.draw_samples = train.draw_curves = lambda *_: None
-train.baselines = lambda *_: {{}}
 data.run_command(train.main)
 """
 
@@ -1522,7 +1531,7 @@ def test_a_long_run_takes_no_more_memory_or_files(
     small = cabins.BACKBONES["tiny"]._replace(width=2, text_layers=1)
     monkeypatch.setitem(cabins.BACKBONES, "tiny", small)
     run_train("--epochs", 1, "--batch-size", 1, "--out", tmp_path)
-    assert "on a GPU the first step can take a minute" in capsys.readouterr().out
+    assert "200 training pairs, 2 test pairs; 1 x cpu, fp32" in capsys.readouterr().out
     memory, files = np.array(found).T
     assert len(found) == 200
     assert np.median(memory[-100:]) < np.median(memory[:100]) + 30  # MB
@@ -1809,6 +1818,198 @@ def test_the_authors_networks_want_the_width_of_their_data(released):
     assert cabins.load_checkpoint(released, max_depth=80.0).config.image_width == 1216
 
 
+def test_a_picture_of_any_size_and_what_is_none(tiny, tmp_path):
+    for size in ((1, 1), (40_000, 3), (3, 500)):
+        Image.new("RGB", size, (90, 80, 70)).save(tmp_path / "a.png")
+        found = cabins.infer(tiny, tmp_path / "a.png")
+        assert found.depth.shape == size[::-1] and np.isfinite(found.depth).all()
+    for wrong in (np.zeros((0, 5, 3), np.uint8), np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4))):
+        with pytest.raises(ValueError, match="an array must be uint8"):
+            cabins.infer(tiny, wrong)
+    (tmp_path / "a.txt").write_text("no picture")
+    with pytest.raises(ValueError, match="a.txt cannot be read as a picture"):
+        cabins.infer(tiny, tmp_path / "a.txt")
+    Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(ValueError, match="floating-point values; save it in 8 or 16 bits"):
+        cabins.infer(tiny, tmp_path / "f.tif")
+
+
+def test_the_focal_length_comes_from_exif_where_there_is_one(tiny, tmp_path, monkeypatch, capsys):
+    cabins.save_checkpoint(tmp_path / "tiny.pt", cabins.CaBins(TINY_CAMERA))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    picture, exif = Image.new("RGB", (120, 90)), Image.Exif()
+    picture.save(folder / "none.jpg")
+    exif.get_ifd(0x8769)[0xA405] = 28  # FocalLengthIn35mmFilm
+    exif[0x0112] = 6  # held upright
+    picture.save(folder / "phone.jpg", exif=exif)
+    picture.save(folder / "odd.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    command = (tmp_path / "tiny.pt", "--images", folder, "--ply", "--out", tmp_path / "out")
+    assert run_eval(monkeypatch, *command) == 0
+    lines = {line.split(": ")[0][-9:]: line for line in capsys.readouterr().out.splitlines()}
+    of_phone = 28 * math.hypot(120, 90) / math.hypot(36, 24)
+    assert f"focal length of {of_phone:.1f} pixels, from EXIF" in lines["phone.jpg"]
+    for name in ("/none.jpg", "n/odd.jpg"):  # 100 pixels at the training's 128
+        assert "focal length of 93.8 pixels, from the training's camera" in lines[name]
+    assert run_eval(monkeypatch, *command, "--focal", 77) == 0
+    assert capsys.readouterr().out.count("focal length of 77.0 pixels, from --focal") == 3
+
+
+def test_range_fixes_the_scale_of_colours(tiny, tmp_path, monkeypatch):
+    import matplotlib
+
+    cabins.save_checkpoint(tmp_path / "tiny.pt", tiny)
+    rng = np.random.default_rng(0)
+    for name in ("a", "写真", "a" * 250):  # the last is too long with what is added to it
+        noise = rng.integers(0, 255, (70, 80, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{name}.png")
+    options = ("--range", 8, "--images", tmp_path, "--out", tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # matplotlib's, of letters that a font lacks
+        assert run_eval(monkeypatch, tmp_path / "tiny.pt", *options) == 1  # only that one failed
+    for name in ("a", "写真"):
+        depth = cabins.infer(tiny, tmp_path / f"{name}.png").depth
+        colours = np.asarray(Image.open(tmp_path / "out" / f"{name}_colour.png"))
+        expected = matplotlib.colormaps["viridis"](depth / 8, bytes=True)[..., :3]
+        assert colours.shape == (70, 80, 3) and np.array_equal(colours, expected)
+    assert len(list((tmp_path / "out").iterdir())) == 8
+
+
+def test_sixteen_bits_hold_every_range(tmp_path):
+    for top, unit, scale in (
+        (10, "_mm", 1000),
+        (80, "_cm", 100),
+        (200, "_cm", 100),
+        (9999, "_m", 1),
+    ):
+        path = evaluation.write_depth(f"{tmp_path}/a", np.full((2, 2), top - 0.4), top, 1000)
+        assert path.endswith(f"a{unit}.png")
+        assert (np.asarray(Image.open(path)) == round((top - 0.4) * scale)).all()
+    path = evaluation.write_depth(f"{tmp_path}/b", np.full((2, 2), 79.9), 80, 256)
+    assert path.endswith("b.png") and np.asarray(Image.open(path)).max() == round(79.9 * 256)
+
+
+def test_results_say_what_they_are_of(few_rooms, tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        torch.manual_seed(len(name) + (name == "two"))
+        cabins.save_checkpoint(tmp_path / f"{name}.pt", cabins.CaBins(TINY), args={"data": "toy"})
+        for _ in range(2):  # again: the same folder, nothing stale
+            run_eval_main(monkeypatch, tmp_path / f"{name}.pt", "--out", tmp_path / "out")
+    folders = sorted((tmp_path / "out").glob("predictions_*"))
+    assert len(folders) == 2 and all(len(list(f.iterdir())) == 2 for f in folders)
+    rows = np.genfromtxt(tmp_path / "out" / "results.csv", delimiter=",", dtype=str, skip_header=1)
+    head = (tmp_path / "out" / "results.csv").read_text().splitlines()[0]
+    assert head.startswith("label,checkpoint,data,list,predictions,date,protocol,abs_rel")
+    assert len(rows) == 4 and str(tmp_path / "two.pt") in (tmp_path / "out/results.csv").read_text()
+    (tmp_path / "out" / "results.csv").write_text("label,other\n")
+    with pytest.raises(ValueError, match="results.csv has other columns"):
+        run_eval_main(monkeypatch, tmp_path / "one.pt", "--out", tmp_path / "out")
+
+
+def test_evaluate_takes_a_network_too(tiny, few_rooms):
+    rooms = data.DepthDataset("toy")
+    assert evaluation.evaluate(tiny, rooms) == evaluation.evaluate(
+        evaluation.predictor(tiny), rooms
+    )
+
+
+# ---- Fast, and in other people's hands -----------------------------------------------------------
+
+
+class Count(torch.utils._python_dispatch.TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: dict[str, int] = {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.__name__
+        self.calls[name] = self.calls.get(name, 0) + 1
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_network_is_channels_last_wherever_it_comes_from(tiny, tmp_path):
+    cabins.save_checkpoint(tmp_path / "tiny.pt", tiny)
+    for model in (cabins.CaBins(TINY), cabins.load_checkpoint(tmp_path / "tiny.pt")):
+        for conv in (model.clip.visual.conv2, model.depth_decoder.features):
+            assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+    layouts = []
+    hook = tiny.depth_decoder.logits.register_forward_hook(
+        lambda _, inputs, output: layouts.append((inputs[0], output))
+    )
+    with torch.no_grad(), Count() as count:
+        tiny(torch.randn(1, 3, 64, 96))
+    hook.remove()
+    for x in layouts[0]:
+        assert x.is_contiguous(memory_format=torch.channels_last)
+    # two in each of three blocks that stride, and the stem's: none that does nothing
+    assert count.calls["avg_pool2d.default"] == 7
+    stride_1 = [m.stride for m in tiny.modules() if isinstance(m, torch.nn.AvgPool2d)]
+    assert stride_1 == [2, 2, 2]
+
+
+def test_the_fused_optimizer_steps_as_torchs_default(monkeypatch):
+    """Its kernel for CPUs is wrong where gradient and weight lie in memory in other orders."""
+    weights = []
+    for fused in (True, None):
+        torch.manual_seed(0)
+        learner, batch = toy_learner("--lr", "1e-2")
+        for group in learner.optimizer.param_groups:
+            assert group["fused"] is True
+            group["fused"] = fused
+        torch.manual_seed(0)
+        batch["depth"] = torch.rand(2, 1, 96, 128) * 9 + 0.5
+        learner.step(batch, 1)
+        weights.append(learner.model.state_dict())
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-4, atol=1e-5)
+
+
+SIZES = [(1, 64, 64), (3, 100, 131), (2, 129, 65)]  # never seen in the export
+
+
+def exported(model: torch.nn.Module) -> torch.export.ExportedProgram:
+    batch, height, width = (
+        torch.export.Dim("batch"),
+        *(torch.export.Dim(name, min=64) for name in ("height", "width")),
+    )
+    shapes = {"image": {0: batch, 2: height, 3: width}}
+    return torch.export.export(model, (torch.randn(2, 3, 96, 128),), dynamic_shapes=shapes)
+
+
+def test_torch_export_equals_eager_at_any_size(tiny):
+    program = exported(tiny).module()
+    for b, h, w in SIZES:
+        image = torch.randn(b, 3, h, w, generator=generator())
+        with torch.no_grad():
+            for found, expected in zip(program(image), tiny(image)):
+                close(found, expected, 1e-6)
+
+
+def test_onnx_equals_eager_at_any_size(tiny, tmp_path):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name}, which is optional, is not installed")
+    import onnxruntime
+
+    class Depth(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = tiny
+
+        def forward(self, image):
+            return self.network(image).depth
+
+    program = exported(Depth().eval())
+    torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "cabins.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "cabins.onnx")
+    for b, h, w in SIZES:
+        image = torch.randn(b, 3, h, w, generator=generator())
+        found = session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]
+        with torch.no_grad():
+            close(torch.from_numpy(found), tiny(image).depth, 1e-4)
+
+
 # ---- Sec. 4.1  The recipe, observed --------------------------------------------------------------
 
 
@@ -1976,6 +2177,7 @@ def test_a_step_on_a_gpu_that_is_not_here(amp, monkeypatch):
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda x, **_: x)  # reads values
     args, _ = train.parse_args(["--amp", amp])
     mode, device = FakeTensorMode(), torch.device("cuda")
+    monkeypatch.setattr(cabins.CaBins, "to", lambda model, **_: model)  # of the layout in memory
     with mode, device:  # all that is made is on the GPU
         model = cabins.CaBins(TINY)
     learner = train.Learner.__new__(train.Learner)
@@ -2009,45 +2211,32 @@ def test_chamfer_makes_no_table_of_pixels_and_centres():
             brute_force_chamfer(c, target, target > 0)
 
 
-def test_own_lists_leave_out_what_is_too_far_and_have_baselines(no_figures, tmp_path, capsys):
+def test_own_lists_leave_out_what_is_too_far_and_their_camera_travels(no_figures, tmp_path):
     rng = np.random.default_rng(0)
     for i in range(6):
-        image = rng.integers(0, 255, (96, 128, 3), np.uint8)
-        depth = np.full((96, 128), 2000, np.uint16)
+        image = rng.integers(0, 255, (96, 160, 3), np.uint8)
+        depth = np.full((96, 160), 2000, np.uint16)
         depth[:10] = 65535  # none
         Image.fromarray(image).save(tmp_path / f"{i}.png")
         Image.fromarray(depth).save(tmp_path / f"d{i}.png")
     split = tmp_path / "list.txt"
+    split.write_text("".join(f"{i}.png d{i}.png 130.5\n" for i in range(6)))
+    own = data.DepthDataset("list", tmp_path, split, train=True)
+    assert own[0]["depth"].unique().tolist() == [0, 2] and own.recipe.crop == (64, 128)
+    options = ["--data", "list", "--root", tmp_path, "--train-split", split, "--test-split", split]
+    options += ["--backbone", "tiny", "--epochs", 1, "--batch-size", 2]
+    run_train(*options, "--out", tmp_path / "o")
+    config = cabins.load_checkpoint(tmp_path / "o" / "last.pt").config
+    assert (config.image_width, config.focal) == (160, 130.5)
+    # another test list would mix two in best and metrics.csv
+    other = tmp_path / "other.txt"
+    other.write_text(split.read_text().replace("0.png d0.png", "1.png d1.png"))
+    with pytest.raises(ValueError, match="last.pt is of other "):
+        run_train("--resume", tmp_path / "o" / "last.pt", "--test-split", other)
+    # without a focal length in the list: NYU's camera, in proportion
     split.write_text("".join(f"{i}.png d{i}.png\n" for i in range(6)))
     own = data.DepthDataset("list", tmp_path, split, train=True)
-    assert own[0]["depth"].unique().tolist() == [0, 2]
-    options = ["--data", "list", "--root", tmp_path, "--train-split", split, "--test-split", split]
-    run_train(
-        *options, "--backbone", "tiny", "--epochs", 1, "--batch-size", 2, "--out", tmp_path / "o"
-    )
-    printed = capsys.readouterr().out
-    assert cabins.load_checkpoint(tmp_path / "o" / "last.pt").config.image_width == 128
-    rows = {line.split(",")[0]: line.split() for line in printed.splitlines()}
-    assert "best constant" in printed and "mean of 6 training depths" in printed
-    assert "best.pt" in rows and "last.pt" in rows
-    assert rows["best constant"][4] == "0.000"  # AbsRel: all depths are 2 m
-
-
-def test_likely_reasons_of_missing_files_are_named(tmp_path):
-    split = tmp_path / "list.txt"
-    split.write_text("a/rgb_1.jpg a/sync_depth_1.png 1\n")
-    (tmp_path / "official_splits" / "train").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="has the 795 labelled pairs"):
-        data.DepthDataset("nyu", tmp_path, split, train=True)
-    raw = "2011_09_26_drive_0001_sync/proj_depth/velodyne_raw/image_02/0000000005.png"
-    (tmp_path / "train" / raw).parent.mkdir(parents=True)
-    (tmp_path / "train" / raw).touch()
-    split.write_text(KITTI_LIST.splitlines()[0])
-    with pytest.raises(FileNotFoundError, match="velodyne_raw is raw LiDAR"):
-        data.DepthDataset("kitti", tmp_path, split)
-    split.write_text(KITTI_LIST.splitlines()[1])
-    with pytest.raises(FileNotFoundError, match="has two parts, train/ and val/"):
-        data.DepthDataset("kitti", tmp_path, split)
+    assert own.recipe.focal == pytest.approx(518.86 / 4)
 
 
 def test_nyus_test_pairs_come_from_the_mat_where_the_files_are_not(tmp_path):
@@ -2063,6 +2252,122 @@ def test_nyus_test_pairs_come_from_the_mat_where_the_files_are_not(tmp_path):
     )
     with pytest.raises(FileNotFoundError, match="2 of the 4 files"):
         data.DepthDataset("nyu", tmp_path, split, train=True)
+
+
+# ---- A user's first day --------------------------------------------------------------------------
+
+
+def test_nothing_of_an_old_run_goes_before_the_new_one_can_save(few_rooms, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    demo = tmp_path / "runs" / "toy"
+    demo.mkdir(parents=True)
+    files = {"last.pt": b"last", "best.pt": b"best", "log.csv": b"step,loss\n9,1.0\n"}
+    for name, content in files.items():
+        (demo / name).write_bytes(content)
+    wrong = [["--batch-size", "1000"], ["--max-depth", "20000"], ["--clip", "nofile.pt"]]
+    wrong += [["--init", "nofile.pt"], ["--depth-scale", "7"], ["--resume", "best.pt"]]
+    for options in wrong:
+        with pytest.raises((ValueError, OSError)):
+            run_train(*options)
+        assert {name: (demo / name).read_bytes() for name in files} == files, options
+
+    def full_disk(content, path):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            run_train("--epochs", 1)
+    assert {name: (demo / name).read_bytes() for name in files} == files
+
+
+def test_fine_tuning_starts_from_a_checkpoints_weights(few_rooms, tiny, tmp_path):
+    cabins.save_checkpoint(tmp_path / "tiny.pt", tiny)
+    options = ["--init", str(tmp_path / "tiny.pt"), "--out", str(tmp_path / "out")]
+    run = train.Run(*train.parse_args(options))
+    for name, tensor in tiny.state_dict().items():
+        assert torch.equal(run.learner.model.state_dict()[name], tensor), name
+    assert run.step == 0 and not run.learner.optimizer.state
+
+
+def test_training_without_any_valid_depth_ends_with_a_sentence(few_rooms, tmp_path, monkeypatch):
+    draw = data.draw_room
+    monkeypatch.setattr(data, "draw_room", lambda i: (draw(i)[0], np.zeros((96, 128), np.float32)))
+    with pytest.raises(ValueError, match="no depth .* valid"):
+        run_train("--epochs", 1, "--batch-size", 2, "--out", tmp_path)
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    run = start_run(tmp_path)
+    wait_until(run, (tmp_path / "log.csv").exists)
+    run.send_signal(signal.SIGSTOP)  # so that both are there before a step can end
+    for number in (signal.SIGINT, signal.SIGTERM):
+        run.send_signal(number)
+    run.send_signal(signal.SIGCONT)
+    printed = run.communicate()[0]
+    assert run.returncode in (130, 143) and "stopped at once" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_killed_worker_is_one_sentence(monkeypatch):
+    def main():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    with pytest.raises(SystemExit) as stop:
+        data.run_command(main)
+    assert stop.value.code.endswith(
+        "killed by signal: Killed. Smaller batches or images may fit in memory"
+    )
+    with pytest.raises(RuntimeError, match="another"):
+        data.run_command(lambda: (_ for _ in ()).throw(RuntimeError("another")))
+
+
+def test_processes_must_divide_the_batch(few_rooms, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "rank_of", lambda: (0, 2))
+    args = train.parse_args(["--batch-size", "7", "--out", str(tmp_path)])
+    with pytest.raises(ValueError, match="--batch-size 7 is the total: 2 processes must divide it"):
+        train.Run(*args)
+
+
+def test_an_own_list_is_checked(tmp_path, monkeypatch, capsys):
+    for i in range(12):
+        write_pair(tmp_path, str(i), 96, 128, depth=65535 if i == 3 else 2000)
+    write_pair(tmp_path, "small", 40, 60)
+    split, test = tmp_path / "train.txt", tmp_path / "test.txt"
+    split.write_text("".join(f"rgb_{i}.jpg sync_depth_{i}.png\n" for i in range(12)))
+    test.write_text(split.read_text())
+    monkeypatch.chdir(tmp_path)
+    command = ["data.py", "list", "--root", ".", "--train-split", "train.txt"]
+    command += ["--test-split", "test.txt", "--out", "checks"]
+    monkeypatch.setattr(sys, "argv", command)
+    data.main()
+    printed = capsys.readouterr().out
+    assert "test: depths go to 65.53 m; above 10.0 m they are none" in printed.replace("54", "53")
+    assert Image.open(tmp_path / "checks" / "check_list_0_to_10_m.png").size[0] > 8 * 256
+    (tmp_path / "rgb_5.jpg").write_bytes(b"broken")  # none of the eight that are shown
+    with pytest.raises(ValueError, match="rgb_5.jpg cannot be read as an image"):
+        data.main()
+    test.write_text("rgb_small.jpg sync_depth_small.png\n")
+    with pytest.raises(
+        ValueError, match="rgb_small.jpg has 40 x 60 pixels; the network needs at l"
+    ):
+        data.main()
+
+
+@pytest.mark.parametrize("script", ["data.py", "train.py", "eval.py"])
+def test_help_explains_every_option(script):
+    command = [sys.executable, script, "--help"]
+    run = subprocess.run(command, check=True, cwd=HERE, capture_output=True, text=True)
+    options = re.split(r"\n  (?=-)", run.stdout.split("options:")[1])[1:]
+    assert len(options) >= 8
+    for option in options:
+        text = " ".join(option.split("\n\n")[0].split())
+        assert re.search(r"[a-z]{3,}", re.sub(r"-[-\w]+|\{.*?\}|\[.*?\]|\b[A-Z_|]+\b", "", text)), (
+            text
+        )
+    if script != "data.py":
+        assert run.stdout.count(f"python {script}") >= 3 and run.stdout.count(":\n  --") >= 3
 
 
 # ---- Bad input: one sentence that names the file or value, and the remedy ------------------------
@@ -2097,8 +2402,8 @@ def test_an_error_is_one_line_on_standard_error():
         ("distance_class", "mode", "must be one of cabins, median, mean, semantic"),
         ("n_cabins", 7, "n_cabins is 7; it must divide n_bins, which is 256"),
         ("n_bins", 1, "n_bins is 1; it must be an integer of at least 2"),
-        ("max_depth", 1e-4, "they must satisfy 0 < min_depth < max_depth"),
-        ("min_depth", 0.0, "they must satisfy 0 < min_depth < max_depth"),
+        ("max_depth", 1e-4, "must be 0 < from < to < 10000 m"),
+        ("min_depth", 0.0, "must be 0 < from < to < 10000 m"),
     ],
 )
 def test_config_names_field_and_allowed_values(field, value, message):
@@ -2109,7 +2414,7 @@ def test_config_names_field_and_allowed_values(field, value, message):
 def test_random_weights_warn_and_wrong_clip_is_refused(tiny, monkeypatch):
     small = {"RN50": cabins.BACKBONES["tiny"]._replace(embed_dim=32)}
     monkeypatch.setattr(cabins, "BACKBONES", cabins.BACKBONES | small)
-    with pytest.warns(UserWarning, match="random weights: depths mean nothing"):
+    with pytest.warns(UserWarning, match="CLIP has random weights: train it"):
         cabins.CaBins(cabins.Config(backbone="RN50"))
     with pytest.raises(ValueError, match="backbone is RN50; the CLIP given is another"):
         cabins.CaBins(cabins.Config(backbone="RN50"), tiny.clip)
@@ -2188,7 +2493,7 @@ def broken(tmp_path_factory) -> Path:
     args = vars(train.parse_args([])[0]) | {"out": "out"}
     state = {
         "args": args,
-        "n_pairs": 640,
+        "lists": [0, 0],
         "step": 1,
         "optimizer": {},
         "scheduler": {},
@@ -2214,6 +2519,8 @@ def broken(tmp_path_factory) -> Path:
     shutil.copy(root / "tiny.pt", root / "run" / "last.pt")
     (root / "pictures").mkdir()
     shutil.copy(jpg, root / "pictures" / "a.jpg")
+    (root / "empty").mkdir()
+    shutil.copy(jpg, root / "empty" / ".hidden.jpg")
     return root
 
 
@@ -2231,17 +2538,17 @@ FAULTS = {
     "data.py nyu --root none": "none: no such folder; --root must be where nyu lies",
     "data.py nyu --root loop": "loop: no such folder; --root must be where nyu lies",
     "data.py list --root .": "data 'list' needs --train-split, a list of its train pairs",
-    f"{NYU} none.txt": "none.txt: no such split list",
-    f"{NYU} a": "a: no such split list",
-    f"{NYU} binary.txt": "binary.txt is no text in UTF-8",
-    f"{NYU} nothing.txt": "nothing.txt names no pair of image and depth",
-    f"{NYU} no_truth.txt": "no_truth.txt names no pair of image and depth",
-    f"{NYU} nonsense.txt": "nonsense.txt, line 2: 'nonsense' is not 'image depth focal'",
-    f"{NYU} spaces.txt": "spaces.txt, line 1: 'my room.* is not 'image depth focal'; paths may hold no spaces",
-    f"{NYU} outside.txt": "outside.txt, line 2: '../a/rgb_1.jpg .* leads out of .",
-    f"{NYU} absolute.txt": "2 of the 2 files that absolute.txt names are not below .",
-    f"{NYU} missing.txt": "2 of the 4 files that missing.txt names are not below .: b/x, b/y, …; docs/data",
-    f"{NYU} loop.txt": "1 of the 2 files that loop.txt names .*: a/loop.jpg, …",
+    f"{NYU} none.txt": "none.txt is no list of pairs, .*No such file",
+    f"{NYU} a": "a is no list of pairs, .*Is a directory",
+    f"{NYU} binary.txt": "binary.txt is no list of pairs, a text in UTF-8",
+    f"{NYU} nothing.txt": "the list of nyu names no pair of image and depth",
+    f"{NYU} no_truth.txt": "the list of nyu names no pair of image and depth",
+    f"{NYU} nonsense.txt": "nonsense.txt has the line 'nonsense'; it must be 'image depth focal'",
+    f"{NYU} spaces.txt": "spaces.txt has the line 'my room.*; it must be .*without spaces",
+    f"{NYU} outside.txt": "outside.txt has the line '../a/rgb_1.jpg .*paths below --root",
+    f"{NYU} absolute.txt": "2 of the 2 files that the list names are not below .",
+    f"{NYU} missing.txt": "2 of the 4 files that the list names are not below .: b/x, …; docs/data",
+    f"{NYU} loop.txt": "1 of the 2 files that the list names .*: a/loop.jpg, …",
     f"{NYU} cut.txt": "a/cut.jpg cannot be read as an image: .*truncated",
     f"{NYU} good.txt --depth-scale 0": "depth_scale is 0.0; it must be positive",
     f"{NYU} good.txt --max-depth nan": "max_depth is nan; it must be positive",
@@ -2255,7 +2562,6 @@ FAULTS = {
     f"{NYU} other_size.txt": r"rgb_1.jpg has \(480, 640\) pixels, a/sync_depth_small.png \(100, 100\)",
     f"{NYU} small.txt": "rgb_small.jpg has 100 x 100 pixels; NYU's images have 480 x 640",
     f"{NYU} zero.txt": "test: there is no depth at all in a/rgb_zero.jpg",
-    f"{NYU} good.txt --depth-scale 10": r"median of 150.00 m .* wrong --depth-scale \(10.0\)",
     "data.py kitti --root . --train-split good.txt": "has 480 x 640 pixels; KITTI's images have at",
     "data.py nyu --root nyu.mat --test-split good.txt": "nyu.mat (has no pair 1|needs h5py)",
     # training
@@ -2265,27 +2571,27 @@ FAULTS = {
     "train.py --seed -1": "--seed is -1; it must be from 0 to 2147483647",
     "train.py --root .": "--root is not for toy rooms: add --data",
     "train.py --data nyu --root none": "none: no such folder",
-    "train.py --batch-size 1000 --out out": "--batch-size 1000 is more than the 640 pairs",
-    "train.py --out run": "run holds another run: go on with --resume, or take another --out",
+    "train.py --batch-size 1000 --out out": "--batch-size 1000 is the total: 1 processes must divide it, and 640 pairs fill it",
+    "train.py --out run": "run holds another run: --resume it, or take another --out",
     f"{TRAIN} --train-split cut.txt": "^error: .*a/cut.jpg cannot be read as an image",
-    f"{TRAIN} --train-split nothing.txt": "nothing.txt names no pair",
+    f"{TRAIN} --train-split nothing.txt": "the list of nyu names no pair",
     f"{TRAIN} --train-split 8bit.txt": "^error: .*a/8bit.png is no depth map",
     f"{TRAIN} --train-split other_size.txt": "^error: .*rgb_1.jpg has .480, 640. pixels",
     f"{OWN} --train-split two_sizes.txt": "rgb_low.jpg has 80 x 128 pixels, but the first of the list 96 x 128",
-    f"{TRAIN} --train-split good.txt --clip none.pt": "none.pt: no such file, and no CLIP of that",
+    f"{TRAIN} --train-split good.txt --clip none.pt": "none.pt: no such file, and none of RN50, RN101, ViT-B/16",
     f"{TRAIN} --train-split good.txt --clip a": "a: a folder; expected a CLIP file",
     f"{TRAIN} --train-split good.txt --clip text.pt": f"text.pt .13 bytes. {DAMAGED} CLIP file",
     f"{TRAIN} --train-split good.txt --clip empty.pt": f"empty.pt .0 bytes. {DAMAGED} CLIP file",
     f"{TRAIN} --train-split good.txt --clip list.pt": r"list.pt holds '\[1, 2\]'; expected a CLIP",
     f"{TRAIN} --train-split good.txt --clip other.pt": "other.pt is no CLIP with its two encoders",
-    f"{TRAIN} --train-split good.txt --clip less.pt": r"tensors 1 missing \(visual.bn1.bias, …\)",
+    f"{TRAIN} --train-split good.txt --clip less.pt": "less.pt does not fit the network: .*Missing key.*visual.bn1.bias",
     f"{TRAIN} --train-split good.txt --clip evil.pt": f"evil.pt .* {DAMAGED} CLIP file",
     f"{TRAIN} --train-split good.txt --clip script.pt": f"script.pt .* {DAMAGED} CLIP file",
     "train.py --clip clip.pt --backbone RN50 --out out": "backbone is RN50; the CLIP given is another",
     "train.py --resume none.pt": "none.pt: no such file; expected a checkpoint of train.py",
     "train.py --resume --out out": "out/last.pt: no such file",
-    "train.py --resume tiny.pt": "tiny.pt was not written by train.py: it cannot be resumed",
-    "train.py --resume args.pt": "args.pt was not written by train.py: it cannot be resumed",
+    "train.py --resume tiny.pt": "tiny.pt is no last.pt of train.py: it cannot be resumed",
+    "train.py --resume args.pt": "args.pt is no last.pt of train.py: it cannot be resumed",
     "train.py --resume state.pt --out out": "state.pt cannot be resumed: KeyError",
     "train.py --resume evil.pt": f"evil.pt .* {DAMAGED} checkpoint",
     # evaluation and pictures
@@ -2298,7 +2604,7 @@ FAULTS = {
     "eval.py other.pt": "other.pt is no checkpoint of CaBins: it has no 'model', but state_dict",
     "eval.py numbers.pt": "numbers.pt is no checkpoint of CaBins",
     "eval.py newer.pt": "newer.pt is of another version of CaBins: .*n_heads",
-    "eval.py shapes.pt": "shapes.pt does not fit the network: tensors .* of another shape",
+    "eval.py shapes.pt": "shapes.pt does not fit the network: .*size mismatch",
     "eval.py evil.pt": f"evil.pt .* {DAMAGED} checkpoint",
     "eval.py script.pt": f"script.pt .* {DAMAGED} checkpoint",
     "eval.py args.pt": "args.pt does not say what data it is for: give --data",
@@ -2309,9 +2615,30 @@ FAULTS = {
     "eval.py trained.pt --root . --split cut.txt": "^error: .*a/cut.jpg cannot be read as an image",
     "eval.py tiny.pt --images none.png": "none.png: no picture there, nor any that the pattern fits",
     "eval.py tiny.pt --images pictures --out pictures": "is the folder of .*a.jpg, which must stay",
-    "eval.py tiny.pt --images pictures --fov 180": "--fov is 180.0; it must be above 0 and below 180",
-    "eval.py tiny.pt --images pictures --focal nan": "--focal is nan; it must be above 0 and below",
+    "eval.py tiny.pt --images pictures --ply --fov 180": "--fov is 180.0; it must be above 0 and below 180",
+    "eval.py tiny.pt --images pictures --ply --focal nan": "--focal is nan; it must be above 0 and below",
     "eval.py tiny.pt --explain 0": "--explain is 0; it must be above 0",
+    "eval.py tiny.pt --images pictures --range 0": "--range is 0.0; it must be above 0",
+    "eval.py tiny.pt --ply": "--ply is for --images",
+    "eval.py tiny.pt --range 10": "--range is for --images",
+    "eval.py tiny.pt --focal 500": "--focal is for --images",
+    "eval.py tiny.pt --images pictures --fov 60": "--fov is for --ply",
+    "eval.py tiny.pt --images pictures --focal 500": "--focal is for --ply",
+    "eval.py tiny.pt --images pictures --ply --focal 500 --fov 60": "--fov cannot go with --focal",
+    "eval.py tiny.pt --images pictures --ablate": "--ablate is not for --images",
+    "eval.py tiny.pt --data toy --root .": "--root is not for toy rooms",
+    "eval.py tiny.pt --data toy --train-split good.txt": "--train-split is for training",
+    "eval.py tiny.pt --images pictures --out tiny.pt": "tiny.pt must be a folder, but a file is there",
+    "eval.py tiny.pt --images pictures --out tiny.pt/a": "must be a folder, but a file is there",
+    "eval.py tiny.pt --data toy --out tiny.pt": "must be a folder, but a file is there",
+    "eval.py tiny.pt --images empty": "empty: no picture there",
+    "eval.py tiny.pt --data toy --device cuda": "--device cuda: torch finds none on this machine",
+    "train.py --device mps": "--device mps: torch finds none on this machine",
+    "train.py --out tiny.pt": "tiny.pt must be a folder, but a file is there",
+    "train.py --init none.pt --out out": "none.pt: no such file; expected a checkpoint",
+    "train.py --init tiny.pt --backbone RN50 --out out": "tiny.pt does not fit the network",
+    "train.py --max-depth 20000 --out out": "depths from 0.001 to 20000.0 m; must be 0 < from",
+    "train.py --depth-scale 10": "--depth-scale is not for toy rooms: add --data",
 }
 
 

@@ -18,26 +18,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DistributedSampler
 from tqdm import tqdm
 
 import cabins
 import data
-from data import DepthDataset, Recipe
-from eval import draw_samples, evaluate_windows, format_table, predictor, protocol
+from eval import draw_samples, evaluate_windows, format_table, predictor, protocol, save_figure
 
 TOY_DEFAULTS = {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # from random weights
 MAX_NORM = 0.1  # NOTE(paper silent): the released code clips gradients at this norm
 LOG_EVERY, SAVE_EVERY = 10, 500  # steps; it is also saved at the end of each epoch
+stops: list[int] = []  # Ctrl-C and SIGTERM that came
 
 
 def parameter_groups(model: cabins.CaBins, as_released: bool = False) -> list[dict]:
-    """All that is trained, each tensor in exactly one group. All groups learn at the same rate.
-
-    NOTE(differs): the released code's optimizer lacks prompts and γ, and has the token embedding.
-    """
+    """All that is trained, each tensor in exactly one group. All groups learn at the same rate."""
+    # NOTE(differs): the released code's optimizer lacks prompts and γ, and has the token embedding
     model.clip.token_embedding.requires_grad_(as_released)
     beginnings = {
         "image encoder": "clip.visual.",
@@ -60,9 +57,9 @@ def seed_of(*numbers: int) -> int:
 
 
 class Learner:
-    """A network and what trains it, one `step` at a time. Nothing in a step waits for the device."""
+    """A network and what trains it, by one `step` after another. No step waits for the device."""
 
-    def __init__(self, model: cabins.CaBins, args, recipe: Recipe, n_steps: int, device):
+    def __init__(self, model: cabins.CaBins, args, recipe: data.Recipe, n_steps: int, device):
         self.args, self.recipe, self.device = args, recipe, device
         self.model = model = model.to(device)
         self.amp = data.autocast(device, args.amp)
@@ -72,18 +69,15 @@ class Learner:
         self.groups = parameter_groups(model, args.as_released)
         self.optimizer = torch.optim.AdamW(self.groups, args.lr, weight_decay=0.1, fused=True)
         # from lr / 25 up to lr and down to lr / 2500, the momentum from 0.95 to 0.85 and back
-        how = {"div_factor": 25, "final_div_factor": 100}
-        self.scheduler = OneCycleLR(self.optimizer, args.lr, n_steps, **how)
-        self.network = DistributedDataParallel(model) if self.n_processes > 1 else model
-        if args.compile:
-            self.network = torch.compile(self.network)
+        self.scheduler = OneCycleLR(self.optimizer, args.lr, n_steps, final_div_factor=100)
+        network = nn.parallel.DistributedDataParallel(model) if self.n_processes > 1 else model
+        self.network = torch.compile(network) if args.compile else network
 
     def forward(self, batch: dict, number: int) -> tuple[cabins.Prediction, Tensor, Tensor]:
-        """Prediction, ground truth and loss of the whole batch `number`, from this process's share."""
+        """Prediction, truth and loss of the whole batch `number`, from this process's share."""
         image, depth = (batch[k].to(self.device, non_blocking=True) for k in ("image", "depth"))
         generator = torch.Generator().manual_seed(seed_of(self.args.seed, number))
-        share = (self.rank, self.n_processes)
-        image, depth = data.augment(image, depth, self.recipe, generator, share)
+        image, depth = data.augment(image, depth, self.recipe, generator, data.rank_of())
         torch.manual_seed(seed_of(self.args.seed, number, 1 + self.rank))  # of dropout
         with self.amp:
             prediction = self.network(image)
@@ -95,7 +89,7 @@ class Learner:
         return prediction, depth, cabins.total_loss(prediction, depth, min_depth, unbiased)
 
     def step(self, batch: dict, number: int) -> tuple[cabins.Prediction, Tensor, Tensor]:
-        """Learn from batch `number`. Returns prediction, ground truth, and (loss, gradient norm)."""
+        """Learn from batch `number`. Returns prediction, truth, and (loss, gradient norm)."""
         prediction, depth, loss = self.forward(batch, number)
         # NOTE(differs): with --as-released this leaves p and γ out, whose gradients pile up
         self.optimizer.zero_grad()
@@ -106,14 +100,9 @@ class Learner:
         return prediction, depth, torch.stack([loss.detach(), norm])
 
 
-# ---- The run -------------------------------------------------------------------------------------
-
-
 def batches(dataset, args: argparse.Namespace, steps: range, per_epoch: int) -> Iterator[list[int]]:
-    """This process's indices of the batch of each step, of pairs shuffled anew in each epoch.
-
-    NOTE(differs): the released code has one order in all epochs, and keeps the last, smaller batch.
-    """
+    """This process's indices of the batch of each step, of pairs shuffled anew in each epoch."""
+    # NOTE(differs): the released code has one order in all epochs, and keeps the last, small batch
     (rank, n), keep = data.rank_of(), args.as_released
     sampler = DistributedSampler(dataset, n, rank, seed=seed_of(args.seed) >> 1, drop_last=not keep)
     share = args.batch_size // n
@@ -126,20 +115,24 @@ def batches(dataset, args: argparse.Namespace, steps: range, per_epoch: int) -> 
 
 
 class Run:
-    """One training run: its data, its network, how far it is, and the folder that it writes to.
-
-    `saved` is what its checkpoint holds, if it goes on from one.
-    """
+    """Data, network, progress and folder of one run; `saved` is the checkpoint that it resumes."""
 
     def __init__(self, args: argparse.Namespace, saved: dict):
-        self.args, self.out, self.device = args, Path(args.out), start_process(args.device)
-        self.rank, n_processes = data.rank_of()
-        n, scale = args.batch_size, {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
-        self.dataset = DepthDataset(args.data, args.root, args.train_split, train=True, **scale)
-        self.test_set = DepthDataset(args.data, args.root, args.test_split, **scale)
+        self.args, self.out, self.device = args, Path(args.out), data.choose_device(args.device)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun started several
+            if self.device.type == "cuda":
+                index, n = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+                if index >= n:
+                    raise ValueError(f"there are {n} GPUs: --nproc_per_node may be at most {n}")
+                torch.cuda.set_device(index)
+            dist.init_process_group()
+        self.rank, self.n_processes = data.rank_of()
+        n, how = args.batch_size, {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
+        self.dataset = data.DepthDataset(args.data, args.root, args.train_split, train=True, **how)
+        self.test_set = data.DepthDataset(args.data, args.root, args.test_split, **how)
         n_pairs, self.lists = len(self.dataset), [self.dataset.checksum, self.test_set.checksum]
-        if n % n_processes or n > n_pairs:
-            must = f"{n_processes} processes must divide it, and {n_pairs} pairs fill it"
+        if n % self.n_processes or n > n_pairs:
+            must = f"{self.n_processes} processes must divide it, and {n_pairs} pairs fill it"
             raise ValueError(f"--batch-size {n} is the total: {must}")
         self.per_epoch = math.ceil(n_pairs / n) if args.as_released else n_pairs // n
         self.n_steps = args.epochs * self.per_epoch
@@ -169,30 +162,34 @@ class Run:
         if args.as_released:  # 44 times CaBins' own start, and never trained
             nn.init.trunc_normal_(model.prompts, std=1.0)
         if args.init:
-            weights = cabins.load_checkpoint(args.init, args.max_depth).state_dict()
+            saved = cabins.read_checkpoint(args.init)
+            top = None if "config" in saved else recipe.max_depth  # the authors' do not say it
+            weights = cabins.restore(saved, args.init, top).state_dict()
             cabins.load_strictly(model, weights, args.init)
         return model
 
     def take_folder(self) -> None:
         """Make the folder this run's own. Nothing of another run goes, but for the demo's own."""
         self.out.mkdir(parents=True, exist_ok=True)
-        if not self.args.resume or Path(self.args.resume).resolve().parent != self.out.resolve():
-            taken = any((self.out / name).exists() for name in ("last.pt", "best.pt"))
-            is_demo = self.out == Path("runs/toy") and self.args.data == "toy"
-            if taken and (self.args.resume or not is_demo):
-                remedy = "go on with --resume, or take another --out"
-                raise ValueError(f"{self.out} holds another run: {remedy}")
-            if taken:
-                self.save("last.pt")
-                (self.out / "best.pt").unlink(missing_ok=True)
-                print(f"the run in {self.out} is replaced")
+        resume, is_demo = self.args.resume, self.out == Path("runs/toy") and self.args.data == "toy"
+        is_own = resume and Path(resume).resolve().parent == self.out.resolve()
+        taken = not is_own and any((self.out / n).exists() for n in ("last.pt", "best.pt"))
+        if taken and (resume or not is_demo):
+            raise ValueError(f"{self.out} holds another run: --resume it, or take another --out")
+        if taken:
+            self.save("last.pt")
+            (self.out / "best.pt").unlink(missing_ok=True)
+            print(f"the run in {self.out} is replaced")
         for name, first in (("log.csv", self.step + 1), ("metrics.csv", self.step)):
-            drop_rows_from(self.out / name, first)
+            if (path := self.out / name).exists():  # rows to come, and half a row, are cut off
+                header, *rows = path.read_text().splitlines(keepends=True) or [""]
+                rows = [r for r in rows if r.endswith("\n") and int(r.split(",")[0]) < first]
+                text = "".join([header, *rows] if rows else [])  # an empty file gets a header again
+                cabins.write_whole(path, lambda partial, text=text: partial.write_text(text))
 
     def announce(self) -> None:
         """Print what is trained, on what, and what is not."""
-        precision = "fp32" if self.args.amp == "off" else self.args.amp
-        where = f"{self.learner.n_processes} x {self.device}, {precision}"
+        where = f"{self.n_processes} x {self.device}, {self.args.amp.replace('off', 'fp32')}"
         print(f"{len(self.dataset)} training pairs, {len(self.test_set)} test pairs; {where}")
         frozen = [p for p in self.learner.model.parameters() if not p.requires_grad]
         for group in [*self.learner.groups, {"name": "frozen: text encoder", "params": frozen}]:
@@ -200,7 +197,6 @@ class Run:
             print(f"{group['name']:20} {n:>12,} parameters in {len(group['params'])} tensors")
         if self.args.as_released:
             print("as released: see the rows marked * of README's ledger")
-        print("on a GPU the first step can take a minute")
 
     def check(self) -> None:
         """Stop if a step since the last look was not finite; looking at each would hold it up."""
@@ -226,16 +222,12 @@ class Run:
         return row
 
     def save(self, name: str) -> None:
-        """Write last.pt, from which training can go on, or best.pt, which has the network only.
-
-        Either is whole or not there. No random states are needed: see `seed_of`.
-        """
+        """Write last.pt, from which training goes on exactly, or best.pt, the network only."""
         if self.rank == 0:
             state = {"args": vars(self.args), "lists": self.lists, "step": self.step}
             if name == "last.pt":
-                state |= {
-                    k: getattr(self.learner, k).state_dict() for k in ("optimizer", "scheduler")
-                }
+                state["optimizer"] = self.learner.optimizer.state_dict()
+                state["scheduler"] = self.learner.scheduler.state_dict()
             cabins.save_checkpoint(self.out / name, self.learner.model, best=self.best, **state)
 
     def validate(self) -> None:
@@ -313,25 +305,6 @@ def train(args: argparse.Namespace, saved: dict) -> None:
         dist.destroy_process_group()
 
 
-# ---- Processes and signals -----------------------------------------------------------------------
-
-
-def start_process(name: str | None) -> torch.device:
-    """This process's device; joins the others first, if torchrun started several."""
-    device = data.choose_device(name)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if device.type == "cuda":
-            index, n = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            if index >= n:
-                raise ValueError(f"there are {n} GPUs here: --nproc_per_node may be at most {n}")
-            torch.cuda.set_device(index)
-        dist.init_process_group()
-    return device
-
-
-stops: list[int] = []  # Ctrl-C and SIGTERM that came
-
-
 def note_stop(number: int, _) -> None:
     """A signal waits until a step is done and saved; a second one does not, but under torchrun."""
     if stops and not dist.is_initialized():  # torchrun passes one on as two
@@ -351,42 +324,28 @@ def agreed_stop(device: torch.device) -> int:
     return int(stop)
 
 
-def drop_rows_from(path: Path, step: int) -> None:
-    """Cut off the rows of this step and later ones, and half a row, before going on."""
-    if path.exists():
-        header, *rows = path.read_text().splitlines(keepends=True) or [""]
-        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) < step]
-        text = "".join([header, *kept] if kept else [])  # an empty file gets a header again
-        cabins.write_whole(path, lambda partial: partial.write_text(text))
-
-
 def draw_curves(out: Path) -> None:
     """Draw losses and metrics over epochs, from the CSV files of a run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
-    panels = [("log.csv", {"loss": "total loss", "bins": "bins loss (m²)"})]
-    panels += [("metrics.csv", {"abs_rel": "AbsRel", "d1": "δ < 1.25"})]
-    panels += [("metrics.csv", {"rmse": "RMSE (m)"})]
+    panels = [("log", {"loss": "total loss", "bins": "bins loss (m²)"})]
+    panels += [("metrics", {"abs_rel": "AbsRel", "d1": "δ < 1.25"})]
+    panels += [("metrics", {"rmse": "RMSE (m)"})]
     for axis, (file, columns) in zip(figure.subplots(1, 3), panels):
-        if not (out / file).exists():  # a finished run, resumed into a new --out
-            continue
-        curves = np.genfromtxt(out / file, delimiter=",", names=True)
-        for column, label in columns.items():
-            axis.plot(curves["epoch"], curves[column], marker=".", label=label)
-        axis.set(xlabel="epoch", ylim=(0, None))
-        axis.legend()
-    how = {"dpi": 100, "format": "png"}
-    cabins.write_whole(out / "curves.png", lambda partial: figure.savefig(partial, **how))
+        if (path := out / f"{file}.csv").exists():  # not in the new --out of a finished run
+            curves = np.genfromtxt(path, delimiter=",", names=True)
+            for column, label in columns.items():
+                axis.plot(curves["epoch"], curves[column], marker=".", label=label)
+            axis.set(xlabel="epoch", ylim=(0, None))
+            axis.legend()
+    save_figure(out / "curves.png", figure)
 
 
-# ---- Command line --------------------------------------------------------------------------------
-
-
-def make_parser() -> argparse.ArgumentParser:
-    about, examples = __doc__.split("\n\n")
-    how = {"epilog": examples, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(description=about, **how)
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
+    """The options and {}; with --resume, those of the run to go on with, and its checkpoint."""
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = data.add_data_options(parser).add_argument
     add("--data", choices=data.DATASETS, default="toy", help="default: toy, rooms drawn on the fly")
     group = parser.add_argument_group("network")
@@ -395,8 +354,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--backbone", choices=cabins.BACKBONES, default="RN101", help="default: RN101; toy: tiny")
     add("--clip", metavar="NAME|FILE|none", help="CLIP's weights; default: the backbone's own")
     add("--init", metavar="CKPT", help="start from its weights, train.py's or the authors'")
-    kinds = cabins.DISTANCE_CLASSES
-    add("--distance-class", choices=kinds, default="cabins", help="row of Table 3; default: cabins")
+    add("--distance-class", choices=cabins.DISTANCE_CLASSES, default="cabins", help="see Table 3")
     add("--compile", **switch, help="torch.compile the network")
     add = parser.add_argument_group("run").add_argument
     add("--epochs", type=int, default=25, help="default: 25; toy: 3")
@@ -406,18 +364,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--as-released", **switch, help="as the released code does: see README's ledger")
     add("--out", metavar="DIR", help="default: runs/DATA")
     add("--resume", nargs="?", const="", metavar="CKPT", help="go on; default: OUT/last.pt")
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
-    """The options and {}; with --resume, those of the run to go on with, and its checkpoint."""
-    parser, saved, before = make_parser(), {}, {}
+    saved, before = {}, {}
     args = parser.parse_args(argv)
     if args.data == "toy":
         parser.set_defaults(**TOY_DEFAULTS)
         args = parser.parse_args(argv)
-        which = "root train_split test_split depth_scale"
-        data.refuse(args, which, "is not for toy rooms: add --data")
     args.out = args.out or f"runs/{args.data}"
     if args.resume is not None:
         path = args.resume or f"{args.out}/last.pt"
@@ -427,6 +378,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
         before = saved["args"] | {"out": str(Path(path).parent), "resume": None}
         args = parser.parse_args(argv, argparse.Namespace(**before))
         args.resume = path
+    if args.data == "toy":
+        which = "root train_split test_split depth_scale"
+        data.refuse(args, which, "is not for toy rooms: add --data")
     for name in ("root", "train_split", "test_split"):
         if path := getattr(args, name):
             setattr(args, name, str(Path(path).resolve()))  # eval.py may run elsewhere
