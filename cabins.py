@@ -93,18 +93,15 @@ SEMANTIC_BINS += ["far", "farthest", "unseen"]  # Sec. 4.6
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of a network. A checkpoint carries these fields; depths are in metres.
-
-    Raises ValueError, naming the field and what it may be.
-    """
+    """The settings of a network, which its checkpoint carries. Raises ValueError for a wrong one."""
 
     backbone: str = "RN101"
     distance_class: str = "cabins"
     n_bins: int = 256
     n_cabins: int = 8  # K
     n_prompts: int = 8  # N
-    min_depth: float = 1e-3  # d_min. NOTE(paper silent): the released code's value
-    max_depth: float = 10.0  # d_max
+    min_depth: float = 1e-3  # d_min, metres. NOTE(paper silent): the released code's value
+    max_depth: float = 10.0  # d_max, metres
     image_width: int = 640  # longer side, in pixels, of the images in training
     focal: float = 518.86  # focal length of their camera, in the same pixels; the default is NYU's
     # NOTE(paper silent): how images are normalised. The released code takes ImageNet's mean and
@@ -774,8 +771,7 @@ def download(url: str, file: str, sha256: str) -> Path:
         if not path.exists():
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
     except (OSError, RuntimeError) as error:
-        what = f"{url} could not be fetched ({error})"
-        raise FileNotFoundError(f"{what}; put it at {path}, or name a file of yours") from None
+        raise FileNotFoundError(f"{url} was not fetched ({error}); put it at {path}") from None
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise ValueError(f"{path} is not what {url} was: delete it, and it is fetched again")
     return path

@@ -727,7 +727,7 @@ def test_pictures_of_every_kind(tiny, tmp_path, monkeypatch, capsys):
         written = np.asarray(Image.open(out / f"phone_{name}_mm.png"))
         assert np.array_equal(written, (values * 1000).round())
     grey_line = next(line for line in printed.out.splitlines() if "deep.png: " in line)
-    assert f"greatest grey value, {np.asarray(grey).max() * 257}, is white" in grey_line
+    assert f"greatest grey value, {int(np.max(grey)) * 257}, is white" in grey_line
     assert 0 < np.asarray(depth).max() < 10_000
     assert Image.open(out / "phone__depth_mm.png").size == (120, 90)
     deep = cabins.read_picture(folder / "deep.png") / 255
@@ -1314,7 +1314,9 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     start = cabins.CaBins(TINY).state_dict()
     for name, tensor in weights[0].items():
         if tensor.is_floating_point():
-            torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-5)
+            # Adam makes a step out of any gradient, and out of the rounding of a tiny one too
+            difference = (weights[1][name] - tensor).abs()
+            assert difference.mean() < 1e-6 and difference.max() < 2e-4, name
     assert not torch.equal(weights[0]["prompts"], start["prompts"])
 
 
@@ -1657,7 +1659,7 @@ def test_downloads_are_whole_and_checked(tmp_path, monkeypatch):
     assert [path.name for path in cache.iterdir()] == ["file"]
     assert (cache / "file").read_bytes() == content
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    with pytest.raises(FileNotFoundError, match="could not be fetched .invalid hash value"):
+    with pytest.raises(FileNotFoundError, match="was not fetched .invalid hash value"):
         cabins.download(url, "other", "0" * 64)
     assert not (cache / "other").exists()
     (cache / "file").write_bytes(b"changed")
