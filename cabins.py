@@ -25,12 +25,12 @@ Read downwards, with the paper beside it. `CaBins.distribution` is Figure 2.
     s, similarity  s             (B, K, h, w)          cosine of z and t                  3.2.4
     p              p             (B, n_bins, H/2, W/2) probability of each bin            3.2.4
     d, depth       d             (B, 1, H/2, W/2)      depth, metres; then H x W          3.2.4
-    target         d*            (B, 1, H, W)          ground truth, metres; 0 is none    3.3
+    target         d*            (B, 1, H, W)          truth, metres; below d_min: none   3.3
     x              X             (B, HW)               the set of its valid depths        3.3
     g              g_i           (B, 1, H, W)          log d - log d*                     3.3
 
-h, w are the size of z: H/32, W/32 for the ResNets, H/16, W/16 for ViT. x is the feature map x_4, and x̄
-its mean; C_i are the channels of x_i; ẑ and t̂ are z and t of length 1.
+h, w are the size of z: H/32, W/32 for the ResNets, H/16, W/16 for ViT. In 3.2.1 x is the map x_4,
+and x̄ its mean; C_i are the channels of x_i; ẑ and t̂ are z and t of length 1.
 
 The paper's values: n_bins = 256 bins in K = n_cabins = 8 groups of n_g = 32; N = n_prompts = 8;
 λ = LAMBDA = 0.85, α = ALPHA = 10, β = BETA = 0.1, ε = 1e-4. d_min, d_max are min_depth, max_depth.
@@ -39,11 +39,11 @@ D, the width of CLIP's joint embedding, is 1024 for RN50 and 512 for RN101 (Sec.
 The paper writes t and γ with 512, because its network is RN101. The 512 of the prompts is another
 width, that of the text encoder's tokens, and is the same for all three.
 
-The paper uses some symbols twice. p is the prompts and the probability. i counts bins, pixels and
-stages. k counts groups in Eq. 2 and bins in Eq. 5. "CaBins" is the network, the module of Sec.
-3.2.2 and its K values; in the code the network is `CaBins` and the values are `cabins` or `e`.
+The paper uses some symbols twice. p is the prompts and the probability, x features and X depths. i
+counts bins, pixels and stages, k groups in Eq. 2 and bins in Eq. 5. "CaBins" is the network, the
+module of Sec. 3.2.2 and its K values; in the code they are `CaBins` and `cabins` or `e`.
 
-NOTE(differs): at least one of paper, released code and this code is different.
+NOTE(differs): the paper, the released code and this code do not all agree.
 NOTE(paper silent): the paper leaves this open. README's ledger lists both kinds.
 """
 
@@ -93,17 +93,17 @@ SEMANTIC_BINS += ["far", "farthest", "unseen"]  # Sec. 4.6
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of a network, which its checkpoint carries. Raises ValueError for a wrong one."""
+    """The settings of a network, kept in its checkpoint. Raises ValueError for a wrong one."""
 
     backbone: str = "RN101"
     distance_class: str = "cabins"
     n_bins: int = 256
     n_cabins: int = 8  # K
-    n_prompts: int = 8  # N
+    n_prompts: int = 8  # N; together with a number's 9 tokens at most 77
     min_depth: float = 1e-3  # d_min, metres. NOTE(paper silent): the released code's value
     max_depth: float = 10.0  # d_max, metres
     image_width: int = 640  # longer side, in pixels, of the images in training
-    focal: float = 518.86  # focal length of their camera, in the same pixels; the default is NYU's
+    focal: float = 518.86  # of their camera, in the same pixels, for `eval.py --ply`; NYU's
     # NOTE(paper silent): how images are normalised. The released code takes ImageNet's mean and
     # std, not CLIP's. All networks share them, so a checkpoint does not store them.
     image_mean: ClassVar = (0.485, 0.456, 0.406)  # red, green, blue, of images from 0 to 1
@@ -129,13 +129,13 @@ class Config:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, is_causal: bool = False) -> Tensor:
-    """Multi-head attention of q (B, Lq, C) to k and v (B, Lk, C) gives (B, Lq, C).
+    """Multi-head attention of q (B, Tq, C) to k and v (B, Tk, C), by n heads: (B, Tq, C).
 
     CLIP attends among tokens and over the image; Eq. 3 among the texts and from texts to image.
     """
-    q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, n, L, C/n)
+    q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, n, T, C/n)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-    return out.transpose(1, 2).flatten(2)  # (B, Lq, C)
+    return out.transpose(1, 2).flatten(2)  # (B, Tq, C)
 
 
 class Bottleneck(nn.Module):
@@ -178,7 +178,7 @@ class SelfAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """A pre-norm layer of CLIP's transformers: (B, L, width) -> (B, L, width)."""
+    """A pre-norm layer of CLIP's transformers: (B, T, width) -> (B, T, width)."""
 
     def __init__(self, width: int, is_causal: bool):
         super().__init__()
@@ -206,8 +206,8 @@ def transformer(width: int, n_layers: int, is_causal: bool) -> nn.ModuleDict:
 def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
     """Positions (1 + n², C) of a global token and an n x n grid, resized to (1 + hw, C).
 
-    NOTE(paper silent): this resizing does not align corners and `resize` below does. Both are so in
-    the released code.
+    NOTE(paper silent): corners are not aligned here, but are in `resize` below; so it is in the
+    released code.
     """
     side = math.isqrt(len(positions) - 1)
     grid = positions[1:].T.unflatten(1, (side, side))[None]  # (1, C, side, side)
@@ -219,7 +219,7 @@ class AttentionPool(nn.Module):
     """CLIP's MHA module. In CLIP only the mean token x̄ is a query; here every token is.
 
     That turns CLIP's one embedding per image into one per place. x̄'s own output does not depend on
-    the other queries, so z̄ is still CLIP's image embedding.
+    the other queries, so z̄ is computed as CLIP's image embedding is.
     """
 
     def __init__(self, channels: int, embed_dim: int, grid: int):
@@ -280,8 +280,8 @@ class AdaptiveBins(nn.Module):
     """Bin widths b (B, n_bins), positive and of sum 1, from the global embedding z̄ (B, D).
 
     NOTE(differs): the paper says "MLP with ReLU". The released one has LeakyReLU between its layers
-    and ReLU + 0.1 at the end, and so has this. The 0.1 keeps every bin open and so leaves none the
-    whole range; with ReLU alone, outputs that are all negative would give 0 / 0.
+    and ReLU + 0.1 at the end, and so has this. The 0.1 keeps every width above 0; with
+    ReLU alone, outputs that are all negative would give 0 / 0.
     NOTE(paper silent): the hidden widths, 512 and 256.
     """
 
@@ -296,7 +296,7 @@ class AdaptiveBins(nn.Module):
         )
 
     def forward(self, z_bar: Tensor) -> Tensor:
-        # bins stay in float32 under autocast: bfloat16 has steps of 6 cm at 10 m
+        # widths and centres are float32 under autocast: bfloat16 has steps of 6 cm at 10 m
         b = F.relu(self.mlp(z_bar).float()) + 0.1  # b′
         return b / b.sum(1, keepdim=True)
 
@@ -304,7 +304,7 @@ class AdaptiveBins(nn.Module):
 def bin_centers(b: Tensor, min_depth: float, max_depth: float) -> Tensor:
     """Depth at the centre of each bin, in metres: (B, n_bins) from b (B, n_bins) of sum 1.
 
-    The cumulative sum includes b_i, so half of it is taken off.
+    The cumulative sum includes all of b_i, so b_i / 2 is taken off.
     """
     # Eq. 1:  c(b_i) = d_min + (d_max - d_min) (b_i / 2 + Σ_{j<i} b_j)
     return min_depth + (max_depth - min_depth) * (b.cumsum(1) - b / 2)
@@ -320,10 +320,10 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
     in place of distances. Raises ValueError for another kind.
     NOTE(paper silent): which median. Of an even number this is the lower one, a real bin centre.
 
-    Eq. 2 nearly picks the bin centre that is nearest to the group's mean, which for equal bins is a
-    median. How nearly depends on the unit, because 1 / |c - m| has one. With 256 equal bins over
-    10 m, the two in the middle of a group get a weight of 0.50 each and the next 1e-15; over 80 m,
-    0.47 and 0.007. In centimetres it would be nearly the mean. All rows of Table 3 have AbsRel 0.059.
+    Eq. 2 nearly picks the bin centre that is nearest to the group's mean. How nearly depends on the
+    unit, because 1 / |c - m| has one. With 256 equal bins over 10 m, the two in the middle of a
+    group get a weight of 0.50 each and the next 1e-15; over 80 m, 0.47 and 0.007. In centimetres
+    weights are often almost equal, and e nearly the mean. All rows of Table 3 have AbsRel 0.059.
     """
     c = centers.unflatten(1, (n_groups, -1))  # (B, K, n_g)
     m = c.mean(2, keepdim=True)  # (B, K, 1)
@@ -357,9 +357,9 @@ class CLIP(nn.Module):
         self.ln_final = nn.LayerNorm(a.text_width)
         projection = torch.randn(a.text_width, a.embed_dim) / a.text_width**0.5
         self.text_projection = nn.Parameter(projection)
-        # in CLIP's files; Eq. 4 has no temperature
+        # log of CLIP's scale of the cosine: in its files, but not in Eq. 4
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
-        # NOTE(differs): as in the paper, all of the text encoder; the released token embedding learns
+        # NOTE(differs): frozen whole, as in the paper; the released code trains the token embedding
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith("visual."))
 
@@ -369,8 +369,8 @@ class CLIP(nn.Module):
         `prompts` (N, text_width), where given, stand between the start token and the text, as in
         CoOp. They are learnable words: the gradient passes through the frozen encoder to them.
 
-        The encoder is causal, and a text's embedding is its end token's: what follows changes
-        nothing. So with 8 prompts and a number 17 positions are encoded, not 77.
+        NOTE(differs): 17 positions are encoded, 8 prompts and a number, not the 77 of Sec. 3.1. The
+        encoder is causal, and a text's embedding is its end token's: what follows changes nothing.
         """
         x = self.token_embedding(ids)  # (L, T, text_width)
         end = ids.argmax(-1)  # (L,); the end token has the highest id
@@ -384,7 +384,7 @@ class CLIP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention as in DenseCLIP: q, k and v are projected apart, without bias."""
+    """Multi-head attention as in DenseCLIP: q, k and v are projected separately, without bias."""
 
     def __init__(self, width: int, n_heads: int, dropout: float):
         super().__init__()
@@ -401,7 +401,7 @@ class Attention(nn.Module):
 
 
 class ContextLayer(nn.Module):
-    """A pre-norm transformer decoder layer: the texts look at each other, then at the image."""
+    """A pre-norm decoder layer: the texts look at each other, then at the image, the memory."""
 
     def __init__(self, width: int, n_heads: int, dropout: float):
         super().__init__()
@@ -425,15 +425,15 @@ class ContextLayer(nn.Module):
 class ContextDecoder(nn.Module):
     """Eq. 3: the texts t (B, K, D), updated by what they find in z_bar (B, D) and z (B, D, h, w).
 
-    NOTE(paper silent): all of TransDecoder's sizes. Here, as in the released code, it is
-    DenseCLIP's: width 256, 4 heads, 6 layers, dropout 0.1.
+    NOTE(paper silent): TransDecoder's layers and sizes. Here, as in the released code, they are
+    DenseCLIP's, and so is the start: width 256, 4 heads, 6 layers, dropout 0.1.
     """
 
     def __init__(self, embed_dim: int, width: int = 256, n_heads: int = 4, n_layers: int = 6):
         super().__init__()
         self.text_proj = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width))
-        into = nn.Linear(embed_dim, width)
-        self.memory_proj = nn.Sequential(nn.LayerNorm(embed_dim), into, nn.LayerNorm(width))
+        linear = nn.Linear(embed_dim, width)
+        self.memory_proj = nn.Sequential(nn.LayerNorm(embed_dim), linear, nn.LayerNorm(width))
         self.layers = nn.ModuleList(ContextLayer(width, n_heads, 0.1) for _ in range(n_layers))
         self.out_proj = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, embed_dim))
         for module in self.modules():
@@ -441,7 +441,7 @@ class ContextDecoder(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # so small that Eq. 3 changes almost nothing at first: training starts from CLIP's embeddings
+        # so small that Eq. 3 changes almost nothing at first: training starts from CLIP's texts
         self.gamma = nn.Parameter(torch.full((embed_dim,), 1e-4))
 
     def forward(self, t: Tensor, z_bar: Tensor, z: Tensor) -> Tensor:
@@ -461,7 +461,7 @@ class ContextDecoder(nn.Module):
 def cosine_similarity(z: Tensor, t: Tensor) -> Tensor:
     """Cosine of every place in the image z (B, D, h, w) and every text t (B, K, D): (B, K, h, w).
 
-    CLIP multiplies it by a learnt temperature, `logit_scale`. Eq. 4 has none.
+    CLIP multiplies it by a learnt scale, exp(`logit_scale`). Eq. 4 does not.
     """
     # Eq. 4:  s = ẑ · t̂
     return torch.einsum("bdhw,bkd->bkhw", F.normalize(z, dim=1), F.normalize(t, dim=2))
@@ -479,8 +479,8 @@ class DepthDecoder(nn.Module):
     loss asks s to mean anything; DenseCLIP has a loss on s. `eval.py --ablate` measures a trained
     network with s set to 0.
 
-    NOTE(paper silent): channels and convolutions. The first, 1 x 1, has padding 1: it adds a border
-    that holds only its bias. All are the released code's.
+    NOTE(paper silent): channels and convolutions; all are the released code's. So is the padding of
+    the 1 x 1 `reduce`, which adds a border that holds only its bias.
     NOTE(differs): `features` has n_bins channels in the paper, and always 256 in the released code.
     """
 
@@ -496,20 +496,20 @@ class DepthDecoder(nn.Module):
                 layers += [nn.LeakyReLU(inplace=True)]
             self.up.append(nn.Sequential(*layers))
             n = n // 2
-        # with nothing between them, these two are one linear map, written as two
+        # nothing lies between these two, so together they are one linear map
         self.features = nn.Conv2d(n, n_bins, 3, padding=1)
         self.logits = nn.Conv2d(n_bins, n_bins, 1)
 
     def forward(self, pyramid: list[Tensor], s: Tensor) -> Tensor:
         *skips, x4 = pyramid
-        s = resize(s, x4.shape[-2:])  # only ViT's s, at stride 16, changes its size
+        s = resize(s, x4.shape[-2:])  # only ViT's s, at stride 16, shrinks, to x4's 32
         x = self.reduce(torch.cat([x4, s], dim=1))  # (B, C_4, H/32 + 2, W/32 + 2)
         for up, skip in zip(self.up, reversed(skips)):
             x = torch.cat([resize(x, skip.shape[-2:]), skip], dim=1)  # (B, C + C_skip, …)
             x = up(x)  # (B, C / 2, …), at the skip's size
         x = resize(x, (2 * x.shape[-2], 2 * x.shape[-1]))  # (B, C_4 / 8, H/2, W/2)
         logits = self.logits(self.features(x)).movedim(1, -1)  # (B, H/2, W/2, n_bins)
-        # channels_last has the bins side by side in memory, and so softmax takes them without a copy
+        # in channels_last the bins of a pixel are neighbours in memory: softmax needs no copy
         return logits.softmax(-1, torch.float32).movedim(-1, 1)  # (B, n_bins, H/2, W/2)
 
 
@@ -517,7 +517,7 @@ def expected_depth(centers: Tensor, p: Tensor) -> Tensor:
     """Depth (B, 1, H/2, W/2) in metres of centres (B, n_bins) under p (B, n_bins, H/2, W/2).
 
     It is a mean of the centres, so it never leaves the range from the first to the last of them. It
-    is made at half of the image's size, and upsampled after.
+    has half of the image's size; `CaBins.forward` upsamples it.
     """
     # Eq. 5:  d_i = Σ_k c(b_k) p_ik      (einsum would run in bfloat16 under autocast)
     return (centers[:, :, None, None] * p).sum(1, keepdim=True)
@@ -536,7 +536,7 @@ class Prediction(NamedTuple):
 
 
 class CaBins(nn.Module):
-    """The network of Figure 2. `clip` is what `load_clip` returns; without it, weights are random.
+    """The network of Figure 2. `clip` is what `load_clip` returns, or None: random weights.
 
     Raises ValueError if `clip` is not the backbone that the config names.
     """
@@ -547,7 +547,7 @@ class CaBins(nn.Module):
         if clip is None:
             clip = CLIP(expected)
             if config.backbone != "tiny":
-                warnings.warn("CLIP has random weights: train it before use", stacklevel=2)
+                warnings.warn("CLIP has random weights: give clip=load_clip(…)", stacklevel=2)
         # the authors' checkpoints have fewer positions for texts than CLIP's 77
         if clip.architecture._replace(context_length=77) != expected:
             raise ValueError(f"backbone is {config.backbone}; the CLIP given is another")
@@ -563,16 +563,16 @@ class CaBins(nn.Module):
         if config.distance_class == "semantic":
             ids = tokenize(SEMANTIC_BINS, 5)  # three tokens at most, and the two ends
             self.register_buffer("phrases", ids, persistent=False)
-        self.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
+        self.to(memory_format=torch.channels_last)  # makes convolutions faster, on CPUs and GPUs
 
     def encode_prompts(self, e: Tensor) -> Tensor:
-        """Text embeddings t (B, K, D) of the distances e (B, K), or of the phrases of Table 3.
+        """Text embeddings t (B, K, D) of the distances e (B, K), or of the phrases of Sec. 4.6.
 
-        No gradient passes through the digits. So the text teaches the bins nothing: they learn by
-        Eq. 5 and Eq. 7 alone. Prompts, TransDecoder, γ and the image encoder learn through the text.
+        No gradient passes through the digits. So the bins get none from the text, only from Eq. 5
+        and Eq. 7. Prompts, TransDecoder, γ and the image encoder learn through the text.
 
         NOTE(paper silent): how e_k is written. The released code writes the bare number, rounded to
-        4 decimals, and so does this.
+        4 decimals, and so does this. Phrases come without DepthCLIP's "This object is".
         """
         if self.config.distance_class == "semantic":
             t = self.clip.encode_text(self.phrases, self.prompts)  # (K, D), for every image
@@ -603,7 +603,7 @@ class CaBins(nn.Module):
         return b, c, e, s, p
 
     def forward(self, image: Tensor, upsample: bool = True) -> Prediction:
-        """Depth of normalised images (B, 3, H, W), H and W at least 64 and otherwise of any size.
+        """Depth of normalised images (B, 3, H, W), of any size from 64 x 64 on (x4 is then 2 x 2).
 
         Without `upsample`, depth stays at the decoder's size, about H/2 x W/2.
         """
@@ -634,7 +634,7 @@ def silog_loss(depth: Tensor, target: Tensor, mask: Tensor, unbiased: bool = Fal
     # Eq. 6:  L_pixel = α √( 1/n Σ g_i² - λ/n² (Σ g_i)² )
     mean, mean_of_squares = g.sum() / n, g.square().sum() / n
     square = mean_of_squares - LAMBDA * mean.square()
-    if unbiased:  # n / (n - 1) times the variance, in place of once
+    if unbiased:  # the variance counts n / (n - 1) times
         square = square + (mean_of_squares - mean.square()) / (n - 1).clamp(min=1)
     return ALPHA * square.clamp(min=1e-12).sqrt()  # the clamp keeps the gradient finite at 0
 
@@ -650,21 +650,21 @@ def nearest(values: Tensor, queries: Tensor) -> Tensor:
 def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Bi-directional chamfer distance of bin centres (B, n_bins) and the depths X of each image.
 
-    Each bin is pulled to the nearest true depth, and each true depth pulls the nearest bin. An image
-    without valid pixels adds 0.
+    Each bin is pulled to the nearest true depth, and each true depth pulls the nearest bin.
+    An image without valid pixels adds 0.
 
     NOTE(paper silent): what chamfer(·, ·) is. Here, as in the released code, it is the squared
     distance to the nearest value, mean over the first set; the loss is the mean over the batch.
-    Depths lie on a line, so sorting finds the nearest, without a table of pixels x centres.
+    Depths are numbers, so sorting finds the nearest, without a table of pixels x centres.
     """
     c, valid = centers, mask.flatten(1)  # (B, n_bins), (B, HW)
     x = target.flatten(1).masked_fill(~valid, 0)  # (B, HW)
     # an invalid pixel copies the greatest depth: the set X stays the same
     x = torch.where(valid, x, x.amax(1, keepdim=True))
     # Eq. 7:  L_bins = chamfer(X, c(b)) + chamfer(c(b), X)
-    to_centers = (x - nearest(c, x)).square() * valid  # (B, HW): min_c (x - c)²
-    to_depths = (c - nearest(x.sort(1).values, c)).square() * valid.any(1, keepdim=True)
-    loss = to_centers.sum(1) / valid.sum(1).clamp(min=1) + to_depths.mean(1)  # (B,)
+    x_to_c = (x - nearest(c, x)).square() * valid  # (B, HW): min_c (x - c)²
+    c_to_x = (c - nearest(x.sort(1).values, c)).square() * valid.any(1, keepdim=True)  # (B, n_bins)
+    loss = x_to_c.sum(1) / valid.sum(1).clamp(min=1) + c_to_x.mean(1)  # (B,)
     return loss.mean()
 
 
@@ -676,13 +676,13 @@ def total_loss(prediction, target: Tensor, min_depth: float, unbiased: bool = Fa
     return pixel + BETA * chamfer_loss(prediction.centers, target, mask)
 
 
-# ---- Sec. 4.3  Evaluation metrics ----------------------------------------------------------------
+# ---- Sec. 4.3  Evaluation metrics (4.1 and 4.2 are in train.py and data.py) ----------------------
 
 
 def depth_metrics(depth: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """The metrics of one image, from the predicted and true depths (n,) of its valid pixels, in m.
+    """The metrics of one image, from the predicted and true depths (n,), in m, of its valid pixels.
 
-    NOTE(paper silent): over images, each metric is averaged (`eval.evaluate`), each counting alike.
+    NOTE(paper silent): a metric is averaged over images with equal weight (`eval.evaluate`).
 
     Raises ValueError if there are none, or not as many of the one as of the other.
     """
@@ -708,11 +708,11 @@ def depth_metrics(depth: Tensor, target: Tensor) -> dict[str, Tensor]:
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's ViT with a pyramid after DPT. It returns what `ResNet` does, but z has stride 16.
+    """CLIP's ViT with a pyramid after DPT. z̄ is the class token's output, and z has stride 16.
 
     NOTE(paper silent): which blocks give the tokens, and the widths. Here: blocks 3, 6, 9 and 12
     without the class token, and DPT's widths for ViT-B. Images are resized to whole patches.
-    NOTE(differs): the released code's ViT cannot run.
+    NOTE(differs): the released code's ViT cannot run: it adds the class embedding twice.
     """
 
     def __init__(self, n_layers: int, width: int, embed_dim: int, grid: int):
@@ -790,11 +790,11 @@ def load_clip(name_or_path: str | Path) -> CLIP:
     elif not path.exists():
         raise FileNotFoundError(f"{path}: no such file, and none of {', '.join(CLIP_SHA256)}")
     content = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(content).hexdigest() in CLIP_SHA256.values():  # code in it is OpenAI's own
+    if hashlib.sha256(content).hexdigest() in CLIP_SHA256.values():  # only OpenAI's may hold code
         state = torch.jit.load(path, map_location="cpu").state_dict()
     else:
         state = read_tensors(path, "a CLIP file: one of OpenAI's archives, or a state dict of it")
-    sizes = ("input_resolution", "context_length", "vocab_size")  # entries that are no weights
+    sizes = ("input_resolution", "context_length", "vocab_size")  # entries that are not weights
     state = {k: v.float() for k, v in state.items() if k not in sizes and torch.is_tensor(v)}
     clip = new_clip(state, path)
     # ViT's pyramid is not in CLIP's files: it keeps its random start
@@ -834,7 +834,7 @@ def new_clip(state: dict[str, Tensor], source: object) -> CLIP:
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
-    """Load tensors that must be finite and fit exactly, or raise ValueError that says what is not."""
+    """Load tensors that must be finite and fit exactly; ValueError says which are not."""
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{source} holds values that are not finite, in {name}")
@@ -920,7 +920,7 @@ def restore(content: dict, source: object, max_depth: float | None = None) -> Ca
 
 
 def load_checkpoint(path: str | Path, max_depth: float | None = None, map_location="cpu") -> CaBins:
-    """The network of a checkpoint, ours or the authors', in eval mode; its `config` says what it is.
+    """The network of a checkpoint, ours or the authors', in eval mode; see its `config`.
 
     The authors' do not say their range, so `max_depth` must. Raises FileNotFoundError, ValueError.
     """
@@ -934,13 +934,13 @@ class Inference(NamedTuple):
     """What `infer` gives: float32 arrays in metres, maps at the picture's own size."""
 
     depth: np.ndarray  # (H, W)
-    std: np.ndarray  # (H, W), the standard deviation of p; as an uncertainty it is not calibrated
+    std: np.ndarray  # (H, W), the standard deviation of depth under p; not a calibrated uncertainty
     centers: np.ndarray  # (n_bins,)
     cabins: np.ndarray  # (K,)
 
 
 def mean_and_std(image: Tensor) -> Tensor:
-    """Of the images in training, (2, 3, 1, 1), on the device of `image`, without waiting for it."""
+    """ImageNet's mean and std, each (3, 1, 1), on the device of `image`, without waiting for it."""
     statistics = torch.tensor([Config.image_mean, Config.image_std])[..., None, None]
     return statistics.to(image.device, non_blocking=True)
 
@@ -956,14 +956,16 @@ def open_picture(path: str | Path, what: str = "a picture") -> Image.Image:
 
 
 def read_picture(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8, upright, of a picture of any mode but floating point, or of such an array."""
+    """(H, W, 3) uint8, upright, of a picture of any mode but floating point, or such an array."""
     if isinstance(picture, (str, Path)):
         picture = open_picture(picture)
     if isinstance(picture, Image.Image):
         picture = ImageOps.exif_transpose(picture)
         if picture.mode == "F":
             raise ValueError("the picture has floating-point values; save it in 8 or 16 bits")
-        if picture.mode.startswith("I"):  # grey of more than 8 bits: its greatest value is white
+        if picture.mode.startswith(
+            "I"
+        ):  # more than 8 bits of grey: the brightest pixel becomes white
             grey = np.asarray(picture).clip(0)
             picture = Image.fromarray((grey * (255 / max(grey.max(), 1))).astype(np.uint8))
         picture = np.asarray(picture.convert("RGB"))
@@ -974,7 +976,7 @@ def read_picture(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
 
 
 def to_input(model: CaBins, picture: np.ndarray) -> Tensor:
-    """The network's input (1, 3, h, w), on its device: the picture, its longer side as in training."""
+    """The network's input (1, 3, …, …), on its device; its longer side is that of training."""
     image = torch.tensor(picture, device=next(model.parameters()).device)
     image = image.permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
     factor = model.config.image_width / max(picture.shape[:2])
@@ -986,7 +988,7 @@ def to_input(model: CaBins, picture: np.ndarray) -> Tensor:
 
 @torch.inference_mode()
 def look(model: CaBins, image: Tensor, size: tuple[int, int]) -> tuple[Inference, np.ndarray]:
-    """What the network, set to eval mode, makes of one normalised image (1, 3, h, w).
+    """What the network, set to eval mode, makes of one normalised image (1, 3, H, W).
 
     The maps of `Inference` get the given size. The other array is s (K, h, w), of Eq. 4.
     """

@@ -89,10 +89,10 @@ def merge(word: str) -> tuple[str, ...]:
 def encode(text: str) -> list[int]:
     """The ids of `text`, without the two special tokens that begin and end it."""
     import ftfy
-    import regex  # unlike re, it knows the Unicode classes \\p{L} (letters) and \\p{N} (numbers)
+    import regex  # unlike re, it knows the Unicode classes \p{L} (letters) and \p{N} (numbers)
 
     ids, _ = vocabulary()
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))  # twice, as CLIP does
     words = regex.findall(WORDS, " ".join(text.split()).lower(), regex.IGNORECASE)
     words = ("".join(byte_characters()[byte] for byte in word.encode()) for word in words)
     return [ids[token] for word in words for token in merge(word)]
@@ -122,26 +122,26 @@ def number_tokens(depths: Tensor, integer_digits: int = 4) -> Tensor:
     CLIP splits a number into single digits, and the id of a digit is 271 more than it. So ids are
     computed: no string is made, and on a GPU nothing waits for the host.
 
-    A small change of the number can change all of its text: "2.9999" and "3.0" share only the point.
+    A small change of the number can change all of its text: "2.9999" and "3.0" share the point.
 
     >>> number_tokens(torch.tensor([2.5, 0.81961]), integer_digits=1)
     tensor([[49406,   273,   269,   276, 49407,     0,     0,     0],
             [49406,   271,   269,   279,   272,   280,   277, 49407]])
     """
     e = depths.detach()
-    e = e.cpu() if e.device.type == "mps" else e  # MPS has no float64, in which e * 10^4 is exact
-    unit = 10**DECIMALS  # of a metre: depths are counted in tenths of a millimetre
-    number = (e.double() * unit).round().long()[..., None]  # (…, 1)
+    e = e.cpu() if e.device.type == "mps" else e  # it has no float64, where float32 * 10^4 is exact
+    metre = 10**DECIMALS  # depths are counted in tenths of a millimetre
+    number = (e.double() * metre).round().long()[..., None]  # (…, 1)
     places = 10 ** torch.arange(integer_digits + DECIMALS - 1, -1, -1, device=e.device)
     digits = DIGIT_0 + number // places % 10  # (…, integer_digits + 4)
-    # Python prints no zeros before the first digit or after the last, but it does in "0.5", "2.0".
-    # So print what is at the first digit or after it, and at the last decimal or before it.
-    is_whole, is_inside = places >= unit, (places == unit) | (places == unit // 10)
-    is_printed = is_inside | is_whole & (number >= places)
+    # Python drops zeros at both ends, but keeps one digit on each side of the point: "0.5", "2.0".
+    # So print what lies between the first and the last digit that is not 0, and those two.
+    is_whole, is_beside_point = places >= metre, (places == metre) | (places == metre // 10)
+    is_printed = is_beside_point | is_whole & (number >= places)
     is_printed |= ~is_whole & (number % (10 * places) > 0)
     whole, decimals = (digits * is_printed).split((integer_digits, DECIMALS), -1)
     one = torch.ones_like(number)
     ids = torch.cat([SOT * one, whole, POINT * one, decimals, EOT * one], -1)  # (…, T)
-    # What is not printed is 0 now. Every other id moves to its place among those that are printed.
+    # Dropped digits are 0 now. Move the other ids left, over them; zeros pad the end.
     place = (ids > 0).cumsum(-1) - 1
     return torch.zeros_like(ids).scatter_add(-1, place, ids).to(depths.device)

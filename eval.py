@@ -106,7 +106,7 @@ def evaluate(predict: Predict | cabins.CaBins, dataset: DepthDataset) -> dict[st
 
 
 def predictor(model: cabins.CaBins, flip: bool = True, amp: str = "off") -> Predict:
-    """The function that is measured: with `flip`, the mean of two depths, the mirror image's too."""
+    """The function that is measured; `flip`: the mean of the image's and its mirror image's."""
     low, high = model.config.min_depth, model.config.max_depth
 
     @torch.inference_mode()

@@ -2416,7 +2416,7 @@ def test_config_names_field_and_allowed_values(field, value, message):
 def test_random_weights_warn_and_wrong_clip_is_refused(tiny, monkeypatch):
     small = {"RN50": cabins.BACKBONES["tiny"]._replace(embed_dim=32)}
     monkeypatch.setattr(cabins, "BACKBONES", cabins.BACKBONES | small)
-    with pytest.warns(UserWarning, match="CLIP has random weights: train it"):
+    with pytest.warns(UserWarning, match="CLIP has random weights: give clip"):
         cabins.CaBins(cabins.Config(backbone="RN50"))
     with pytest.raises(ValueError, match="backbone is RN50; the CLIP given is another"):
         cabins.CaBins(cabins.Config(backbone="RN50"), tiny.clip)
