@@ -287,13 +287,8 @@ class AdaptiveBins(nn.Module):
 
     def __init__(self, embed_dim: int, n_bins: int):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(embed_dim, 512),
-            nn.LeakyReLU(),
-            nn.Linear(512, 256),
-            nn.LeakyReLU(),
-            nn.Linear(256, n_bins),
-        )
+        layers = [nn.Linear(embed_dim, 512), nn.LeakyReLU(), nn.Linear(512, 256), nn.LeakyReLU()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(256, n_bins))
 
     def forward(self, z_bar: Tensor) -> Tensor:
         # widths and centres are float32 under autocast: bfloat16 has steps of 6 cm at 10 m
@@ -970,8 +965,7 @@ def read_picture(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
             picture = Image.fromarray((grey * (255 / max(grey.max(), 1))).astype(np.uint8))
         picture = np.asarray(picture.convert("RGB"))
     if picture.dtype != np.uint8 or picture.shape[2:] != (3,) or not picture.size:
-        is_now = f"{picture.dtype} of shape {picture.shape}"
-        raise ValueError(f"picture is {is_now}; an array must be uint8 (H, W, 3)")
+        raise ValueError(f"picture is {picture.dtype} {picture.shape}; it must be uint8 (H, W, 3)")
     return picture
 
 

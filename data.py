@@ -103,7 +103,7 @@ def evaluation_windows(name: str, height: int, width: int) -> dict[str, tuple[sl
 class DepthDataset(Dataset):
     """Pairs of `name`, a key of DATASETS, below the folder `root`, as the file `split` lists them.
 
-    It has lines `image depth focal`; without it the authors' own list is fetched once. NYU's test
+    It has lines `image depth focal`; without one the authors' own list is fetched. NYU's test
     pairs are also read from nyu_depth_v2_labeled.mat, in `root` or as `root`. [i] gives {"image":
     (3, h, w), "depth": (1, h, w) in metres, 0 being none, "path": str, "size": (2,) rows, columns
     of the whole frame}; the image is normalised, or uint8 with `train`, for `augment`. `n_left_out`
@@ -129,6 +129,8 @@ class DepthDataset(Dataset):
                 self.recipe = self.recipe._replace(**{field: value})
         part, self.size_to_train = "train" if train else "test", None
         if name == "toy":
+            if root or split or depth_scale:
+                raise ValueError("toy rooms take no --root, list or --depth-scale: add --data")
             self.pairs = [("room", i) for i in TOY_ROOMS[part]]
             self.checksum = zlib.crc32(str(self.pairs).encode())
             return
@@ -236,7 +238,10 @@ def find(root: Path, folders: tuple[str, ...], name: str) -> str | None:
 
 def read_image(path: str | Path) -> np.ndarray:
     """(H, W, 3) uint8."""
-    return np.asarray(open_picture(path, "an image").convert("RGB"))
+    image = open_picture(path, "an image")
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{path} is no image but perhaps a depth map: its mode is {image.mode}")
+    return np.asarray(image.convert("RGB"))
 
 
 def read_depth(path: str | Path) -> np.ndarray:
@@ -372,7 +377,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """Convolutions and products of matrices in bfloat16, or "off"."""
+    """With amp "bf16", convolutions and matrix products run in bfloat16."""
     return torch.autocast(device.type, torch.bfloat16, amp == "bf16")
 
 
@@ -388,17 +393,17 @@ def stand_apart(worker: int) -> None:
 
 
 def load(dataset: Dataset, **how) -> DataLoader:
-    """Batches of a data set, read by as many workers as the machine has cores to spare."""
+    """Batches of a data set, read by all cores but one, at most 8, of this process's share."""
     n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun, on this machine
     how["num_workers"] = min(8, max(os.cpu_count() // n_processes - 1, 0))
-    is_gpu = torch.cuda.is_available()
-    return DataLoader(dataset, worker_init_fn=stand_apart, pin_memory=is_gpu, **how)
+    how["pin_memory"] = torch.cuda.is_available()
+    return DataLoader(dataset, worker_init_fn=stand_apart, **how)
 
 
 def append_row(path: Path, row: dict) -> None:
     """Add a row to a CSV file, which begins with the names of its columns."""
     is_new = not path.exists() or path.stat().st_size == 0
-    if not is_new and path.open().readline().strip() != ",".join(row):
+    if not is_new and path.read_text().split("\n")[0] != ",".join(row):
         raise ValueError(f"{path} has other columns: move it away")
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, row, lineterminator="\n")
@@ -466,7 +471,7 @@ LICENCES = {"nyu": "NYU-Depth V2 states no licence", "kitti": "KITTI is under CC
 
 def fetch(name: str, root: str | Path, train_split=None, test_split=None) -> None:
     """Get what the lists of "nyu" or "kitti" name and `root` lacks; ValueError where that fails."""
-    if name not in LICENCES or root is None:
+    if name not in LICENCES or str(root or ".mat").endswith(".mat"):
         raise ValueError(f"{name} cannot be fetched: only nyu and kitti can, into --root DIR")
     root, wanted = Path(root), {}  # by URL of an archive: how paths end in it, where they go
     root.mkdir(parents=True, exist_ok=True)
@@ -480,7 +485,8 @@ def fetch(name: str, root: str | Path, train_split=None, test_split=None) -> Non
                     files[end] = root / TARGETS.get(kind, "") / end
     mat = wanted.pop(SOURCES["nyu_test"], None) and root / NYU_MAT
     hosts = ", ".join(sorted({url.split("/")[2] for url in wanted})) or "nowhere"
-    print(f"{sum(map(len, wanted.values()))} files from {hosts}; {LICENCES[name]}")
+    also = f" and {NYU_MAT}, 2.97 GB, from horatio.cs.nyu.edu" if mat and not mat.exists() else ""
+    print(f"{sum(map(len, wanted.values()))} files from {hosts}{also}; {LICENCES[name]}")
     pool, parts, stop = ThreadPoolExecutor(8), [], threading.Event()
     for url, files in wanted.items():  # in parts, each for one of eight connections
         pairs = list(files.items())
@@ -503,7 +509,7 @@ def fetch(name: str, root: str | Path, train_split=None, test_split=None) -> Non
 
 
 def extract(root: Path, url: str, files: dict[str, Path], stop: threading.Event) -> None:
-    """Write files of the archive in `root` or at `url`, each whole. A break is tried 3 times."""
+    """Write files of the archive in `root` or at `url`, each whole. What breaks is tried 3 times."""
     local = root / url.rsplit("/", 1)[1]
     for tries_left in (2, 1, 0):
         try:
@@ -576,7 +582,7 @@ def main() -> None:
     n, top = len(cells) // 2, dataset.recipe.max_depth
     path = Path(args.out) / f"check_{args.data}_0_to_{top:g}_m.png"  # from black to white
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(cells, path, nrow=n)
+    write_whole(path, lambda partial: save_image(cells, partial, nrow=n, format="png"))
     print(f"{path} shows {n} test images above their depths: do they belong together?")
 
 

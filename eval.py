@@ -162,7 +162,7 @@ def write_depth(path: str, depth: np.ndarray, max_depth: float, scale: float, ab
 
 
 def keep_predictions(predict: Predict, dataset: DepthDataset, folder: Path) -> Predict:
-    """`predict`, writing each depth in the data set's scale: 00000.png or 00000_mm.png, …"""
+    """`predict`, writing each depth in the data set's scale or a coarser: 00000.png, 00000_cm.png."""
     folder.mkdir(parents=True, exist_ok=True)
     numbers, recipe = itertools.count(), dataset.recipe
 
@@ -367,26 +367,22 @@ def main() -> None:
     name = args.data or saved.get("data")
     if name is None:
         raise ValueError(f"{args.checkpoint} does not say what data it is for: give --data")
-    if name == "toy":
-        data.refuse(args, "root test_split depth_scale", "is not for toy rooms: add --data")
     known = saved if name == saved.get("data") else {}
     keys = ("root", "test_split", "depth_scale", "max_depth")
     root, split, scale, max_depth = (getattr(args, key) or known.get(key) for key in keys)
     dataset = DepthDataset(name, root, split, depth_scale=scale, max_depth=max_depth)
-    top, predict = dataset.recipe.max_depth, predictor(model, args.flip, args.amp)
-    if max_depth is None and config.max_depth != top:
-        print(f"note: the network predicts to {config.max_depth} m, {name} goes to {top} m")
+    predict = predictor(model, args.flip, args.amp)
     if args.explain:
         out = Path(args.out or "runs/explained")
         draw_samples(out, model, dataset, args.explain)
         print(f"{out} has an explained_….png of each sample")
         return
-    of = {"checkpoint": str(Path(args.checkpoint).resolve()), "data": name}
-    of["list"] = f"{split or 'the standard one'} ({dataset.checksum:08x})"
+    source = {"checkpoint": str(Path(args.checkpoint).resolve()), "data": name}
+    source["list"] = f"{split or 'the standard one'} ({dataset.checksum:08x})"
     keep, out = predict, Path(args.out or ".")
     if args.out:  # no two networks or lists share a folder of predictions
-        of["predictions"] = f"predictions_{zlib.crc32(str(of).encode()):08x}"
-        keep = keep_predictions(predict, dataset, out / of["predictions"])
+        source["predictions"] = f"predictions_{zlib.crc32(str(source).encode()):08x}"
+        keep = keep_predictions(predict, dataset, out / source["predictions"])
     windows = evaluate_windows(keep, dataset, progress=True)
     rows = {f"{Path(args.checkpoint).name}, {window}": row for window, row in windows.items()}
     rows |= ablate(model, predict, dataset) if args.ablate else {}
@@ -395,8 +391,8 @@ def main() -> None:
     print(format_table(name, rows))
     for label, row in rows.items() if args.out else ():
         how = protocol(dataset, label.split(", ")[-1], args.flip, args.amp)
-        of["date"] = f"{datetime.datetime.now():%Y-%m-%d %H:%M}"
-        data.append_row(out / "results.csv", {"label": label, **of, "protocol": how, **row})
+        source["date"] = f"{datetime.datetime.now():%Y-%m-%d %H:%M}"
+        data.append_row(out / "results.csv", {"label": label, **source, "protocol": how, **row})
 
 
 def parse_args() -> argparse.Namespace:
@@ -409,16 +405,16 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("network")
     data.add_device_options(group, "off")
     switch = {"action": argparse.BooleanOptionalAction, "default": True}
-    group.add_argument("--flip", **switch, help="average with the mirror image's; default: on")
+    group.add_argument("--flip", **switch, help="mean with the mirror image's; default: on")
     group.add_argument("--ablate", action="store_true", help="also rows with the text silenced")
     add = parser.add_argument_group("files and pictures").add_argument
-    add("--out", metavar="DIR", help="results.csv, predictions; for --images default runs/pictures")
+    add("--out", metavar="DIR", help="default for pictures: runs/pictures, runs/explained")
     add("--explain", nargs="?", type=int, const=4, metavar="N", help="figures; default N: 4")
     add("--images", nargs="+", metavar="PICTURE", help="files, folders or patterns of your own")
     add("--range", type=float, metavar="M", help="colours of all pictures go from 0 to M metres")
     add("--ply", action="store_true", help="write a point cloud of each picture")
     add("--focal", type=float, help="of its camera, in pixels; default: EXIF's or training's")
-    add("--fov", type=float, help="in the place of --focal: degrees from left to right")
+    add("--fov", type=float, help="instead of --focal: degrees from left to right")
     args = parser.parse_args()
     if args.images:
         data.refuse(args, "ablate root test_split depth_scale", "is not for --images")
@@ -427,7 +423,9 @@ def parse_args() -> argparse.Namespace:
     if not args.ply:
         data.refuse(args, "focal fov", "is for --ply")
     if args.focal:
-        data.refuse(args, "fov", "cannot go with --focal")
+        data.refuse(args, "fov", "or --focal: give one")
+    if args.explain:
+        data.refuse(args, "ablate", "or --explain: give one")
     data.refuse(args, "train_split", "is for training")
     for option, limit in (("explain", np.inf), ("focal", np.inf), ("fov", 180), ("range", np.inf)):
         value = getattr(args, option)

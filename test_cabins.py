@@ -1809,7 +1809,7 @@ def test_infer_takes_paths_pictures_and_arrays(tiny, tmp_path):
         spread = (p * (c[:, :, None, None] - mean_depth).square()).sum(1, keepdim=True).sqrt()
     close(depth, cabins.resize(mean_depth, (90, 121))[0, 0], 1e-5)
     close(std, cabins.resize(spread, (90, 121))[0, 0], 1e-3)
-    with pytest.raises(ValueError, match=r"picture is float64 of shape .*; an array must be uint8"):
+    with pytest.raises(ValueError, match=r"picture is float64 .*; it must be uint8"):
         cabins.infer(tiny, array / 255)
     deep = Image.fromarray(array[..., 0].astype(np.uint16) * 16)  # 12 bits in 16
     assert abs(cabins.read_picture(deep)[..., 0].astype(int) - array[..., 0]).max() <= 1
@@ -1826,7 +1826,7 @@ def test_a_picture_of_any_size_and_what_is_none(tiny, tmp_path):
         found = cabins.infer(tiny, tmp_path / "a.png")
         assert found.depth.shape == size[::-1] and np.isfinite(found.depth).all()
     for wrong in (np.zeros((0, 5, 3), np.uint8), np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4))):
-        with pytest.raises(ValueError, match="an array must be uint8"):
+        with pytest.raises(ValueError, match="it must be uint8"):
             cabins.infer(tiny, wrong)
     (tmp_path / "a.txt").write_text("no picture")
     with pytest.raises(ValueError, match="a.txt cannot be read as a picture"):
@@ -2461,6 +2461,7 @@ def broken(tmp_path_factory) -> Path:
         "byte_order_mark": f"\ufeff{good}\n",
         "kueche": "küche/rgb_1.jpg küche/sync_depth_1.png\nküche/rgb_2.jpg küche/sync_depth_2.png",
         "two_sizes": "küche/rgb_1.jpg küche/sync_depth_1.png\nküche/rgb_low.jpg küche/sync_depth_low.png",
+        "depth_for_image": "a/16bit.png a/16bit.png 1",
         "wrong_suffix": "a/jpg.png a/16bit.png 1",
         "nothing": "",
         "no_truth": "a/rgb_1.jpg None 1",
@@ -2560,6 +2561,7 @@ FAULTS = {
     f"{NYU} cut_depth.txt": "a/cut.png cannot be read as a depth map",
     f"{NYU} 8bit.txt": "a/8bit.png is no depth map: its mode is L, not 16-bit grey",
     f"{NYU} colours.txt": "a/colours.png is no depth map: its mode is RGB, not 16-bit grey",
+    f"{NYU} depth_for_image.txt": "16bit.png is no image but perhaps a depth map: its mode is I",
     f"{NYU} jpg.txt": "a/jpg.png is no depth map: its mode is RGB, not 16-bit grey",
     f"{NYU} other_size.txt": r"rgb_1.jpg has \(480, 640\) pixels, a/sync_depth_small.png \(100, 100\)",
     f"{NYU} small.txt": "rgb_small.jpg has 100 x 100 pixels; NYU's images have 480 x 640",
@@ -2571,7 +2573,7 @@ FAULTS = {
     "train.py --batch-size -1": "--batch-size is -1; it must be positive",
     "train.py --lr nan": "--lr is nan; it must be positive",
     "train.py --seed -1": "--seed is -1; it must be from 0 to 2147483647",
-    "train.py --root .": "--root is not for toy rooms: add --data",
+    "train.py --root .": "toy rooms take no --root, list or --depth-scale",
     "train.py --data nyu --root none": "none: no such folder",
     "train.py --batch-size 1000 --out out": "--batch-size 1000 is the total: 1 processes must divide it, and 640 pairs fill it",
     "train.py --out run": "run holds another run: --resume it, or take another --out",
@@ -2626,9 +2628,9 @@ FAULTS = {
     "eval.py tiny.pt --focal 500": "--focal is for --images",
     "eval.py tiny.pt --images pictures --fov 60": "--fov is for --ply",
     "eval.py tiny.pt --images pictures --focal 500": "--focal is for --ply",
-    "eval.py tiny.pt --images pictures --ply --focal 500 --fov 60": "--fov cannot go with --focal",
+    "eval.py tiny.pt --images pictures --ply --focal 500 --fov 60": "--fov or --focal: give one",
     "eval.py tiny.pt --images pictures --ablate": "--ablate is not for --images",
-    "eval.py tiny.pt --data toy --root .": "--root is not for toy rooms",
+    "eval.py tiny.pt --data toy --root .": "toy rooms take no --root",
     "eval.py tiny.pt --data toy --train-split good.txt": "--train-split is for training",
     "eval.py tiny.pt --images pictures --out tiny.pt": "tiny.pt must be a folder, but a file is there",
     "eval.py tiny.pt --images pictures --out tiny.pt/a": "must be a folder, but a file is there",
@@ -2638,9 +2640,13 @@ FAULTS = {
     "train.py --device mps": "--device mps: torch finds none on this machine",
     "train.py --out tiny.pt": "tiny.pt must be a folder, but a file is there",
     "train.py --init none.pt --out out": "none.pt: no such file; expected a checkpoint",
-    "train.py --init tiny.pt --backbone RN50 --out out": "tiny.pt does not fit the network",
+    "train.py --init tiny.pt --backbone RN50 --out out": "backbone is RN50; the CLIP given is another",
+    "train.py --init tiny.pt --clip RN50 --out out": "--clip is not for --init",
+    "data.py toy --root .": "toy rooms take no --root",
+    "data.py nyu --root new.mat --fetch": "nyu cannot be fetched: .* into --root DIR",
+    "eval.py tiny.pt --data toy --ablate --explain 1": "--ablate or --explain: give one",
     "train.py --max-depth 20000 --out out": "depths from 0.001 to 20000.0 m; must be 0 < from",
-    "train.py --depth-scale 10": "--depth-scale is not for toy rooms: add --data",
+    "train.py --depth-scale 10": "toy rooms take no --root, list or --depth-scale",
 }
 
 

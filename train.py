@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,8 @@ from eval import draw_samples, evaluate_windows, format_table, predictor, protoc
 
 TOY_DEFAULTS = {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # from random weights
 MAX_NORM = 0.1  # NOTE(paper silent): the released code clips gradients at this norm
-LOG_EVERY, SAVE_EVERY = 10, 500  # steps; it is also saved at the end of each epoch
-stops: list[int] = []  # Ctrl-C and SIGTERM that came
+LOG_EVERY, SAVE_EVERY = 10, 500  # steps; last.pt is also saved at the end of each epoch
+stops: list[int] = []  # signals received
 
 
 def parameter_groups(model: cabins.CaBins, as_released: bool = False) -> list[dict]:
@@ -125,7 +126,7 @@ class Run:
                 if index >= n:
                     raise ValueError(f"there are {n} GPUs: --nproc_per_node may be at most {n}")
                 torch.cuda.set_device(index)
-            dist.init_process_group()
+            dist.init_process_group(timeout=timedelta(days=1))  # validation can take long
         self.rank, self.n_processes = data.rank_of()
         n, how = args.batch_size, {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
         self.dataset = data.DepthDataset(args.data, args.root, args.train_split, train=True, **how)
@@ -154,22 +155,23 @@ class Run:
     def new_model(self) -> cabins.CaBins:
         args, recipe = self.args, self.dataset.recipe
         torch.manual_seed(args.seed)
-        camera = {"image_width": max(self.test_set[0]["image"].shape[1:]), "focal": recipe.focal}
-        kinds = (args.backbone, args.distance_class)
-        config = cabins.Config(*kinds, max_depth=recipe.max_depth, **camera)
-        clip = None if args.clip == "none" or args.init else cabins.load_clip(args.clip)
-        model = cabins.CaBins(config, clip)
-        if args.as_released:  # 44 times CaBins' own start, and never trained
-            nn.init.trunc_normal_(model.prompts, std=1.0)
+        size = self.dataset.size_to_train or self.test_set[0]["image"].shape[1:]
+        how = {"max_depth": recipe.max_depth, "image_width": max(size), "focal": recipe.focal}
+        config = cabins.Config(args.backbone, args.distance_class, **how)
         if args.init:
             saved = cabins.read_checkpoint(args.init)
             top = None if "config" in saved else recipe.max_depth  # the authors' do not say it
-            weights = cabins.restore(saved, args.init, top).state_dict()
-            cabins.load_strictly(model, weights, args.init)
+            start = cabins.restore(saved, args.init, top)
+            model = cabins.CaBins(config, start.clip)
+            cabins.load_strictly(model, start.state_dict(), args.init)
+            return model
+        model = cabins.CaBins(config, None if args.clip == "none" else cabins.load_clip(args.clip))
+        if args.as_released:  # 44 times CaBins' own start, and never trained
+            nn.init.trunc_normal_(model.prompts, std=1.0)
         return model
 
     def take_folder(self) -> None:
-        """Make the folder this run's own. Nothing of another run goes, but for the demo's own."""
+        """Make the folder this run's own. Another run is never overwritten, except the demo's."""
         self.out.mkdir(parents=True, exist_ok=True)
         resume, is_demo = self.args.resume, self.out == Path("runs/toy") and self.args.data == "toy"
         is_own = resume and Path(resume).resolve().parent == self.out.resolve()
@@ -251,6 +253,7 @@ class Run:
 
     def report(self) -> None:
         """Print the rows of last.pt and best.pt in the paper's table, and draw the curves."""
+        data.go_fast(False)
         rows = {f"last.pt, {window}": row for window, row in self.windows.items()}
         if (path := self.out / "best.pt").exists():  # it is not in a new --out of a resumed run
             best = predictor(cabins.load_checkpoint(path, map_location=self.device))
@@ -306,7 +309,7 @@ def train(args: argparse.Namespace, saved: dict) -> None:
 
 
 def note_stop(number: int, _) -> None:
-    """A signal waits until a step is done and saved; a second one does not, but under torchrun."""
+    """A signal waits until a step is done and saved; but for torchrun, a second stops at once."""
     if stops and not dist.is_initialized():  # torchrun passes one on as two
         os.write(2, b"\nstopped at once\n")
         os._exit(128 + number)
@@ -378,9 +381,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
         before = saved["args"] | {"out": str(Path(path).parent), "resume": None}
         args = parser.parse_args(argv, argparse.Namespace(**before))
         args.resume = path
-    if args.data == "toy":
-        which = "root train_split test_split depth_scale"
-        data.refuse(args, which, "is not for toy rooms: add --data")
+    if args.init and not saved:
+        data.refuse(args, "clip", "is not for --init, which has CLIP's weights")
     for name in ("root", "train_split", "test_split"):
         if path := getattr(args, name):
             setattr(args, name, str(Path(path).resolve()))  # eval.py may run elsewhere
