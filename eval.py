@@ -183,7 +183,7 @@ def show(axis, title: str, values: np.ndarray, label="", low=0.0, high=1.0, cmap
     axis.set_title(title, fontsize=10, parse_math=False)
     shown = axis.imshow(values, cmap=cmap, vmin=low, vmax=high)
     if label:
-        how = {"location": "bottom", "pad": 0.02, "ticks": [low, high], "format": "%.4g"}
+        how = {"location": "bottom", "pad": 0.02, "ticks": [low, high], "format": "%.3g"}
         bar = axis.figure.colorbar(shown, ax=axis, label=label, **how)
         for text, side in zip(bar.ax.get_xticklabels(), ("left", "right")):
             text.set_ha(side)  # so that numbers stay within their bar
