@@ -131,11 +131,11 @@ CLIP_TEXTS = ["a photo of a cat.", "This object is giant", "extremely close", "2
 
 
 def made_clip_state(backbone: str) -> dict[str, torch.Tensor]:
-    state = cabins.CLIP(cabins.BACKBONES[backbone]).state_dict()
-    state = {k: v for k, v in state.items() if not k.startswith("visual.reassemble.")}
-    return {
-        k: v if k == "logit_scale" else made_tensor(k, tuple(v.shape)) for k, v in state.items()
-    }
+    with torch.device("meta"):  # names and shapes alone
+        state = cabins.CLIP(cabins.BACKBONES[backbone]).state_dict()
+    state = {k: v for k, v in state.items() if not k.startswith(("visual.reassemble.", "logit"))}
+    made = {k: made_tensor(k, tuple(v.shape)) for k, v in state.items()}
+    return made | {"logit_scale": torch.tensor(1 / 0.07).log()}
 
 
 @pytest.mark.parametrize("backbone", CLIP_KNOWN)
@@ -425,8 +425,10 @@ def their_name(name: str) -> str:
 def released(tmp_path_factory) -> Path:
     """A checkpoint as the authors' are, with the goldens' weights."""
     architecture = cabins.BACKBONES["RN101"]._replace(context_length=30)
-    state = cabins.CaBins(cabins.Config(), cabins.CLIP(architecture)).state_dict()
+    with torch.device("meta"):  # names and shapes alone
+        state = cabins.CaBins(cabins.Config(), cabins.CLIP(architecture)).state_dict()
     state["prompts"] = state["prompts"][None]
+    state["clip.logit_scale"] = torch.tensor(1 / 0.07).log()
     made = {}
     for ours, tensor in state.items():
         name = their_name(ours)
