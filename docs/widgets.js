@@ -152,7 +152,7 @@ if (typeof document !== "undefined") {
         if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
         else if (value !== false && value !== undefined) element.setAttribute(name, value);
       }
-      element.append(...children.flat().filter((child) => child !== undefined));
+      element.append(...children.flat(Infinity).filter((child) => child !== undefined));
       return element;
     }
     const html = (tag, attributes, ...children) =>
@@ -315,6 +315,7 @@ if (typeof document !== "undefined") {
 
     const put = (element, text) => element.textContent === text || (element.textContent = text);
     const row = (...children) => html("div", { class: "w-row" }, ...children);
+    const symbol = (name, index) => html("span", { class: "w-math" }, html("i", {}, name), index === undefined ? [] : html("sub", {}, String(index)));
     const speech = () => html("p", { class: "w-says", "aria-live": "polite" });
 
     function fill(figure, title, text, ...children) {
@@ -366,7 +367,7 @@ if (typeof document !== "undefined") {
       const size = n / K;
       const ends = (widths) => widths.reduce((all, b) => [...all, all[all.length - 1] + b], [0]);
       const borders = (edges) => Array.from({ length: K + 1 }, (_, k) => edges[k * size]);
-      const state = { range: demo.max_depth, unit: 1, i: Math.round(2.5 * size) };
+      const state = { range: demo.max_depth, unit: 1, i: 0 };
 
       function start(widths) {
         state.edges = ends(widths).map((edge, i) => (i === n ? 1 : edge));
@@ -376,11 +377,12 @@ if (typeof document !== "undefined") {
       const low = demo.min_depth;
       const metres = (share) => low + (state.range - low) * share;
       const share = (depth) => (depth - low) / (state.range - low);
-      const BAR = [44, 70];
-      const PLOT = [112, 252];
+      const BAR = [50, 76];
+      const knobAt = (k) => 26 + 13 * (k % 2); // two heights, for borders that are close
+      const PLOT = [118, 258];
       let x = scale(0, 1, 0, 1);
 
-      const own = stage("256 bins in 8 groups, and one group enlarged", 282, draw);
+      const own = stage("256 bins in 8 groups, and one group enlarged", 288, draw);
       const handles = Array.from({ length: K - 1 }, (_, k) =>
         handle(
           own,
@@ -397,7 +399,7 @@ if (typeof document !== "undefined") {
             },
             text: () => `${fixed(metres(state.to[k + 1]), 2)} metres`,
           },
-          line(0, 0, 0, BAR[1] - 30, { class: "w-stem" }),
+          line(0, 0, 0, BAR[1] - knobAt(k), { class: "w-stem" }),
           svg("circle", { r: 5, class: "w-knob" }),
         ),
       );
@@ -411,10 +413,10 @@ if (typeof document !== "undefined") {
 
       const bin = slider("bin i", { min: 1, max: n, step: 1 }, choose);
       const numbers = readout({
-        e: ["e_k by Eq. 2", "result"],
-        m: ["mean m_k", "truth w-dashed"],
+        e: [[symbol("e", "k"), " by Eq. 2"], "result"],
+        m: [["mean ", symbol("m", "k")], "truth w-dashed"],
         median: ["median", "other w-dotted"],
-        effective: ["weight is spread over"],
+        effective: [["bins that count, 1 / Σ ", symbol("w"), "²"]],
       });
       const eq1 = html("p", { class: "w-sum" });
       const eq2 = html("p", { class: "w-sum" });
@@ -426,8 +428,6 @@ if (typeof document !== "undefined") {
           "Press “equal bins”, then count in centimetres, and watch the weights of Eq. 2.",
         own.place,
         bin.root,
-        html("div", { class: "w-sums" }, eq1, eq2),
-        numbers.root,
         row(
           choice("Eq. 2 counts in", { 1: "metres", 0.01: "centimetres" }, "1", (unit) => {
             state.unit = Number(unit);
@@ -440,9 +440,13 @@ if (typeof document !== "undefined") {
           button("the demo’s bins", () => (start(demo.widths), own.draw())),
           button("equal bins", () => (start(Array(n).fill(1 / n)), own.draw())),
         ),
+        html("div", { class: "w-sums" }, eq1, eq2),
+        numbers.root,
         says,
       );
       start(demo.widths);
+      const { w } = Cabins.distanceClasses(demo.centers, K);
+      state.i = 2 * size + 1 + w[2].indexOf(Math.max(...w[2])); // the heaviest bin of group 3
 
       function choose(i) {
         state.i = i;
@@ -463,7 +467,7 @@ if (typeof document !== "undefined") {
         x = scale(low, state.range, 8, width - 8);
         drawBar(edges, found.e, k, width);
         drawGroup(edges, c, found, k, width);
-        handles.forEach((mark, j) => mark.show(x(metres(state.to[j + 1])), 30));
+        handles.forEach((mark, j) => mark.show(x(metres(state.to[j + 1])), knobAt(j)));
         bin.input.value = state.i;
         put(bin.shown, `${state.i}, in group ${k + 1}`);
         write(b, c, found, k);
@@ -538,7 +542,7 @@ if (typeof document !== "undefined") {
             { class: "w-axis" },
             [ceiling, ceiling / 2].map((w) => [
               line(36, up(w), width - 8, up(w), { class: "w-grid" }),
-              label(30, up(w) + 4, fixed(w, 3).replace(/0+$/, ""), { "text-anchor": "end" }),
+              label(30, up(w) + 4, String(w), { "text-anchor": "end" }),
             ]),
             label(30, bottom, "w", { "text-anchor": "end", class: "w-symbol" }),
           ),
@@ -565,16 +569,17 @@ if (typeof document !== "undefined") {
         const own_w = w[j - k * size];
         const unit = state.unit === 1 ? "m" : "cm";
         const off = Math.abs(c[j] - found.m[k]) / state.unit;
-        put(
-          eq1,
-          `c = d_min + (d_max − d_min) (b/2 + Σ b before it) = ${low} + ` +
-            `${fixed(state.range - low, 3)} · (${fixed(b[j] / 2, 4)} + ${fixed(before, 4)}) = ` +
-            `${fixed(c[j], 3)} m`,
+        const i = state.i;
+        eq1.replaceChildren(
+          ...[symbol("c", i), " = ", symbol("d", "min"), " + (", symbol("d", "max"), " − "],
+          ...[symbol("d", "min"), ") (", symbol("b", i), "/2 + Σ", html("sub", {}, `j<${i}`), " "],
+          ...[symbol("b", "j"), `) = ${low} + ${fixed(state.range - low, 3)} · (`],
+          `${fixed(b[j] / 2, 4)} + ${fixed(before, 4)}) = ${fixed(c[j], 3)} m`,
         );
-        put(
-          eq2,
-          `1 / (|c − m| + ε) = 1 / (${fixed(off, 4)} ${unit} + 0.0001) = ` +
-            `${fixed(1 / (off + 1e-4), 2)}, and after softmax w = ${weight(own_w)}`,
+        eq2.replaceChildren(
+          ...["1 / (|", symbol("c", i), " − ", symbol("m", k + 1), "| + ε) = 1 / ("],
+          `${fixed(off, 4)} ${unit} + 0.0001) = ${fixed(1 / (off + 1e-4), 2)}; softmax gives `,
+          ...[symbol("w", i), ` = ${weight(own_w)}`],
         );
         const effective = 1 / Cabins.sum(w.map((value) => value ** 2));
         numbers.show({
@@ -589,13 +594,13 @@ if (typeof document !== "undefined") {
           effective < 3
             ? "Eq. 2 nearly picks the centre that is nearest to the mean."
             : effective > size / 2
-              ? "Eq. 2 is nearly the mean itself: a hundred of a unit make its differences small, 1 of it large."
+              ? "Eq. 2 is nearly the mean: in centimetres |c − m| is large, so 1 / (|c − m| + ε) is small for all, and softmax sees little difference."
               : "Eq. 2 is something between a pick and the mean.";
         put(says, `${tops}. ${verdict}`);
       }
 
       const weight = (value) =>
-        value >= 0.01 ? fixed(value, 3) : value >= 1e-4 ? fixed(value, 4) : value.toExponential(0).replace("e-", "e−");
+        value >= 0.01 ? fixed(value, 3) : value >= 5e-5 ? fixed(value, 4) : "less than 0.0001";
     }
 
     // ---- (b) The text of a distance, digit by digit
@@ -622,7 +627,7 @@ if (typeof document !== "undefined") {
       const says = speech();
       const numbers = readout({
         differ: ["tokens that differ, one step up"],
-        change: ["change of the number"],
+        change: ["the number itself changes by"],
       });
       const head = ["distance", "text", "tokens and their ids in CLIP’s vocabulary"];
       fill(
@@ -643,8 +648,10 @@ if (typeof document !== "undefined") {
         html("p", { class: "w-note" }, "Tokens that differ from those of e, for distances 2 mm below e to 2 mm above it:"),
         own.place,
         numbers.root,
-        row(
-          html("span", { class: "w-hint" }, "the demo’s CaBins:"),
+        html(
+          "div",
+          { class: "w-row w-chips" },
+          html("span", { class: "w-hint" }, "the demo’s CaBins"),
           demo.texts.map((text) => button(text, () => set(Cabins.tenths(Number(text))))),
           button("2.9999", () => set(29999)),
         ),
@@ -691,11 +698,15 @@ if (typeof document !== "undefined") {
           html("td", { class: "w-text" }, `“${text}”`),
           html(
             "td",
-            { class: "w-tiles" },
-            tile("start", 49406, "w-end"),
-            tile("p₁…p₈", "learnt", "w-end w-context"),
-            tiles,
-            tile("end", 49407, "w-end"),
+            { class: "w-cell" },
+            html(
+              "div",
+              { class: "w-tiles" },
+              tile("start", 49406, "w-end"),
+              tile("p₁…p₈", "learnt", "w-end w-context"),
+              tiles,
+              tile("end", 49407, "w-end"),
+            ),
           ),
         );
       }
@@ -952,10 +963,9 @@ if (typeof document !== "undefined") {
       const [legend, depthLegend] = [html("div"), html("div")];
       const numbers = readout({
         range: ["s of this text"],
-        all: ["s of all eight"],
-        here: ["s = 0 moves depth here by"],
-        rooms: [`and in all ${demo.silenced.n_rooms} test rooms by`],
-        metric: ["AbsRel with s, and with s = 0"],
+        here: ["moved by s = 0: mean, most"],
+        rooms: [`in all ${demo.silenced.n_rooms} test rooms`],
+        metric: ["AbsRel with s; with s = 0"],
       });
       const says = speech();
       fill(
@@ -1029,12 +1039,11 @@ if (typeof document !== "undefined") {
         const { silenced } = demo;
         numbers.show({
           range: `${fixed(Math.min(...own), 3)} to ${fixed(Math.max(...own), 3)}`,
-          all: `${fixed(Math.min(...all), 3)} to ${fixed(Math.max(...all), 3)}`,
-          here: `${fixed(silenced.mean_mm, 1)} mm, at most ${fixed(silenced.max_mm, 1)} mm`,
-          rooms: `${fixed(silenced.all_mean_mm, 1)} mm, at most ${fixed(silenced.all_max_mm, 1)} mm`,
+          here: `${fixed(silenced.mean_mm, 1)}, ${fixed(silenced.max_mm, 1)} mm`,
+          rooms: `${fixed(silenced.all_mean_mm, 1)}, ${fixed(silenced.all_max_mm, 1)} mm`,
           metric: [silenced.metrics.whole, silenced.metrics["s = 0"]]
             .map((metrics) => fixed(metrics.abs_rel, 4))
-            .join(", "),
+            .join("; "),
         });
         const seen = { with: "depth as it is", without: "depth with s = 0", difference: "depth with s = 0, minus depth" };
         put(says, `“${text}”: s from ${fixed(Math.min(...own), 3)} to ${fixed(Math.max(...own), 3)}, of −1 to 1 possible. On the right: ${seen[state.view]}.`);
@@ -1073,7 +1082,7 @@ if (typeof document !== "undefined") {
 
       const own = stage("error g of eight pixels", 226, drawErrors);
       const curve = stage("loss over λ", 226, drawCurve);
-      const bar = stage("what stands under the root", 46, drawBar);
+      const bar = stage("what stands under the root", 64, drawBar);
       const handles = FIRST.map((_, i) =>
         handle(
           own,
@@ -1103,8 +1112,7 @@ if (typeof document !== "undefined") {
         variance: ["variance of g", "block-bins"],
         left: ["(1 − λ) · mean²", "block-result"],
         forgiven: ["λ · mean², forgiven", "block-none"],
-        mean: ["mean of g", "result w-dashed"],
-        loss: ["loss, Eq. 6"],
+        loss: [["loss ", symbol("L", "pixel")], "result w-round"],
       });
       const grow = button("all depths × 1.3", () => shift(FACTOR));
       const shrink = button("all depths ÷ 1.3", () => shift(-FACTOR));
@@ -1159,7 +1167,7 @@ if (typeof document !== "undefined") {
           ),
           line(34, y(mean), width - 40, y(mean), { class: "w-line w-result w-dashed" }),
           ...state.g.map((g, i) => line(x(i), y(0), x(i), y(g), { class: "w-stem-g" })),
-          label(width / 2, BOTTOM + 17, "eight pixels", { "text-anchor": "middle", class: "w-quiet" }),
+          label(width / 2, BOTTOM + 17, `mean of g ${signed(mean, 3)} (dashed)`, { "text-anchor": "middle" }),
         );
         handles.forEach((mark, i) => mark.show(x(i), y(state.g[i])));
         write();
@@ -1200,12 +1208,13 @@ if (typeof document !== "undefined") {
         const ceiling = [0.05, 0.1, 0.2, 0.5, 1, 2].find((value) => value >= total) || 2;
         const across = scale(0, ceiling, 8, width - 8);
         const part = (from, size, kind) =>
-          svg("rect", { x: across(from), width: across(size) - across(0), y: 4, height: 16, class: kind });
+          svg("rect", { x: across(from), width: across(size) - across(0), y: 22, height: 16, class: kind });
         bar.back.replaceChildren(
           part(0, variance, "w-block-bins"),
           part(variance, left, "w-block-result"),
           part(variance + left, forgiven, "w-block-none"),
-          axis(across, 0, ceiling, 26, width, ""),
+          label(8, 13, "mean of g² = variance + squared mean"),
+          axis(across, 0, ceiling, 44, width, ""),
         );
       }
 
@@ -1217,8 +1226,7 @@ if (typeof document !== "undefined") {
           variance: fixed(now.variance, 4),
           left: fixed(now.left, 4),
           forgiven: fixed(now.forgiven, 4),
-          mean: signed(now.mean, 3),
-          loss: `10 √${fixed(now.variance + now.left, 4)} = ${fixed(now.loss, 3)}`,
+          loss: fixed(now.loss, 3),
         });
         grow.disabled = Math.max(...state.g) + FACTOR > LIMIT;
         shrink.disabled = Math.min(...state.g) - FACTOR < -LIMIT;
@@ -1268,8 +1276,8 @@ if (typeof document !== "undefined") {
       const numbers = readout({
         toCenters: ["chamfer(X, c)", "truth"],
         toDepths: ["chamfer(c, X)", "bins"],
-        loss: ["L_bins, Eq. 7"],
-        total: ["β L_bins, in Eq. 8"],
+        loss: [[symbol("L", "bins"), ", their sum"]],
+        total: [["β ", symbol("L", "bins"), ", in Eq. 8"]],
       });
       const says = speech();
       fill(
@@ -1298,8 +1306,9 @@ if (typeof document !== "undefined") {
       function arc(from, to, side, kind) {
         const [a, b] = [across(from), across(to)];
         const y = LINE + side * 12;
-        const rise = Math.min(10 + Math.abs(a - b) * 0.5, 78);
-        return svg("path", { class: `w-line ${kind}`, d: `M${a} ${y} C${a} ${y + side * rise} ${b} ${y + side * rise} ${b} ${y}` });
+        const top = y + side * Math.min(10 + Math.abs(a - b) * 0.5, 78);
+        // it leaves the mark, and ends on the line
+        return svg("path", { class: `w-line ${kind}`, d: `M${a} ${y} C${a} ${top} ${b} ${top} ${b} ${LINE}` });
       }
 
       function draw(width) {
