@@ -49,7 +49,9 @@ const Cabins = {
   // what the prompt says: e rounded to 4 decimals, as Python prints it
   numberText(e) {
     const number = Cabins.tenths(e);
-    const decimals = String(number % 1e4).padStart(4, "0").replace(/0+$/, "");
+    const decimals = String(number % 1e4)
+      .padStart(4, "0")
+      .replace(/0+$/, "");
     return `${Math.floor(number / 1e4)}.${decimals || "0"}`;
   },
 
@@ -160,7 +162,11 @@ if (typeof document !== "undefined") {
     const svg = (tag, attributes, ...children) =>
       build(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
-    const fixed = (value, digits) => value.toFixed(digits).replace(/^-(?=.*[1-9])/, "−").replace("-", "");
+    const fixed = (value, digits) =>
+      value
+        .toFixed(digits)
+        .replace(/^-(?=.*[1-9])/, "−")
+        .replace("-", "");
     const signed = (value, digits) => (value > 0 ? "+" : "") + fixed(value, digits);
     const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
     const count = (n, one, many = `${one}s`) => `${n} ${n === 1 ? one : many}`;
@@ -269,7 +275,10 @@ if (typeof document !== "undefined") {
 
     // ---- Controls and readouts
 
-    const unique = ((n) => () => `w-${n++}`)(1);
+    const unique = (
+      (n) => () =>
+        `w-${n++}`
+    )(1);
     const button = (text, onclick) => html("button", { type: "button", onclick }, text);
 
     function choice(title, options, chosen, onchoose) {
@@ -310,12 +319,21 @@ if (typeof document !== "undefined") {
           return html("div", {}, html("dt", {}, swatch || undefined, title), cells[key]);
         }),
       );
-      return { root, show: (values) => Object.entries(values).forEach(([k, v]) => put(cells[k], v)) };
+      return {
+        root,
+        show: (values) => Object.entries(values).forEach(([k, v]) => put(cells[k], v)),
+      };
     }
 
     const put = (element, text) => element.textContent === text || (element.textContent = text);
     const row = (...children) => html("div", { class: "w-row" }, ...children);
-    const symbol = (name, index) => html("span", { class: "w-math" }, html("i", {}, name), index === undefined ? [] : html("sub", {}, String(index)));
+    const symbol = (name, index) =>
+      html(
+        "span",
+        { class: "w-math" },
+        html("i", {}, name),
+        index === undefined ? [] : html("sub", {}, String(index)),
+      );
     const speech = () => html("p", { class: "w-says", "aria-live": "polite" });
 
     function fill(figure, title, text, ...children) {
@@ -377,12 +395,12 @@ if (typeof document !== "undefined") {
       const low = demo.min_depth;
       const metres = (share) => low + (state.range - low) * share;
       const share = (depth) => (depth - low) / (state.range - low);
-      const BAR = [50, 76];
-      const knobAt = (k) => 26 + 13 * (k % 2); // two heights, for borders that are close
-      const PLOT = [118, 258];
+      const BAR = [56, 82];
+      const knobAt = (k) => 32 + 13 * (k % 2); // two heights, for borders that are close
+      const PLOT = [124, 264];
       let x = scale(0, 1, 0, 1);
 
-      const own = stage("256 bins in 8 groups, and one group enlarged", 288, draw);
+      const own = stage("256 bins in 8 groups, and one group enlarged", 294, draw);
       const handles = Array.from({ length: K - 1 }, (_, k) =>
         handle(
           own,
@@ -408,7 +426,13 @@ if (typeof document !== "undefined") {
         if (py < BAR[0] || py > BAR[1] || event.target.closest(".w-handle")) return;
         const edges = widthsNow().edges;
         const at = share(x.back(px));
-        choose(clamp(edges.findIndex((edge) => edge > at), 1, n));
+        choose(
+          clamp(
+            edges.findIndex((edge) => edge > at),
+            1,
+            n,
+          ),
+        );
       });
 
       const bin = slider("bin i", { min: 1, max: n, step: 1 }, choose);
@@ -535,7 +559,8 @@ if (typeof document !== "undefined") {
           });
         });
         const own_c = c.slice(k * size, (k + 1) * size);
-        const upright = (value, kind) => line(across(value), top - 4, across(value), bottom, { class: kind });
+        const upright = (value, kind) =>
+          line(across(value), top - 4, across(value), bottom, { class: kind });
         own.back.append(
           svg(
             "g",
@@ -579,7 +604,7 @@ if (typeof document !== "undefined") {
         eq2.replaceChildren(
           ...["1 / (|", symbol("c", i), " − ", symbol("m", k + 1), "| + ε) = 1 / ("],
           `${fixed(off, 4)} ${unit} + 0.0001) = ${fixed(1 / (off + 1e-4), 2)}; softmax gives `,
-          ...[symbol("w", i), ` = ${weight(own_w)}`],
+          ...[symbol("w", i), ` = ${weight(own_w)}`.replace("= <", "<")],
         );
         const effective = 1 / Cabins.sum(w.map((value) => value ** 2));
         numbers.show({
@@ -589,18 +614,22 @@ if (typeof document !== "undefined") {
           effective: `${fixed(effective, 1)} of ${size} bins`,
         });
         const [first, second, third] = [...w].sort((p, q) => q - p);
-        const tops = `The largest weights of group ${k + 1} are ${weight(first)}, ${weight(second)} and ${weight(third)}`;
+        const tops =
+          `The largest weights of group ${k + 1} are ${weight(first)}, ${weight(second)} and ` +
+          weight(third).replace("<", "less than");
+        const nearest = effective < 1.5 ? "centre that is" : "two centres that are";
         const verdict =
           effective < 3
-            ? "Eq. 2 nearly picks the centre that is nearest to the mean."
+            ? `Eq. 2 nearly picks the ${nearest} nearest to the mean.`
             : effective > size / 2
-              ? "Eq. 2 is nearly the mean: in centimetres |c − m| is large, so 1 / (|c − m| + ε) is small for all, and softmax sees little difference."
+              ? "Eq. 2 is nearly the mean: |c − m| is large in this unit, its inverse small for " +
+                "all, and softmax sees little difference."
               : "Eq. 2 is something between a pick and the mean.";
         put(says, `${tops}. ${verdict}`);
       }
 
       const weight = (value) =>
-        value >= 0.01 ? fixed(value, 3) : value >= 5e-5 ? fixed(value, 4) : "less than 0.0001";
+        value >= 0.01 ? fixed(value, 3) : value >= 5e-5 ? fixed(value, 4) : "< 0.0001";
     }
 
     // ---- (b) The text of a distance, digit by digit
@@ -635,17 +664,38 @@ if (typeof document !== "undefined") {
         "A distance becomes a text.",
         "Type a distance, or step through the fourth decimal. Marked tokens are not those of e.",
         row(
-          html("div", { class: "w-field" }, html("label", { for: input.id }, "e, in metres"), input),
+          html(
+            "div",
+            { class: "w-field" },
+            html("label", { for: input.id }, "e, in metres"),
+            input,
+          ),
           button("− 0.0001", () => set(state.number - 1)),
           button("+ 0.0001", () => set(state.number + 1)),
         ),
         html(
           "table",
           { class: "w-tokens" },
-          html("thead", {}, html("tr", {}, head.map((text) => html("th", { scope: "col" }, text)))),
-          html("tbody", {}, rows.map((line) => line.root)),
+          html(
+            "thead",
+            {},
+            html(
+              "tr",
+              {},
+              head.map((text) => html("th", { scope: "col" }, text)),
+            ),
+          ),
+          html(
+            "tbody",
+            {},
+            rows.map((line) => line.root),
+          ),
         ),
-        html("p", { class: "w-note" }, "Tokens that differ from those of e, for distances 2 mm below e to 2 mm above it:"),
+        html(
+          "p",
+          { class: "w-note" },
+          "Tokens that differ from those of e, for distances 2 mm below e to 2 mm above it:",
+        ),
         own.place,
         numbers.root,
         html(
@@ -653,6 +703,7 @@ if (typeof document !== "undefined") {
           { class: "w-row w-chips" },
           html("span", { class: "w-hint" }, "the demo’s CaBins"),
           demo.texts.map((text) => button(text, () => set(Cabins.tenths(Number(text))))),
+          html("span", { class: "w-hint" }, "or"),
           button("2.9999", () => set(29999)),
         ),
         says,
@@ -689,9 +740,11 @@ if (typeof document !== "undefined") {
         if (number < 0 || number > MOST * 1e4) return root.replaceChildren();
         const text = Cabins.numberText(number / 1e4);
         const changed = differing(state.number, number);
-        const tiles = idsOf(number).map((id, i) =>
-          tile(text[i], id, step && changed[i] ? "w-changed" : ""),
-        );
+        const tiles = changed.map((differs, i) => {
+          const kind = step && differs ? "w-changed" : "";
+          if (i < text.length) return tile(text[i], idsOf(number)[i], kind);
+          return step ? tile("–", "none", `${kind} w-gone`) : []; // only the longer text goes on
+        });
         const name = step === 0 ? "e" : step < 0 ? "e − 0.0001" : "e + 0.0001";
         root.replaceChildren(
           html("th", { scope: "row" }, name),
@@ -757,7 +810,12 @@ if (typeof document !== "undefined") {
             : shared.length === 1 && shared[0] === "."
               ? "only the point"
               : `${count(shared.length, "token")}, “${shared.join("")}”`;
-        put(says, above === state.number ? "" : `“${text}” and “${next}” are 0.1 mm apart. They share ${what}.`);
+        put(
+          says,
+          above === state.number
+            ? ""
+            : `“${text}” and “${next}” are 0.1 mm apart. They share ${what}.`,
+        );
       }
     }
 
@@ -776,10 +834,12 @@ if (typeof document !== "undefined") {
       const spreads = Array.from({ length: rows * columns }, (_, place) =>
         Cabins.std(c, Cabins.probabilities(bytes, place, n)),
       );
-      const inside = spreads.map((_, i) => i).filter((i) => {
-        const [r, q] = [Math.floor(i / columns), i % columns];
-        return r > 1 && r < rows - 2 && q > 1 && q < columns - 2;
-      });
+      const inside = spreads
+        .map((_, i) => i)
+        .filter((i) => {
+          const [r, q] = [Math.floor(i / columns), i % columns];
+          return r > 1 && r < rows - 2 && q > 1 && q < columns - 2;
+        });
       const extreme = (better) => inside.reduce((a, b) => (better(spreads[b], spreads[a]) ? b : a));
       const state = { place: extreme((a, b) => a > b) };
 
@@ -792,7 +852,12 @@ if (typeof document !== "undefined") {
         "aria-valuemin": 0,
         "aria-valuemax": rows * columns - 1,
         onkeydown: (event) => {
-          const steps = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+          const steps = {
+            ArrowLeft: [0, -1],
+            ArrowRight: [0, 1],
+            ArrowUp: [-1, 0],
+            ArrowDown: [1, 0],
+          };
           if (!(event.key in steps)) return;
           event.preventDefault();
           const [r, q] = steps[event.key];
@@ -804,7 +869,8 @@ if (typeof document !== "undefined") {
         const box = photo.getBoundingClientRect();
         const y = ((event.clientY - box.top) / box.height) * H - 0.5;
         const x = ((event.clientX - box.left) / box.width) * W - 0.5;
-        const at = (pixel, small, large) => Math.round((pixel * (small - 1)) / (large - 1) / demo.p.step);
+        const at = (pixel, small, large) =>
+          Math.round((pixel * (small - 1)) / (large - 1) / demo.p.step);
         go(at(y, h, H), at(x, w, W));
       };
       photo.addEventListener("pointermove", (event) => {
@@ -829,12 +895,7 @@ if (typeof document !== "undefined") {
         html(
           "div",
           { class: "w-pair" },
-          html(
-            "div",
-            {},
-            photo,
-            gradient(demo.colors, "0 m", `${demo.shown_depth} m`),
-          ),
+          html("div", {}, photo, gradient(demo.colors, "0 m", `${demo.shown_depth} m`)),
           own.place,
         ),
         numbers.root,
@@ -891,7 +952,8 @@ if (typeof document !== "undefined") {
         const [top, bottom] = [22, 168];
         const x = scale(demo.min_depth, demo.max_depth, 34, width - 8);
         const most = Math.max(...p);
-        const ceiling = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1].find((v) => v >= most * 0.999) || 1;
+        const ceiling =
+          [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1].find((v) => v >= most * 0.999) || 1;
         const up = scale(0, ceiling, bottom, top + 4);
         const d = x(found.depth);
         const [from, to] = [-1, 1].map((side) =>
@@ -909,9 +971,13 @@ if (typeof document !== "undefined") {
           ),
           svg("path", {
             class: "w-stems",
-            d: c.map((center, k) => `M${x(center).toFixed(1)} ${bottom}V${up(p[k]).toFixed(1)}`).join(""),
+            d: c
+              .map((center, k) => `M${x(center).toFixed(1)} ${bottom}V${up(p[k]).toFixed(1)}`)
+              .join(""),
           }),
-          line(x(found.truth), top - 8, x(found.truth), bottom, { class: "w-line w-truth w-dashed" }),
+          line(x(found.truth), top - 8, x(found.truth), bottom, {
+            class: "w-line w-truth w-dashed",
+          }),
           label(x(found.truth), top - 11, "true", {
             "text-anchor": x(found.truth) > width - 30 ? "end" : "middle",
           }),
@@ -963,7 +1029,7 @@ if (typeof document !== "undefined") {
       const [legend, depthLegend] = [html("div"), html("div")];
       const numbers = readout({
         range: ["s of this text"],
-        here: ["moved by s = 0: mean, most"],
+        here: ["depth moved: mean, most"],
         rooms: [`in all ${demo.silenced.n_rooms} test rooms`],
         metric: ["AbsRel with s; with s = 0"],
       });
@@ -973,7 +1039,12 @@ if (typeof document !== "undefined") {
         "Eight similarity maps, and silence.",
         "Choose a text to see how much each place in the image is like it. " +
           "Then set s to 0: the depth decoder gets no text at all.",
-        html("fieldset", { class: "w-maps" }, html("legend", {}, "text of e_k, in metres"), options.map((o) => o.root)),
+        html(
+          "fieldset",
+          { class: "w-maps" },
+          html("legend", {}, "text of each ", symbol("e", "k"), ", in metres"),
+          options.map((o) => o.root),
+        ),
         html(
           "div",
           { class: "w-pair" },
@@ -981,10 +1052,15 @@ if (typeof document !== "undefined") {
           html("div", {}, html("div", { class: "w-photo" }, view), depthLegend),
         ),
         row(
-          choice("colours of s", { one: "one scale for all", own: "each its own" }, "one", (value) => {
-            state.scale = value;
-            draw();
-          }),
+          choice(
+            "colours of s",
+            { one: "one scale for all", own: "each its own" },
+            "one",
+            (value) => {
+              state.scale = value;
+              draw();
+            },
+          ),
           choice(
             "depth",
             { with: "with s", without: "s = 0", difference: "difference" },
@@ -1011,7 +1087,9 @@ if (typeof document !== "undefined") {
         const context = canvas.getContext("2d", { willReadFrequently: true });
         context.drawImage(photo, 0, 0);
         const { data } = context.getImageData(0, 0, W, H);
-        grey = grey.map((_, i) => 0.3 * data[4 * i] + 0.59 * data[4 * i + 1] + 0.11 * data[4 * i + 2]);
+        grey = grey.map(
+          (_, i) => 0.3 * data[4 * i] + 0.59 * data[4 * i + 1] + 0.11 * data[4 * i + 2],
+        );
         draw();
       });
       draw();
@@ -1021,7 +1099,9 @@ if (typeof document !== "undefined") {
         const values = state.scale === "one" ? all : maps[k];
         const [low, high] = [Math.min(...values), Math.max(...values)];
         paint(canvas, W, H, (i) => {
-          const cell = Math.floor((Math.floor(i / W) * rows) / H) * columns + Math.floor(((i % W) * columns) / W);
+          const cell =
+            Math.floor((Math.floor(i / W) * rows) / H) * columns +
+            Math.floor(((i % W) * columns) / W);
           const color = between(stops, (maps[k][cell] - low) / (high - low));
           return color.map((value) => strength * value + (1 - strength) * (40 + 0.8 * grey[i]));
         });
@@ -1033,7 +1113,10 @@ if (typeof document !== "undefined") {
         const [low, high] = paintMap(large, state.k, 0.62);
         const own = maps[state.k];
         const text = demo.texts[state.k];
-        large.setAttribute("aria-label", `similarity of the text ${text} to each of ${rows} x ${columns} places`);
+        large.setAttribute(
+          "aria-label",
+          `similarity of the text ${text} to each of ${rows} x ${columns} places`,
+        );
         legend.replaceChildren(gradient(demo.colors, fixed(low, 3), fixed(high, 3)));
         drawDepth();
         const { silenced } = demo;
@@ -1045,14 +1128,36 @@ if (typeof document !== "undefined") {
             .map((metrics) => fixed(metrics.abs_rel, 4))
             .join("; "),
         });
-        const seen = { with: "depth as it is", without: "depth with s = 0", difference: "depth with s = 0, minus depth" };
-        put(says, `“${text}”: s from ${fixed(Math.min(...own), 3)} to ${fixed(Math.max(...own), 3)}, of −1 to 1 possible. On the right: ${seen[state.view]}.`);
+        const seen = {
+          with: "depth as it is",
+          without: "depth with s = 0",
+          difference: "depth with s = 0, minus depth",
+        };
+        put(
+          says,
+          `“${text}”: its map and the mean of the other seven have a correlation of ` +
+            `${fixed(likeness(state.k), 2)}. On the right: ${seen[state.view]}.`,
+        );
+      }
+
+      // correlation of a map with the mean of the others: 1 says that it has their pattern
+      function likeness(k) {
+        const others = maps[k].map((_, i) => Cabins.sum(maps.map((m, j) => (j === k ? 0 : m[i]))));
+        const [a, b] = [maps[k], others].map((values) => {
+          const mean = Cabins.mean(values);
+          return values.map((value) => value - mean);
+        });
+        const dot = (x, y) => Cabins.sum(x.map((value, i) => value * y[i]));
+        return dot(a, b) / Math.sqrt(dot(a, a) * dot(b, b));
       }
 
       function drawDepth() {
         const [h, w] = demo.depth.size;
         const top = demo.silenced.max_mm / 1000;
-        const [signal, names] = [signs.map(channels), { with: "depth", without: "depth with s = 0", difference: "difference" }];
+        const [signal, names] = [
+          signs.map(channels),
+          { with: "depth", without: "depth with s = 0", difference: "difference" },
+        ];
         paint(view, w, h, (i) => {
           if (state.view === "difference") return between(signal, 0.5 + change[i] / top / 2);
           const value = depth[i] + (state.view === "without" ? change[i] : 0);
@@ -1099,7 +1204,8 @@ if (typeof document !== "undefined") {
               state.before = null;
               draw();
             },
-            text: () => `${fixed(state.g[i], 2)}: depth is ${fixed(Math.exp(state.g[i]), 2)} times the truth`,
+            text: () =>
+              `${fixed(state.g[i], 2)}: depth is ${fixed(Math.exp(state.g[i]), 2)} times the truth`,
           },
           svg("circle", { r: 6, class: "w-knob" }),
         ),
@@ -1167,7 +1273,9 @@ if (typeof document !== "undefined") {
           ),
           line(34, y(mean), width - 40, y(mean), { class: "w-line w-result w-dashed" }),
           ...state.g.map((g, i) => line(x(i), y(0), x(i), y(g), { class: "w-stem-g" })),
-          label(width / 2, BOTTOM + 17, `mean of g ${signed(mean, 3)} (dashed)`, { "text-anchor": "middle" }),
+          label(width / 2, BOTTOM + 17, `mean of g ${signed(mean, 3)} (dashed)`, {
+            "text-anchor": "middle",
+          }),
         );
         handles.forEach((mark, i) => mark.show(x(i), y(state.g[i])));
         write();
@@ -1192,7 +1300,9 @@ if (typeof document !== "undefined") {
               line(30, up(value), width - 10, up(value), { class: value ? "w-grid" : "" }),
               label(24, up(value) + 4, text, { "text-anchor": "end" }),
             ]),
-            [0, 0.5, 1].map((v) => label(across(v), BOTTOM + 17, String(v), { "text-anchor": "middle" })),
+            [0, 0.5, 1].map((v) =>
+              label(across(v), BOTTOM + 17, String(v), { "text-anchor": "middle" }),
+            ),
             label(30, TOP - 2, "loss"),
             label(across(0.75), BOTTOM + 17, "λ", { "text-anchor": "middle", class: "w-symbol" }),
           ),
@@ -1208,7 +1318,13 @@ if (typeof document !== "undefined") {
         const ceiling = [0.05, 0.1, 0.2, 0.5, 1, 2].find((value) => value >= total) || 2;
         const across = scale(0, ceiling, 8, width - 8);
         const part = (from, size, kind) =>
-          svg("rect", { x: across(from), width: across(size) - across(0), y: 22, height: 16, class: kind });
+          svg("rect", {
+            x: across(from),
+            width: across(size) - across(0),
+            y: 22,
+            height: 16,
+            class: kind,
+          });
         bar.back.replaceChildren(
           part(0, variance, "w-block-bins"),
           part(variance, left, "w-block-result"),
@@ -1270,7 +1386,8 @@ if (typeof document !== "undefined") {
           shape,
         );
       const circle = () => svg("circle", { r: 6, class: "w-knob w-knob-truth" });
-      const diamond = () => svg("path", { d: "M0 -7 L7 0 L0 7 L-7 0 Z", class: "w-knob w-knob-bins" });
+      const diamond = () =>
+        svg("path", { d: "M0 -7 L7 0 L0 7 L-7 0 Z", class: "w-knob w-knob-bins" });
       const depths = FIRST.x.map((_, i) => mark("x", "true depth", 0, i, circle()));
       const centers = FIRST.c.map((_, i) => mark("c", "bin centre", 0, i, diamond()));
       const numbers = readout({
@@ -1308,7 +1425,10 @@ if (typeof document !== "undefined") {
         const y = LINE + side * 12;
         const top = y + side * Math.min(10 + Math.abs(a - b) * 0.5, 78);
         // it leaves the mark, and ends on the line
-        return svg("path", { class: `w-line ${kind}`, d: `M${a} ${y} C${a} ${top} ${b} ${top} ${b} ${LINE}` });
+        return svg("path", {
+          class: `w-line ${kind}`,
+          d: `M${a} ${y} C${a} ${top} ${b} ${top} ${b} ${LINE}`,
+        });
       }
 
       function draw(width) {
@@ -1340,7 +1460,12 @@ if (typeof document !== "undefined") {
 
     // ---- Start
 
-    const WIDGETS = { bins: binsWidget, tokens: tokensWidget, pixel: pixelWidget, maps: mapsWidget };
+    const WIDGETS = {
+      bins: binsWidget,
+      tokens: tokensWidget,
+      pixel: pixelWidget,
+      maps: mapsWidget,
+    };
     Object.assign(WIDGETS, { silog: silogWidget, chamfer: chamferWidget });
 
     document.addEventListener("DOMContentLoaded", () => {
