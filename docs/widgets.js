@@ -240,7 +240,7 @@ if (typeof document !== "undefined") {
           "aria-label": name,
           "aria-orientation": vertical ? "vertical" : "horizontal",
         },
-        svg("circle", { r: 15, class: "w-hit" }),
+        svg("circle", { r: 13, class: "w-hit" }),
         shapes,
       );
       const move = (value) => set(clamp(value, min(), max()));
@@ -338,7 +338,7 @@ if (typeof document !== "undefined") {
 
     function fill(figure, title, text, ...children) {
       const caption = html("figcaption", {}, html("strong", {}, title), " ", text);
-      figure.replaceChildren(caption, ...children);
+      figure.replaceChildren(caption, ...children.filter((child) => child !== undefined));
     }
 
     const scale = (low, high, from, to) => {
@@ -442,6 +442,8 @@ if (typeof document !== "undefined") {
         median: ["median", "other w-dotted"],
         effective: [["bins that count, 1 / Σ ", symbol("w"), "²"]],
       });
+      const least = Math.min(...demo.widths) * (demo.max_depth - demo.min_depth);
+      const narrow = demo.widths.filter((b) => b < 1.0001 * Math.min(...demo.widths)).length;
       const eq1 = html("p", { class: "w-sum" });
       const eq2 = html("p", { class: "w-sum" });
       const says = speech();
@@ -467,6 +469,14 @@ if (typeof document !== "undefined") {
         html("div", { class: "w-sums" }, eq1, eq2),
         numbers.root,
         says,
+        narrow > 1
+          ? html(
+              "p",
+              { class: "w-note" },
+              `Dark blocks in the bar are many narrow bins. In the demo ${narrow} of ${n} have the ` +
+                `least width that ReLU + 0.1 leaves them, ${fixed(1000 * least, 1)} mm.`,
+            )
+          : undefined,
       );
       start(demo.widths);
       const { w } = Cabins.distanceClasses(demo.centers, K);
