@@ -473,7 +473,7 @@ if (typeof document !== "undefined") {
           ? html(
               "p",
               { class: "w-note" },
-              `Dark blocks in the bar are many narrow bins. In the demo ${narrow} of ${n} have the ` +
+              `Solid blocks in the bar are many narrow bins. In the demo ${narrow} of ${n} have the ` +
                 `least width that ReLU + 0.1 leaves them, ${fixed(1000 * least, 1)} mm.`,
             )
           : undefined,
