@@ -1,0 +1,209 @@
+"""Figure 2 of the paper, drawn anew as SVG, for docs/build.py: once for wide pages, once for phones.
+
+Boxes link to the rows of the page. An edge carries a symbol, its shape for two networks, and whether
+a gradient flows back along it. CSS shows what the switches beside the figure choose.
+"""
+
+import html
+
+# name of a box: (title, second line, row of the page, sign)
+BOXES = {
+    "encoder": ("Image encoder", "ResNet", "ResNet", ""),
+    "bins": ("Bin MLP", "AdaptiveBins", "AdaptiveBins", ""),
+    "eq1": ("Bin centres", "Eq. 1", "bin_centers", ""),
+    "cabins": ("CaBins", "Eq. 2", "distance_classes", ""),
+    "digits": ("Digits", "number_tokens", "number_tokens", ""),
+    "prompts": ("Prompts", "learnable", "CaBins.encode_prompts", ""),
+    "text": ("Text encoder", "CLIP, frozen", "CLIP", "frozen"),
+    "context": ("TransDecoder", "Eq. 3", "ContextDecoder", ""),
+    "cosine": ("Similarity", "Eq. 4", "cosine_similarity", ""),
+    "decoder": ("Depth decoder", "DepthDecoder", "DepthDecoder", ""),
+    "eq5": ("Mean of bins", "Eq. 5", "expected_depth", ""),
+    "loss": ("Loss", "Eq. 6, 7, 8", "total_loss", ""),
+}
+# name of an edge: (label, glossary symbols, shape, whether a gradient flows back)
+EDGES = {
+    "image": ("I", "image", "image", "none"),
+    "z_bar": ("z̄", "z_bar", "D", "back"),
+    "b": ("b", "b", "n", "back"),
+    "c": ("c(b)", "c", "n", "none"),
+    "c5": ("c(b)", "c", "", "back"),
+    "c7": ("c(b)", "c", "", "back"),
+    "e": ("e_k", "e", "K", "cut"),
+    "ids": ("ids", "", "ids", "none"),
+    "prompts": ("p", "prompts", "prompts", "back"),
+    "t": ("t", "t", "t", "back"),
+    "zz": ("z̄, z", "z", "z", "back"),
+    "t3": ("t", "t", "", "back"),
+    "z": ("z", "z", "", "back"),
+    "x": ("x_1 … x_4", "pyramid", "x", "back"),
+    "s": ("s", "s", "s", "back"),
+    "p": ("p", "p", "p", "back"),
+    "d": ("d", "d", "d", "back"),
+    "d8": ("d", "d", "", "back"),
+    "target": ("d*", "target", "", "none"),
+}
+WIDE = {
+    "size": (1200, 500),
+    "boxes": {
+        "encoder": (230, 235, 130, 170),
+        "bins": (400, 70, 122, 58),
+        "eq1": (572, 70, 122, 58),
+        "cabins": (744, 70, 122, 58),
+        "digits": (916, 70, 122, 58),
+        "prompts": (916, 160, 122, 50),
+        "text": (1104, 70, 138, 58),
+        "context": (1104, 222, 138, 58),
+        "cosine": (1104, 326, 138, 58),
+        "decoder": (1104, 432, 138, 62),
+        "eq5": (572, 446, 122, 58),
+        "loss": (230, 446, 122, 58),
+    },
+    "pictures": {
+        "picture": (20, 193, 112),
+        "depth_png": (344, 404, 112),
+        "truth_png": (20, 404, 112),
+    },
+    # points of the edge, then where its label stands
+    "edges": {
+        "image": ("132,235 165,235", (148, 224)),
+        "z_bar": ("230,150 230,70 339,70", (284, 59)),
+        "b": ("461,70 511,70", (486, 59)),
+        "c": ("633,70 683,70", (658, 59)),
+        "c5": ("572,99 572,417", (604, 170)),
+        "c7": ("572,352 230,352 230,417", (400, 341)),
+        "e": ("805,70 855,70", (830, 59)),
+        "ids": ("977,70 1035,70", (1006, 59)),
+        "prompts": ("977,160 1075,160 1075,99", (1022, 149)),
+        "t": ("1118,99 1118,193", (1146, 142)),
+        "zz": ("295,205 1035,205", (400, 194)),
+        "t3": ("1104,251 1104,297", (1122, 280)),
+        "z": ("295,250 1008,250 1008,326 1035,326", (400, 239)),
+        "x": ("295,300 985,300 985,418 1035,418", (400, 289)),
+        "s": ("1104,355 1104,401", (1134, 374)),
+        "p": ("1035,450 633,450", (834, 439)),
+        "d": ("511,446 458,446", (486, 435)),
+        "d8": ("342,446 291,446", (316, 435)),
+        "target": ("132,446 169,446", (150, 435)),
+    },
+}
+TALL = {
+    "size": (360, 1190),
+    "boxes": {
+        "encoder": (180, 150, 150, 56),
+        "bins": (180, 242, 150, 50),
+        "eq1": (180, 332, 150, 50),
+        "cabins": (180, 422, 150, 50),
+        "digits": (180, 512, 150, 50),
+        "prompts": (72, 604, 84, 50),
+        "text": (205, 604, 130, 50),
+        "context": (180, 696, 150, 50),
+        "cosine": (180, 786, 150, 50),
+        "decoder": (180, 876, 150, 50),
+        "eq5": (180, 966, 150, 50),
+        "loss": (180, 1160, 150, 50),
+    },
+    "pictures": {"picture": (130, 4, 100), "depth_png": (130, 1026, 100)},
+    "edges": {
+        "image": ("180,81 180,122", (212, 106)),
+        "z_bar": ("180,178 180,217", (206, 202)),
+        "b": ("180,267 180,307", (206, 292)),
+        "c": ("180,357 180,397", (212, 382)),
+        "c5": ("105,332 18,332 18,966 105,966", (62, 321)),
+        "c7": ("18,960 18,1160 105,1160", (62, 1149)),
+        "e": ("180,447 180,487", (212, 472)),
+        "ids": ("180,537 180,579", (212, 562)),
+        "prompts": ("114,604 140,604", (72, 644)),
+        "t": ("192,629 192,671", (222, 655)),
+        "zz": ("255,164 286,164 286,696 255,696", (274, 720)),
+        "t3": ("180,721 180,761", (200, 746)),
+        "z": ("255,150 310,150 310,786 255,786", (290, 778)),
+        "x": ("255,136 334,136 334,876 255,876", (296, 866)),
+        "s": ("180,811 180,851", (212, 836)),
+        "p": ("180,901 180,941", (224, 926)),
+        "d": ("180,991 180,1024", (204, 1012)),
+        "d8": ("180,1101 180,1135", (200, 1122)),
+        "target": ("330,1160 255,1160", (300, 1149)),
+    },
+}
+
+
+def shapes(sizes: dict, height: int, width: int, digits: int) -> dict[str, str]:
+    """The shape on each edge for one image of H x W, for the sizes of one Architecture."""
+    h, w = height // 32, width // 32
+    channels = [4 * sizes["width"] * 2**i for i in range(4)]
+    return {
+        "image": f"3×{height}×{width}",
+        "D": f"{sizes['embed_dim']}",
+        "n": "256",
+        "K": "8",
+        "ids": f"8×{digits}",
+        "prompts": f"8×{sizes['text_width']}",
+        "t": f"8×{sizes['embed_dim']}",
+        "z": f"{sizes['embed_dim']}×{h}×{w}",
+        "x": f"{channels[0]} … {channels[3]} channels",
+        "s": f"8×{h}×{w}",
+        "p": f"256×{height // 2}×{width // 2}",
+        "d": f"{height // 2}×{width // 2}",
+    }
+
+
+def label(text: str) -> str:
+    """ "e_k" with its k lowered."""
+    parts = text.replace("x_1", "x_₁").replace("x_4", "x_₄").replace("_₁", "₁").replace("_₄", "₄")
+    if "_" not in parts:
+        return parts
+    base, low = parts.split("_")
+    return f'{base}<tspan class="low" dy="3">{low}</tspan>'
+
+
+def draw_edge(name: str, layout: dict, variants: dict[str, dict], arrow: str) -> str:
+    text, symbol, key, flow = EDGES[name]
+    points, (x, y) = layout["edges"][name]
+    out = f'<g class="edge {flow}"><polyline class="halo" points="{points}"/>'
+    out += f'<polyline class="fwd" points="{points}" marker-end="url(#{arrow})"/>'
+    if flow == "back":
+        out += f'<polyline class="bwd" points="{points}" marker-start="url(#{arrow}-back)"/>'
+    own = f'class="name sym" data-s="{symbol}"' if symbol else 'class="name"'
+    shown = f'<text x="{x}" y="{y}"><tspan {own}>{label(text)}</tspan></text>'
+    for kind, shape in variants.items() if key else ():
+        below = 24 if layout is WIDE else 0
+        at, anchor = (x, "") if below else (x + 16, ' text-anchor="start"')
+        shown += f'<text class="shape {kind}" x="{at}" y="{y + below}"{anchor}>{shape[key]}</text>'
+    return out + shown + "</g>"
+
+
+def draw_one(layout: dict, kind: str, pictures: dict, variants: dict[str, dict]) -> str:
+    width, height = layout["size"]
+    arrow = f"arrow-{kind}"
+    out = f'<svg class="figure2 {kind}" viewBox="0 0 {width} {height}" role="group" '
+    out += f'aria-label="Figure 2, the network, {kind}"><defs>'
+    for name in (arrow, f"{arrow}-back"):
+        out += f'<marker id="{name}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
+        out += 'markerHeight="7" orient="auto-start-reverse"><path d="M0 0 8 4 0 8z"/></marker>'
+    out += "</defs>"
+    out += "".join(draw_edge(name, layout, variants, arrow) for name in layout["edges"])
+    for name, (x, y, w, h) in layout["boxes"].items():
+        title, second, row, sign = BOXES[name]
+        dy = 3 if name != "encoder" or h < 100 else 0
+        out += f'<a href="#{row}" class="box {sign}"><rect x="{x - w / 2}" y="{y - h / 2}" '
+        out += f'width="{w}" height="{h}" rx="5"/><text x="{x}" y="{y - 6 + dy}">{title}</text>'
+        out += f'<text class="second" x="{x}" y="{y + 12 + dy}">{second}</text></a>'
+    for name, (x, y, w) in layout["pictures"].items():
+        what = {"picture": "image I", "depth_png": "depth d", "truth_png": "true depth d*"}[name]
+        out += f'<image x="{x}" y="{y}" width="{w}" height="{w * 3 / 4}" '
+        out += f'href="{html.escape(pictures[name])}"><title>{what}</title></image>'
+    x, y = layout["edges"]["e"][1]
+    cut = (x, y + 11) if layout is WIDE else (180, y - 4)
+    out += f'<g class="scissors"><circle cx="{cut[0]}" cy="{cut[1]}" r="11"/>'
+    out += f'<path d="M{cut[0] - 5} {cut[1] - 5}l10 10m0 -10l-10 10"/></g>'
+    return out + "</svg>"
+
+
+def draw(demo: dict, architectures: dict[str, dict]) -> str:
+    """Both drawings. `architectures` has the sizes of each of cabins.BACKBONES."""
+    variants = {
+        "rn101": shapes(architectures["RN101"], 480, 640, 9),
+        "tiny": shapes(architectures["tiny"], *demo["size"], 9),
+    }
+    return "".join(draw_one(a, b, demo, variants) for a, b in ((WIDE, "wide"), (TALL, "tall")))
