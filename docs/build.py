@@ -67,10 +67,12 @@ def fill_row(attributes: dict, body: str) -> str:
         if part is not node:
             left.append(f"<h4><code>{part.name}</code></h4>")
         left += prose(ast.get_docstring(part), name)
-    left += [p for note in notes for p in prose(note, name)]
+    left += [paragraph for note in notes for paragraph in prose(note, name)]
     rows = "".join(ledger(n) for n in attributes.get("ledger", name).split(", "))
-    if ("note" in "".join(left[:9]) and "NOTE" in "".join(left)) and not rows:
+    noted = [i for i, paragraph in enumerate(left) if 'class="note"' in paragraph]
+    if noted and not rows:
         raise BuildError(f"{file}: {name} has a NOTE, and README's ledger has no row on it.")
+    left.insert(noted[-1] + 1 if noted else len(left), rows)
     tests = "".join(fill_test(test) for test in attributes.get("tests", "").split())
     tests = f'<div class="tests"><h4>Asserted by</h4>{tests}</div>' if tests else ""
     widget = attributes.get("widget")
@@ -78,7 +80,7 @@ def fill_row(attributes: dict, body: str) -> str:
         widget = f'<figure class="widget" id="widget-{widget}" data-widget="{widget}"></figure>'
     return (
         f'<section class="row" id="{name}"><div class="left"><h3>{attributes["title"]}</h3>'
-        f"{left[0] if left else ''}{body}{''.join(left[1:])}{rows}{tests}</div>"
+        f"{left[0] if left else ''}{body}{''.join(left[1:])}{tests}</div>"
         f'<div class="right">{code(file, name)}{widget or ""}</div></section>'
     )
 
@@ -89,6 +91,7 @@ def fill_test(name: str) -> str:
     about = ast.get_docstring(source("test_cabins.py").find(name)) or ""
     about = "".join(prose(about))
     shown = code("test_cabins.py", name)
+    name = name.replace("_", "_<wbr>")
     return f"<details><summary><code>{name}</code></summary>{about}{shown}</details>"
 
 
@@ -141,6 +144,13 @@ def fill_quoted(attributes: dict, body: str) -> str:
     return table(["", *(headings[c] for c in columns)], rows, attributes["label"])
 
 
+def fill_typed(attributes: dict, body: str) -> str:
+    """Rows of the paper's Tables 3 and 4, which no file of the code has."""
+    headings = [text for name, text in constant("HEADINGS").items() if name != "rmse_log"]
+    rows = [line.rsplit(maxsplit=len(headings)) for line in body.splitlines()]
+    return table(["", *headings], rows, attributes["label"])
+
+
 def fill_measured(attributes: dict, body: str) -> str:
     headings, metrics = constant("HEADINGS"), demo()["silenced"]["metrics"]
     rows = [[name, *(f"{row[c]:.3f}" for c in headings)] for name, row in metrics.items()]
@@ -178,12 +188,21 @@ def fill_heading(attributes: dict, body: str) -> str:
     number, _, title = line[1].partition("  ")
     title = title or line[1]
     number = f"<span>{number}</span> " if title != number else ""
-    return f'<h2 id="{attributes["id"]}">{number}{html.escape(title.rstrip("."))}</h2>'
+    title, _, rest = title.rstrip(".").partition(". ")
+    rest = f" <small>{html.escape(rest)}.</small>" if rest else ""
+    return f'<h2 id="{attributes["id"]}">{number}{html.escape(title)}{rest}</h2>'
 
 
 def fill_idea(attributes: dict, body: str) -> str:
     """The second paragraph of cabins.py's docstring: the idea."""
     return prose(ast.get_docstring(source("cabins.py").tree))[1]
+
+
+def fill_notation(attributes: dict, body: str) -> str:
+    """What cabins.py's docstring says below the glossary."""
+    paragraphs = prose(ast.get_docstring(source("cabins.py").tree))
+    start = next(i for i, text in enumerate(paragraphs) if re.search("code +paper +shape", text))
+    return "".join(paragraphs[start + 1 :])
 
 
 def fill_code(attributes: dict, body: str) -> str:
@@ -212,7 +231,8 @@ def fill(template: str) -> str:
 def build() -> str:
     parts = {name: (DOCS / name).read_text(encoding="utf-8") for name in PARTS}
     page = fill(parts["page.html"]).replace("{{figure2}}", figure2.draw(demo(), architectures()))
-    for name in ("picture", "depth_png", "truth_png", "about", "shown_depth"):
+    page = page.replace("{{about}}", MARKDOWN.renderInline(demo()["about"]))
+    for name in ("picture", "depth_png", "truth_png", "shown_depth"):
         page = page.replace(f"{{{{{name}}}}}", html.escape(str(demo()[name])))
     page = page.replace("{{colors}}", ", ".join(demo()["colors"]))
     page = typeset(page)

@@ -5,6 +5,7 @@ a gradient flows back along it. CSS shows what the switches beside the figure ch
 """
 
 import html
+import re
 
 # name of a box: (title, second line, row of the page, sign)
 BOXES = {
@@ -44,9 +45,9 @@ EDGES = {
     "target": ("d*", "target", "", "none"),
 }
 WIDE = {
-    "size": (1200, 500),
+    "size": (1180, 500),
     "boxes": {
-        "encoder": (230, 235, 130, 170),
+        "encoder": (250, 235, 130, 170),
         "bins": (400, 70, 122, 58),
         "eq1": (572, 70, 122, 58),
         "cabins": (744, 70, 122, 58),
@@ -57,7 +58,7 @@ WIDE = {
         "cosine": (1104, 326, 138, 58),
         "decoder": (1104, 432, 138, 62),
         "eq5": (572, 446, 122, 58),
-        "loss": (230, 446, 122, 58),
+        "loss": (250, 446, 122, 58),
     },
     "pictures": {
         "picture": (20, 193, 112),
@@ -66,25 +67,25 @@ WIDE = {
     },
     # points of the edge, then where its label stands
     "edges": {
-        "image": ("132,235 165,235", (148, 224)),
-        "z_bar": ("230,150 230,70 339,70", (284, 59)),
+        "image": ("112,235 185,235", (147, 224)),
+        "z_bar": ("250,150 250,70 339,70", (296, 59)),
         "b": ("461,70 511,70", (486, 59)),
         "c": ("633,70 683,70", (658, 59)),
         "c5": ("572,99 572,417", (604, 170)),
-        "c7": ("572,352 230,352 230,417", (400, 341)),
+        "c7": ("572,352 250,352 250,417", (410, 341)),
         "e": ("805,70 855,70", (830, 59)),
         "ids": ("977,70 1035,70", (1006, 59)),
         "prompts": ("977,160 1075,160 1075,99", (1022, 149)),
         "t": ("1118,99 1118,193", (1146, 142)),
-        "zz": ("295,205 1035,205", (400, 194)),
+        "zz": ("315,205 1035,205", (410, 194)),
         "t3": ("1104,251 1104,297", (1122, 280)),
-        "z": ("295,250 1008,250 1008,326 1035,326", (400, 239)),
-        "x": ("295,300 985,300 985,418 1035,418", (400, 289)),
+        "z": ("315,250 1008,250 1008,326 1035,326", (410, 239)),
+        "x": ("315,300 985,300 985,418 1035,418", (410, 289)),
         "s": ("1104,355 1104,401", (1134, 374)),
         "p": ("1035,450 633,450", (834, 439)),
-        "d": ("511,446 458,446", (486, 435)),
-        "d8": ("342,446 291,446", (316, 435)),
-        "target": ("132,446 169,446", (150, 435)),
+        "d": ("511,446 470,446", (491, 435)),
+        "d8": ("356,446 313,446", (335, 435)),
+        "target": ("112,446 187,446", (150, 435)),
     },
 }
 TALL = {
@@ -149,12 +150,9 @@ def shapes(sizes: dict, height: int, width: int, digits: int) -> dict[str, str]:
 
 
 def label(text: str) -> str:
-    """ "e_k" with its k lowered."""
-    parts = text.replace("x_1", "x_₁").replace("x_4", "x_₄").replace("_₁", "₁").replace("_₄", "₄")
-    if "_" not in parts:
-        return parts
-    base, low = parts.split("_")
-    return f'{base}<tspan class="low" dy="3">{low}</tspan>'
+    """A symbol with what follows its underscore lowered: "e_k"."""
+    low = '<tspan class="low" dy="3">\\1</tspan><tspan dy="-3">\u200b</tspan>'
+    return re.sub(r"_(\w)", low, text)
 
 
 def draw_edge(name: str, layout: dict, variants: dict[str, dict], arrow: str) -> str:

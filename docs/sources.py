@@ -14,7 +14,7 @@ from pygments.lexers import PythonLexer
 from pygments.token import Token
 
 ROOT = Path(__file__).parents[1]
-MARKDOWN = MarkdownIt("commonmark", {"html": False})
+MARKDOWN = MarkdownIt("commonmark", {"html": False, "typographer": True}).enable(["smartquotes"])
 
 # The glossary's symbols in TeX. The names are those of its first column.
 TEX = {"image": "I", "pyramid": r"\{\mathbf{x}_i\}", "z_bar": r"\bar{\mathbf{z}}"}
@@ -95,13 +95,14 @@ def documented(node: ast.AST) -> list[tuple[ast.AST, ast.Expr]]:
     return [(n, n.body[0]) for n in nodes if hasattr(n, "name") and ast.get_docstring(n)]
 
 
-def ranges(node: ast.AST) -> list[tuple[int, int]]:
+def ranges(node: ast.AST, lines: list[str]) -> list[tuple[int, int]]:
     """The first and last lines of the node's code without its docstrings, which are shown as prose."""
     first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
     found = []
     for _, docstring in documented(node):
         found.append((first, docstring.lineno - 1))
         first = docstring.end_lineno + 1
+        first += first <= node.end_lineno and not lines[first - 1].strip()
     return [(a, b) for a, b in [*found, (first, node.end_lineno)] if a <= b]
 
 
@@ -116,7 +117,7 @@ def mark(name: str, shown: str) -> str:
 
 def code(file: str, name: str, label: str = "") -> str:
     """Code with line numbers; a gap in them is where a docstring stands."""
-    own, spans = source(file), ranges(source(file).find(name))
+    own, spans = source(file), ranges(source(file).find(name), source(file).lines)
     symbols, lines = set(NAMES.get(name, "").split()), []
     for first, last in spans:
         for number in range(first, last + 1):
@@ -163,7 +164,9 @@ def prose(text: str, name: str = "") -> list[str]:
     """The paragraphs of a docstring as HTML; notes and examples are told apart."""
     names = sorted(NAMES.get(name, "").split(), key=len, reverse=True)
     words = "|".join(re.escape(n) for n in names) or "(?!)"
-    pattern = re.compile(rf"(?<![\w'’.<>&/\u0304-])(?:{words})(?![\w\u0304′]|[.(]\w)(?![^<]*>)")
+    pattern = re.compile(
+        rf"(?<![\w'’.<>&/\u0304-])(?<!\d )(?:{words})(?![\w\u0304′]|[.(]\w)(?![^<]*>)"
+    )
     found = []
     text = re.sub(r"\n(?=NOTE\()", "\n\n", text)
     for paragraph in re.split(r"\n\s*\n", text.strip()):
@@ -173,6 +176,7 @@ def prose(text: str, name: str = "") -> list[str]:
         note = re.match(r"NOTE\((\w+)[^)]*\)", paragraph)
         shown = MARKDOWN.renderInline(paragraph).replace("\n", " ")
         shown = pattern.sub(lambda m: mark(ALIASES.get(m[0], m[0]), m[0]), shown)
+        shown = re.sub(r"(Eq\. (\d))", r'<a class="eq" href="#eq-\2">\1</a>', shown)
         shown = re.sub(r"(NOTE\([\w ]+\)):?", r'<b class="tag">\1</b>', shown)
         found.append(f'<p class="{"note" if note else "doc"}">{shown}</p>')
     return found
@@ -220,7 +224,7 @@ def glossary() -> dict[str, dict]:
             own = dict(row, unit="metres" if re.search("metres|depths", row["what"]) else "none")
             if len(names) > 1:  # symbols that share a row
                 own["code"], own["shape"] = name, re.split(r"(?<=\)), ", row["shape"])[i]
-                own["what"] = re.split(r", and ", row["what"])[i]
+                own["what"] = row["what"].split(", and ")[i] + f", of {names[0]}" * (i > 0)
             own["what"] = own["what"].replace(", metres", "")
             found[name] = own
     return found
