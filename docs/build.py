@@ -52,7 +52,7 @@ def ledger(name: str) -> str:
         items = zip(head[1:-1], cells)
         items = "".join(f"<dt>{a}</dt><dd>{MARKDOWN.renderInline(b)}</dd>" for a, b in items)
         title = MARKDOWN.renderInline(title.removesuffix(" *"))
-        found += f'<aside class="ledger" aria-label="Ledger: {title}"><h4>{title}</h4><dl>{items}</dl></aside>'
+        found += f'<div class="ledger" role="note" aria-label="Ledger: {title}"><h4>{title}</h4><dl>{items}</dl></div>'
     return found
 
 
@@ -95,14 +95,20 @@ def fill_test(name: str) -> str:
     return f"<details><summary><code>{name}</code></summary>{about}{shown}</details>"
 
 
+def button(name: str) -> str:
+    """A symbol that the Tab key reaches."""
+    row = glossary()[name]
+    spoken = html.escape(f"{row['code']}: {row['what']}")
+    return (
+        f'<button type="button" class="sym" data-s="{name}" aria-label="{spoken}">'
+        f"{tex(TEX[name])}</button>"
+    )
+
+
 def fill_equation(attributes: dict, body: str) -> str:
     """A numbered equation, and its symbols with their meanings as buttons."""
     number, used = attributes["n"], dict.fromkeys(re.findall(r"\\sym\{(\w+)\}", body))
-    names = "".join(
-        f'<li><button type="button" class="sym" data-s="{s}">{tex(TEX[s])}</button> '
-        f"{glossary()[s]['what']}</li>"
-        for s in used
-    )
+    names = "".join(f"<li>{button(s)} {glossary()[s]['what']}</li>" for s in used)
     return (
         f'<div class="equation" id="eq-{number}" data-eq="{number}">'
         f'<div class="display" tabindex="0" role="group" aria-label="Equation {number}">'
@@ -113,7 +119,7 @@ def fill_equation(attributes: dict, body: str) -> str:
 
 def table(heads: list[str], rows: list[list[str]], label: str) -> str:
     """A table that scrolls inside itself where it must. The first cell of a row is its heading."""
-    head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)
+    head = "".join(f'<th scope="col">{cell}</th>' if cell else "<td></td>" for cell in heads)
     body = ""
     for first, *cells in rows:
         body += f'<tr><th scope="row">{first}</th>'
@@ -127,9 +133,8 @@ def table(heads: list[str], rows: list[list[str]], label: str) -> str:
 def fill_glossary(attributes: dict, body: str) -> str:
     rows = []
     for name, row in glossary().items():
-        button = f'<button type="button" class="sym" data-s="{name}">{tex(TEX[name])}</button>'
         codes = ", ".join(f"<code>{part}</code>" for part in row["code"].split(", "))
-        rows.append([button, codes, row["what"], row["shape"], row["unit"], row["section"]])
+        rows.append([button(name), codes, row["what"], row["shape"], row["unit"], row["section"]])
     return table(["paper", "code", "meaning", "shape", "unit", "section"], rows, "Glossary")
 
 
@@ -188,8 +193,8 @@ def fill_heading(attributes: dict, body: str) -> str:
     number, _, title = line[1].partition("  ")
     title = title or line[1]
     number = f"<span>{number}</span> " if title != number else ""
-    title, _, rest = title.rstrip(".").partition(". ")
-    rest = f" <small>{html.escape(rest)}.</small>" if rest else ""
+    title, *rest = re.split(r"(?<!Eq)(?<!Sec)\. ", title.rstrip("."), maxsplit=1)
+    rest = f" <small>{html.escape(rest[0])}.</small>" if rest else ""
     return f'<h2 id="{attributes["id"]}">{number}{html.escape(title)}{rest}</h2>'
 
 

@@ -61,9 +61,9 @@ WIDE = {
         "loss": (250, 446, 122, 58),
     },
     "pictures": {
-        "picture": (20, 193, 112),
+        "picture": (0, 193, 112),
         "depth_png": (344, 404, 112),
-        "truth_png": (20, 404, 112),
+        "truth_png": (0, 404, 112),
     },
     # points of the edge, then where its label stands
     "edges": {
@@ -83,8 +83,8 @@ WIDE = {
         "x": ("315,300 985,300 985,418 1035,418", (410, 289)),
         "s": ("1104,355 1104,401", (1134, 374)),
         "p": ("1035,450 633,450", (834, 439)),
-        "d": ("511,446 470,446", (491, 435)),
-        "d8": ("356,446 313,446", (335, 435)),
+        "d": ("511,446 458,446", (485, 435)),
+        "d8": ("344,446 313,446", (329, 435)),
         "target": ("112,446 187,446", (150, 435)),
     },
 }
@@ -106,25 +106,25 @@ TALL = {
     },
     "pictures": {"picture": (130, 4, 100), "depth_png": (130, 1026, 100)},
     "edges": {
-        "image": ("180,81 180,122", (212, 106)),
-        "z_bar": ("180,178 180,217", (206, 202)),
-        "b": ("180,267 180,307", (206, 292)),
-        "c": ("180,357 180,397", (212, 382)),
-        "c5": ("105,332 18,332 18,966 105,966", (62, 321)),
-        "c7": ("18,960 18,1160 105,1160", (62, 1149)),
-        "e": ("180,447 180,487", (212, 472)),
-        "ids": ("180,537 180,579", (212, 562)),
-        "prompts": ("114,604 140,604", (72, 644)),
-        "t": ("192,629 192,671", (222, 655)),
-        "zz": ("255,164 286,164 286,696 255,696", (274, 720)),
-        "t3": ("180,721 180,761", (200, 746)),
-        "z": ("255,150 310,150 310,786 255,786", (290, 778)),
-        "x": ("255,136 334,136 334,876 255,876", (296, 866)),
-        "s": ("180,811 180,851", (212, 836)),
-        "p": ("180,901 180,941", (224, 926)),
-        "d": ("180,991 180,1024", (204, 1012)),
-        "d8": ("180,1101 180,1135", (200, 1122)),
-        "target": ("330,1160 255,1160", (300, 1149)),
+        "image": ("180,81 180,122", (190, 106)),
+        "z_bar": ("180,178 180,217", (190, 202)),
+        "b": ("180,267 180,307", (190, 292)),
+        "c": ("180,357 180,397", (190, 382)),
+        "c5": ("105,332 18,332 18,966 105,966", (46, 321)),
+        "c7": ("18,960 18,1160 105,1160", (46, 1149)),
+        "e": ("180,447 180,487", (198, 472)),
+        "ids": ("180,537 180,579", (190, 562)),
+        "prompts": ("114,604 140,604", (34, 646)),
+        "t": ("192,629 192,671", (202, 655)),
+        "zz": ("255,164 286,164 286,696 255,696", (258, 690)),
+        "t3": ("180,721 180,761", (190, 746)),
+        "z": ("255,150 310,150 310,786 255,786", (276, 780)),
+        "x": ("255,136 334,136 334,876 255,876", (262, 869)),
+        "s": ("180,811 180,851", (190, 836)),
+        "p": ("180,901 180,941", (190, 938)),
+        "d": ("180,991 180,1024", (190, 1012)),
+        "d8": ("180,1101 180,1135", (190, 1122)),
+        "target": ("330,1160 255,1160", (290, 1149)),
     },
 }
 
@@ -142,7 +142,7 @@ def shapes(sizes: dict, height: int, width: int, digits: int) -> dict[str, str]:
         "prompts": f"8×{sizes['text_width']}",
         "t": f"8×{sizes['embed_dim']}",
         "z": f"{sizes['embed_dim']}×{h}×{w}",
-        "x": f"{channels[0]} … {channels[3]} channels",
+        "x": f"{channels[0]} … {channels[3]} ch.",
         "s": f"8×{h}×{w}",
         "p": f"256×{height // 2}×{width // 2}",
         "d": f"{height // 2}×{width // 2}",
@@ -155,20 +155,25 @@ def label(text: str) -> str:
     return re.sub(r"_(\w)", low, text)
 
 
-def draw_edge(name: str, layout: dict, variants: dict[str, dict], arrow: str) -> str:
-    text, symbol, key, flow = EDGES[name]
-    points, (x, y) = layout["edges"][name]
+def draw_line(name: str, layout: dict, arrow: str) -> str:
+    """An edge: with its arrow forward, and backward where a gradient flows."""
+    flow, points = EDGES[name][3], layout["edges"][name][0]
     out = f'<g class="edge {flow}"><polyline class="halo" points="{points}"/>'
     out += f'<polyline class="fwd" points="{points}" marker-end="url(#{arrow})"/>'
     if flow == "back":
         out += f'<polyline class="bwd" points="{points}" marker-start="url(#{arrow}-back)"/>'
+    return out + "</g>"
+
+
+def draw_name(name: str, layout: dict, variants: dict[str, dict]) -> str:
+    """The symbol of an edge, and its shape for each of the networks."""
+    (text, symbol, key, _), (x, y) = EDGES[name], layout["edges"][name][1]
     own = f'class="name sym" data-s="{symbol}"' if symbol else 'class="name"'
-    shown = f'<text x="{x}" y="{y}"><tspan {own}>{label(text)}</tspan></text>'
+    out = f'<text class="on-edge" x="{x}" y="{y}"><tspan {own}>{label(text)}</tspan>'
     for kind, shape in variants.items() if key else ():
-        below = 24 if layout is WIDE else 0
-        at, anchor = (x, "") if below else (x + 16, ' text-anchor="start"')
-        shown += f'<text class="shape {kind}" x="{at}" y="{y + below}"{anchor}>{shape[key]}</text>'
-    return out + shown + "</g>"
+        at = f'x="{x}" dy="23"' if layout is WIDE or name in ("zz", "x") else 'dx="6"'
+        out += f'<tspan class="shape {kind}" {at}>{shape[key]}</tspan>'
+    return out + "</text>"
 
 
 def draw_one(layout: dict, kind: str, pictures: dict, variants: dict[str, dict]) -> str:
@@ -180,7 +185,8 @@ def draw_one(layout: dict, kind: str, pictures: dict, variants: dict[str, dict])
         out += f'<marker id="{name}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
         out += 'markerHeight="7" orient="auto-start-reverse"><path d="M0 0 8 4 0 8z"/></marker>'
     out += "</defs>"
-    out += "".join(draw_edge(name, layout, variants, arrow) for name in layout["edges"])
+    out += "".join(draw_line(name, layout, arrow) for name in layout["edges"])
+    out += "".join(draw_name(name, layout, variants) for name in layout["edges"])
     for name, (x, y, w, h) in layout["boxes"].items():
         title, second, row, sign = BOXES[name]
         dy = 3 if name != "encoder" or h < 100 else 0
@@ -192,9 +198,9 @@ def draw_one(layout: dict, kind: str, pictures: dict, variants: dict[str, dict])
         out += f'<image x="{x}" y="{y}" width="{w}" height="{w * 3 / 4}" '
         out += f'href="{html.escape(pictures[name])}"><title>{what}</title></image>'
     x, y = layout["edges"]["e"][1]
-    cut = (x, y + 11) if layout is WIDE else (180, y - 4)
-    out += f'<g class="scissors"><circle cx="{cut[0]}" cy="{cut[1]}" r="11"/>'
-    out += f'<path d="M{cut[0] - 5} {cut[1] - 5}l10 10m0 -10l-10 10"/></g>'
+    cut = (x, y + 11) if layout is WIDE else (180, y - 5)
+    out += f'<g class="scissors"><circle cx="{cut[0]}" cy="{cut[1]}" r="9"/>'
+    out += f'<path d="M{cut[0] - 4} {cut[1] - 4}l8 8m0 -8l-8 8"/></g>'
     return out + "</svg>"
 
 

@@ -4,7 +4,8 @@
 // card says what it is. The card's words are the glossary's own row.
 (() => {
   const card = document.getElementById("card");
-  let lit = "";
+  let lit = ""; // name of the symbol that is lit
+  let at = null; // the element that the card stands beside
   let held = null; // the element that was clicked or focused: it stays lit until another is chosen
 
   const all = (name) => document.querySelectorAll(`[data-s="${name}"]`);
@@ -13,10 +14,13 @@
   function place(element) {
     if (matchMedia("(max-width: 47.99rem)").matches) return card.removeAttribute("style"); // a sheet
     const box = element.getBoundingClientRect();
+    const legend = element.closest(".equation, .legend"); // neither is covered
+    const end = legend ? (legend.matches(".legend") ? legend : legend.nextElementSibling) : element;
+    const bottom = end.getBoundingClientRect().bottom;
     const room = document.documentElement.clientWidth - card.offsetWidth - 12;
-    const below = box.bottom + 12 + card.offsetHeight < innerHeight;
+    const below = bottom + 12 + card.offsetHeight < innerHeight;
     card.style.left = `${Math.max(12, Math.min(box.left - 20, room))}px`;
-    card.style.top = `${below ? box.bottom + 10 : box.top - card.offsetHeight - 10}px`;
+    card.style.top = `${below ? bottom + 10 : box.top - card.offsetHeight - 10}px`;
   }
 
   function describe(name) {
@@ -47,6 +51,7 @@
       for (const other of lit ? all(lit) : []) other.classList.add("lit");
       if (lit) describe(lit);
     }
+    at = element;
     card.hidden = !lit;
     if (lit) place(element);
   }
@@ -69,9 +74,7 @@
     held = null;
     light(null);
   });
-  addEventListener("scroll", () => card.hidden || light(held && held.matches(":focus") ? held : null), {
-    passive: true,
-  });
+  addEventListener("scroll", () => at && place(at), { passive: true });
 
   // In text and code the first of each symbol in a row can be reached by the Tab key.
   for (const row of document.querySelectorAll(".left, .right, .figure2, .trio, .idea")) {
@@ -88,7 +91,7 @@
   function unfold() {
     const id = decodeURIComponent(location.hash.slice(1));
     const target = id && document.getElementById(id);
-    for (let at = target; at; at = at.parentElement) if (at.tagName === "DETAILS") at.open = true;
+    for (let up = target; up; up = up.parentElement) if (up.tagName === "DETAILS") up.open = true;
     if (target) target.scrollIntoView();
   }
   addEventListener("hashchange", unfold);
