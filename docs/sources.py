@@ -163,10 +163,9 @@ def comment_notes(file: str, node: ast.AST) -> list[str]:
 def prose(text: str, name: str = "") -> list[str]:
     """The paragraphs of a docstring as HTML; notes and examples are told apart."""
     names = sorted(NAMES.get(name, "").split(), key=len, reverse=True)
-    words = "|".join(re.escape(n) for n in names) or "(?!)"
-    pattern = re.compile(
-        rf"(?<![\w'’.<>&/\u0304-])(?<!\d )(?:{words})(?![\w\u0304′]|[.(]\w)(?![^<]*>)"
-    )
+    unit = r"(?<!\d )"  # "10 m" is no symbol
+    words = "|".join(unit * (n == "m") + re.escape(n) for n in names) or "(?!)"
+    pattern = re.compile(rf"(?<![\w'’.<&/\u0304-])(?:{words})(?![\w\u0304′]|[.(]\w)(?![^<]*>)")
     found = []
     text = re.sub(r"\n(?=NOTE\()", "\n\n", text)
     for paragraph in re.split(r"\n\s*\n", text.strip()):

@@ -4,6 +4,7 @@ First what needs no browser: the page is what its sources say. Then it is opened
 missing (Pygments, node, KaTeX, playwright, Chromium, axe-core) skips its tests and says so.
 """
 
+import ast
 import html
 import re
 import shutil
@@ -61,13 +62,28 @@ def test_every_line_of_code_stands_in_its_source():
         assert list(zip(parts[::2], [text.rstrip("\n") for text in texts])) == expected
 
 
-def test_docstrings_are_the_sources():
-    """A sentence of each docstring that is shown, as the file has it."""
-    shown = html.unescape(re.sub(r"<[^>]+>|\s+", " ", BODY))
-    shown = re.sub(r"\s+", " ", shown).replace("’", "'")
-    for sentence in ("Eq. 2 nearly picks the bin centre that is nearest to the group's mean",):
-        assert sentence in re.sub(r"\s+", " ", (ROOT / "cabins.py").read_text(encoding="utf-8"))
-        assert sentence.replace("Eq. 2 ", "") in shown
+def plain(text: str) -> str:
+    """Text without white space, markup and the kind of its quotes."""
+    return re.sub(r"[\s`*]|NOTE\([\w ]+\):?", "", text).translate(str.maketrans("“”‘’", "\"\"''"))
+
+
+def test_prose_is_the_docstrings_word_for_word():
+    rows = re.findall(
+        r'<section class="row" id="([\w.]+)">(.*?)<div class="right">', BODY, re.DOTALL
+    )
+    assert len(rows) > 30
+    n_paragraphs = 0
+    for name, left in rows:
+        file = "clip_tokenizer.py" if name == "number_tokens" else "cabins.py"
+        node = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        for part in name.split("."):
+            node = next(n for n in node.body if getattr(n, "name", "") == part)
+        shown = plain(html.unescape(re.sub(r"<[^>]+>", "", left)))
+        for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
+            for note in re.split(r"\n(?=NOTE)", paragraph):
+                assert plain(note) in shown, f"{name}: {note}"
+                n_paragraphs += 1
+    assert n_paragraphs > 60
 
 
 def test_anchors_and_symbols_resolve():
@@ -204,18 +220,15 @@ def test_no_sideways_scrolling_and_eight_equations(open_page, width, scheme):
     assert dark == (scheme == "dark")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_violation(open_page, scheme):
+@pytest.mark.parametrize("width, scheme", [(360, "light"), (1440, "dark")])
+def test_axe_finds_no_violation(open_page, width, scheme):
     if not AXE.exists():
         pytest.skip("there is no axe-core: run npm ci --ignore-scripts in docs/")
-    for width in (360, 1440):
-        page = open_page(width, scheme)
-        page.evaluate("document.querySelectorAll('.fold').forEach((d) => (d.open = true))")
-        page.add_script_tag(content=AXE.read_text(encoding="utf-8"))
-        found = page.evaluate(
-            "axe.run().then((r) => r.violations.map((v) => [v.id, v.nodes[0].html]))"
-        )
-        assert found == []
+    page = open_page(width, scheme)
+    page.evaluate("document.querySelectorAll('.fold').forEach((d) => (d.open = true))")
+    page.add_script_tag(content=AXE.read_text(encoding="utf-8"))
+    found = page.evaluate("axe.run().then((r) => r.violations.map((v) => [v.id, v.nodes[0].html]))")
+    assert found == []
 
 
 def lit(page) -> set[str]:
@@ -227,7 +240,7 @@ def lit(page) -> set[str]:
 
 
 def test_a_symbol_lights_up_by_mouse(open_page):
-    page, card = open_page(), None
+    page = open_page()
     card = page.locator("#card")
     assert lit(page) == set() and card.is_hidden()
     places = ["#eq-2 [data-s=e]", "#distance_classes pre [data-s=m]", "#AdaptiveBins p [data-s=b]"]
@@ -269,7 +282,7 @@ def test_figure_2_and_its_switches(open_page, width):
     page = open_page(width)
     drawing = page.locator(".figure2:visible")
     assert drawing.count() == 1
-    assert "3×480×640" in drawing.inner_text() and not drawing.locator(".bwd").first.is_visible()
+    assert "3×480×640" in drawing.text_content() and not drawing.locator(".bwd").first.is_visible()
     page.get_by_label("tiny, 128 × 96").check()
     page.get_by_label("where gradients flow").check()
     assert drawing.locator(".rn101:visible").count() == 0
@@ -304,7 +317,7 @@ def test_printing_cuts_no_row(open_page):
     page = open_page(768)
     page.emulate_media(media="print")
     breaks = "found => found.map((e) => getComputedStyle(e).breakInside)"
-    for kind in (".ledger", ".equation", "tr", ".widget", ".tests", ".code pre > span", ".network"):
+    for kind in (".row", ".ledger", ".equation", "tr", ".widget", ".code pre > span", ".network"):
         assert set(page.eval_on_selector_all(kind, breaks)) == {"avoid"}, kind
     assert page.locator("nav").is_hidden() and page.locator(".switches").is_hidden()
     assert page.pdf(format="A4").startswith(b"%PDF")
