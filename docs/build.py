@@ -21,7 +21,6 @@ from pathlib import Path
 
 from docs import figure2
 from docs.sources import (
-    MARKDOWN,
     ROOT,
     TEX,
     BuildError,
@@ -31,6 +30,7 @@ from docs.sources import (
     constant,
     documented,
     glossary,
+    inline,
     prose,
     source,
     table_of,
@@ -50,8 +50,8 @@ def ledger(name: str) -> str:
         if f"`{name.partition('.__')[0]}`" not in where and name != title:
             continue
         items = zip(head[1:-1], cells)
-        items = "".join(f"<dt>{a}</dt><dd>{MARKDOWN.renderInline(b)}</dd>" for a, b in items)
-        title = MARKDOWN.renderInline(title.removesuffix(" *"))
+        items = "".join(f"<dt>{a}</dt><dd>{inline(b)}</dd>" for a, b in items)
+        title = inline(title.removesuffix(" *"))
         found += f'<div class="ledger" role="note" aria-label="Ledger: {title}"><h4>{title}</h4><dl>{items}</dl></div>'
     return found
 
@@ -122,7 +122,8 @@ def table(heads: list[str], rows: list[list[str]], label: str) -> str:
     head = "".join(f'<th scope="col">{cell}</th>' if cell else "<td></td>" for cell in heads)
     body = ""
     for first, *cells in rows:
-        body += f'<tr><th scope="row">{first}</th>'
+        own = ' class="own"' if first in ("CaBins", "Ours", "whole") else ""
+        body += f'<tr{own}><th scope="row">{first}</th>'
         body += "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     return (
         f'<div class="scroll" tabindex="0" role="group" aria-label="{label}"><table>'
@@ -158,7 +159,7 @@ def fill_typed(attributes: dict, body: str) -> str:
 
 def fill_measured(attributes: dict, body: str) -> str:
     headings, metrics = constant("HEADINGS"), demo()["silenced"]["metrics"]
-    rows = [[name, *(f"{row[c]:.3f}" for c in headings)] for name, row in metrics.items()]
+    rows = [[name, *(f"{row[c]:.4f}" for c in headings)] for name, row in metrics.items()]
     return table(["", *headings.values()], rows, attributes["label"])
 
 
@@ -169,7 +170,7 @@ def fill_runs(attributes: dict, body: str) -> str:
     if not part:
         raise BuildError("README.md has no heading 'What was run …'.")
     lines = [line.strip("|").split("|") for line in part[1].splitlines() if line[:2] == "| "]
-    rows = [[MARKDOWN.renderInline(cell.strip()) for cell in line] for line in lines if any(line)]
+    rows = [[inline(cell.strip()) for cell in line] for line in lines if any(line)]
     rows = [row for row in rows if any(row)]
     return f"<p>{part[1].splitlines()[0]}</p>" + table(["what", "result"], rows, "What was run")
 
@@ -216,7 +217,7 @@ def fill_code(attributes: dict, body: str) -> str:
 
 def fill_ledger(attributes: dict, body: str) -> str:
     head, *rows = table_of("paper", "released code", "where")
-    rows = [[MARKDOWN.renderInline(cell) for cell in row] for row in rows]
+    rows = [[inline(cell) for cell in row] for row in rows]
     return table(head, rows, "Paper, released code, and here")
 
 
@@ -236,7 +237,7 @@ def fill(template: str) -> str:
 def build() -> str:
     parts = {name: (DOCS / name).read_text(encoding="utf-8") for name in PARTS}
     page = fill(parts["page.html"]).replace("{{figure2}}", figure2.draw(demo(), architectures()))
-    page = page.replace("{{about}}", MARKDOWN.renderInline(demo()["about"]))
+    page = page.replace("{{about}}", inline(demo()["about"]))
     for name in ("picture", "depth_png", "truth_png", "shown_depth"):
         page = page.replace(f"{{{{{name}}}}}", html.escape(str(demo()[name])))
     page = page.replace("{{colors}}", ", ".join(demo()["colors"]))

@@ -87,7 +87,20 @@
     }
   }
 
-  // A link to what is folded unfolds it; so does printing, of all but the tests.
+  // The bar at the top says which section is being read.
+  const links = Array.from(document.querySelectorAll("nav a"));
+  const sections = links.map((link) => document.querySelector(link.getAttribute("href")));
+  function follow() {
+    const passed = sections.filter((section) => section.getBoundingClientRect().top < 140);
+    links.forEach((link, i) => {
+      if (i === passed.length - 1) link.setAttribute("aria-current", "true");
+      else link.removeAttribute("aria-current");
+    });
+  }
+  addEventListener("scroll", follow, { passive: true });
+  follow();
+
+  // A link to what is folded unfolds it.
   function unfold() {
     const id = decodeURIComponent(location.hash.slice(1));
     const target = id && document.getElementById(id);

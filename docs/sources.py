@@ -14,6 +14,7 @@ from pygments.lexers import PythonLexer
 from pygments.token import Token
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/page.html"
 MARKDOWN = MarkdownIt("commonmark", {"html": False, "typographer": True}).enable(["smartquotes"])
 
 # The glossary's symbols in TeX. The names are those of its first column.
@@ -160,6 +161,22 @@ def comment_notes(file: str, node: ast.AST) -> list[str]:
 # ---- Prose: docstrings as they are, with their symbols -------------------------------------------
 
 
+@cache
+def rows() -> set[str]:
+    """The names that have a row on the page."""
+    return set(re.findall(r'<x-row of="([^"]+)"', PAGE.read_text(encoding="utf-8")))
+
+
+def inline(text: str) -> str:
+    """Markdown as HTML, in which a name that has a row links to it."""
+
+    def link(match: re.Match) -> str:
+        name = next((n for n in (match[1], f"{match[1]}.__init__") if n in rows()), None)
+        return f'<a class="eq" href="#{name}">{match[0]}</a>' if name else match[0]
+
+    return re.sub(r"<code>([\w.]+)</code>", link, MARKDOWN.renderInline(text))
+
+
 def prose(text: str, name: str = "") -> list[str]:
     """The paragraphs of a docstring as HTML; notes and examples are told apart."""
     names = sorted(NAMES.get(name, "").split(), key=len, reverse=True)
@@ -173,7 +190,7 @@ def prose(text: str, name: str = "") -> list[str]:
             found.append(f'<pre tabindex="0" class="example">{html.escape(paragraph)}</pre>')
             continue
         note = re.match(r"NOTE\((\w+)[^)]*\)", paragraph)
-        shown = MARKDOWN.renderInline(paragraph).replace("\n", " ")
+        shown = inline(paragraph).replace("\n", " ")
         shown = pattern.sub(lambda m: mark(ALIASES.get(m[0], m[0]), m[0]), shown)
         shown = re.sub(r"(Eq\. (\d))", r'<a class="eq" href="#eq-\2">\1</a>', shown)
         shown = re.sub(r"(NOTE\([\w ]+\)):?", r'<b class="tag">\1</b>', shown)

@@ -317,7 +317,7 @@ def test_printing_cuts_no_row(open_page):
     page = open_page(768)
     page.emulate_media(media="print")
     breaks = "found => found.map((e) => getComputedStyle(e).breakInside)"
-    for kind in (".row", ".ledger", ".equation", "tr", ".widget", ".code pre > span", ".network"):
+    for kind in (".row", ".ledger", ".equation", "tr", ".widget", ".row .code", ".network"):
         assert set(page.eval_on_selector_all(kind, breaks)) == {"avoid"}, kind
     assert page.locator("nav").is_hidden() and page.locator(".switches").is_hidden()
     assert page.pdf(format="A4").startswith(b"%PDF")
