@@ -108,12 +108,13 @@ def button(name: str) -> str:
 def fill_equation(attributes: dict, body: str) -> str:
     """A numbered equation, and its symbols with their meanings as buttons."""
     number, used = attributes["n"], dict.fromkeys(re.findall(r"\\sym\{(\w+)\}", body))
-    names = "".join(f"<li>{button(s)} {glossary()[s]['what']}</li>" for s in used)
+    items = "".join(f"<li>{button(s)} {glossary()[s]['what']}</li>" for s in used)
+    legend = f'<ul class="legend" aria-label="Symbols of Equation {number}">{items}</ul>'
     return (
         f'<div class="equation" id="eq-{number}" data-eq="{number}">'
         f'<div class="display" tabindex="0" role="group" aria-label="Equation {number}">'
         f'{tex(body.strip(), True)}</div><span class="number">({number})</span></div>'
-        f'<ul class="legend" aria-label="Symbols of Equation {number}">{names}</ul>'
+        f"{legend if used else ''}"
     )
 
 

@@ -179,7 +179,8 @@ def inline(text: str) -> str:
 
 def prose(text: str, name: str = "") -> list[str]:
     """The paragraphs of a docstring as HTML; notes and examples are told apart."""
-    names = sorted(NAMES.get(name, "").split(), key=len, reverse=True)
+    names = set(NAMES.get(name, "").split()) - {"x"}  # in prose, x is "times"
+    names = sorted(names, key=lambda n: (-len(n), n))
     unit = r"(?<!\d )"  # "10 m" is no symbol
     words = "|".join(unit * (n == "m") + re.escape(n) for n in names) or "(?!)"
     pattern = re.compile(rf"(?<![\w'’.<&/\u0304-])(?:{words})(?![\w\u0304′]|[.(]\w)(?![^<]*>)")
