@@ -5,9 +5,10 @@
     python -m docs.build --check                   fails if the page is not what would be built
     python -m docs.build --demo runs/toy/last.pt   computes docs/demo.json anew, then builds
 
-docs/page.html is the template. Its elements `row`, `equation`, `symbol`, `code`, `ledger`, `quoted`,
-`measured`, `runs`, `glossary`, `idea` and `inline` are filled from the sources. Everything is found by
-name, so nothing has to be changed here when lines move.
+docs/page.html is the template. In it an element such as <x-row of="bin_centers"> becomes what
+`fill_row` makes of it, and {{picture}} that part. docs/sources.py reads the sources, and finds all by
+name: nothing has to be changed when lines move. docs/typeset.py draws equations, docs/figure2.py
+Figure 2.
 """
 
 import argparse
@@ -52,7 +53,8 @@ def ledger(name: str) -> str:
         items = zip(head[1:-1], cells)
         items = "".join(f"<dt>{a}</dt><dd>{inline(b)}</dd>" for a, b in items)
         title = inline(title.removesuffix(" *"))
-        found += f'<div class="ledger" role="note" aria-label="Ledger: {title}"><h4>{title}</h4><dl>{items}</dl></div>'
+        found += f'<div class="ledger" role="note" aria-label="Ledger: {title}">'
+        found += f"<h4>{title}</h4><dl>{items}</dl></div>"
     return found
 
 
@@ -212,10 +214,6 @@ def fill_notation(attributes: dict, body: str) -> str:
     return "".join(paragraphs[start + 1 :])
 
 
-def fill_code(attributes: dict, body: str) -> str:
-    return code(attributes.get("file", "cabins.py"), attributes["of"])
-
-
 def fill_ledger(attributes: dict, body: str) -> str:
     head, *rows = table_of("paper", "released code", "where")
     rows = [[inline(cell) for cell in row] for row in rows]
@@ -223,7 +221,7 @@ def fill_ledger(attributes: dict, body: str) -> str:
 
 
 def fill(template: str) -> str:
-    """The template with each of its elements replaced by what the function fill_NAME makes of it."""
+    """The template with each of its elements replaced by what fill_NAME makes of it."""
 
     def replace(match: re.Match) -> str:
         attributes = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))

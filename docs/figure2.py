@@ -1,7 +1,7 @@
-"""Figure 2 of the paper, drawn anew as SVG, for docs/build.py: once for wide pages, once for phones.
+"""Figure 2 of the paper, drawn anew as SVG, for docs/build.py: for wide pages and for phones.
 
-Boxes link to the rows of the page. An edge carries a symbol, its shape for two networks, and whether
-a gradient flows back along it. CSS shows what the switches beside the figure choose.
+Boxes link to the rows of the page. An edge has a symbol, its shape for two networks, and may have
+a gradient that flows back along it. CSS shows what the switches beside the figure choose.
 """
 
 import html

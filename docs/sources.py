@@ -24,7 +24,7 @@ TEX |= {"e": "e_k", "prompts": r"\mathbf{p}_{1 \ldots N}", "t": r"\mathbf{t}", "
 TEX |= {"v_post": r"\mathbf{v}_{\text{post}}", "gamma": r"\gamma", "p": r"\mathbf{p}", "d": "d_i"}
 TEX |= {"target": "d^*_i", "x": "X", "g": "g_i"}
 
-# Which names in a function's code and prose are symbols: the same letter means other things elsewhere.
+# Which names in a function's code and prose are symbols: elsewhere a letter means something else.
 NAMES = {
     "ResNet": "image pyramid z_bar z",
     "AttentionPool": "z̄ z",
@@ -97,7 +97,7 @@ def documented(node: ast.AST) -> list[tuple[ast.AST, ast.Expr]]:
 
 
 def ranges(node: ast.AST, lines: list[str]) -> list[tuple[int, int]]:
-    """The first and last lines of the node's code without its docstrings, which are shown as prose."""
+    """The first and last lines of the node's code without its docstrings, which become prose."""
     first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
     found = []
     for _, docstring in documented(node):
