@@ -177,6 +177,13 @@ def inline(text: str) -> str:
     return re.sub(r"<code>([\w.]+)</code>", link, MARKDOWN.renderInline(text))
 
 
+SHAPE = re.compile(r"\([A-Z\d…][\w/²+]*(,[\w /²+…]*)+\)")  # "(B, n_bins)"
+
+
+def unbroken(match: re.Match) -> str:
+    return match[0].replace(" ", "\u00a0")
+
+
 def prose(text: str, name: str = "") -> list[str]:
     """The paragraphs of a docstring as HTML; notes and examples are told apart."""
     names = set(NAMES.get(name, "").split()) - {"x"}  # in prose, x is "times"
@@ -191,9 +198,10 @@ def prose(text: str, name: str = "") -> list[str]:
             found.append(f'<pre tabindex="0" class="example">{html.escape(paragraph)}</pre>')
             continue
         note = re.match(r"NOTE\((\w+)[^)]*\)", paragraph)
-        shown = inline(paragraph).replace("\n", " ")
+        shown = SHAPE.sub(unbroken, inline(paragraph).replace("\n", " "))
         shown = pattern.sub(lambda m: mark(ALIASES.get(m[0], m[0]), m[0]), shown)
         shown = re.sub(r"(Eq\. (\d))", r'<a class="eq" href="#eq-\2">\1</a>', shown)
+        shown = re.sub(r"\d (m|cm|%)(?=[\s,.;])", unbroken, shown)
         shown = re.sub(r"(NOTE\([\w ]+\)):?", r'<b class="tag">\1</b>', shown)
         found.append(f'<p class="{"note" if note else "doc"}">{shown}</p>')
     return found

@@ -256,6 +256,19 @@ def test_a_symbol_lights_up_by_mouse(open_page):
     assert lit(page) == set() and card.is_hidden()
 
 
+def test_no_symbol_of_an_equation_is_covered(open_page):
+    covered = """found => found.filter((e) => {
+      e.scrollIntoView({ block: "center" });
+      const box = e.getBoundingClientRect();
+      const top = document.elementFromPoint(box.left + box.width / 2, box.top + box.height / 2);
+      return !top || top.closest("[data-s]") !== e;
+    }).map((e) => e.dataset.s)"""
+    page = open_page()
+    symbols = ".equation .katex-html [data-s]"
+    assert page.locator(symbols).count() > 20
+    assert page.eval_on_selector_all(symbols, covered) == []
+
+
 def test_a_symbol_lights_up_by_keyboard(open_page):
     page = open_page()
     page.locator("#eq-1 .display").focus()

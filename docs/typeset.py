@@ -66,7 +66,8 @@ def inlined(path: Path) -> str:
 
 def styles(page: str) -> str:
     """KaTeX's style sheet with the fonts that the page uses, and the page's own fonts."""
-    css = (KATEX / "katex.min.css").read_text(encoding="utf-8")
+    licence = (MODULES / "katex/LICENSE").read_text(encoding="utf-8")
+    css = f"/* KaTeX.\n{licence}*/\n" + (KATEX / "katex.min.css").read_text(encoding="utf-8")
 
     def keep(face: re.Match) -> str:
         name = re.search(r"fonts/KaTeX_([\w-]+)\.woff2", face[0])[1]
