@@ -197,9 +197,10 @@ def fill_heading(attributes: dict, body: str) -> str:
     number, _, title = line[1].partition("  ")
     title = title or line[1]
     number = f"<span>{number}</span> " if title != number else ""
+    title = html.escape(title, quote=False).replace("'", "’")
     title, *rest = re.split(r"(?<!Eq)(?<!Sec)\. ", title.rstrip("."), maxsplit=1)
-    rest = f" <small>{html.escape(rest[0])}.</small>" if rest else ""
-    return f'<h2 id="{attributes["id"]}">{number}{html.escape(title)}{rest}</h2>'
+    rest = f" <small>{rest[0]}.</small>" if rest else ""
+    return f'<h2 id="{attributes["id"]}">{number}{title}{rest}</h2>'
 
 
 def fill_idea(attributes: dict, body: str) -> str:

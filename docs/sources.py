@@ -142,7 +142,7 @@ def code(file: str, name: str, label: str = "") -> str:
 
 
 def comment_notes(file: str, node: ast.AST) -> list[str]:
-    """The comments of a node that begin with NOTE, each with the lines that go on with it."""
+    """The comments of a node that have a NOTE, each with the lines that go on with it."""
     notes, last = [], None
     for token in tokenize.generate_tokens(io.StringIO(source(file).text).readline):
         line = token.start[0]
@@ -150,7 +150,7 @@ def comment_notes(file: str, node: ast.AST) -> list[str]:
             continue
         text, alone = token.string.lstrip("# "), token.line.strip().startswith("#")
         if "NOTE(" in text:
-            notes.append(text[text.index("NOTE(") :])
+            notes.append(text)
             last = line
         elif alone and last == line - 1:
             notes[-1] += f"\n{text}"
@@ -197,7 +197,7 @@ def prose(text: str, name: str = "") -> list[str]:
         if paragraph.startswith(">>>"):
             found.append(f'<pre tabindex="0" class="example">{html.escape(paragraph)}</pre>')
             continue
-        note = re.match(r"NOTE\((\w+)[^)]*\)", paragraph)
+        note = "NOTE(" in paragraph
         shown = SHAPE.sub(unbroken, inline(paragraph).replace("\n", " "))
         shown = pattern.sub(lambda m: mark(ALIASES.get(m[0], m[0]), m[0]), shown)
         shown = re.sub(r"(Eq\. (\d))", r'<a class="eq" href="#eq-\2">\1</a>', shown)
