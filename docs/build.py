@@ -43,12 +43,13 @@ PAGE = DOCS / "index.html"
 PARTS = ("page.html", "page.css", "widgets.css", "page.js", "widgets.js", "demo.json")
 
 
-def ledger(name: str) -> str:
-    """The ledger's rows on a name, for the margin."""
+def ledger(names: set[str]) -> str:
+    """The ledger's rows on these names, for the margin."""
     head, *rows = table_of("paper", "released code", "where")
     found = ""
     for title, *cells, where in rows:
-        if f"`{name.partition('.__')[0]}`" not in where and name != title:
+        places = re.findall(r"`([\w.]+)`", where)  # with its file or without
+        if not names & {*places, *(place.rpartition(".")[2] for place in places)}:
             continue
         items = zip(head[1:-1], cells)
         items = "".join(f"<dt>{a}</dt><dd>{inline(b)}</dd>" for a, b in items)
@@ -70,7 +71,7 @@ def fill_row(attributes: dict, body: str) -> str:
             left.append(f"<h4><code>{part.name}</code></h4>")
         left += prose(ast.get_docstring(part), name)
     left += [paragraph for note in notes for paragraph in prose(note, name)]
-    rows = "".join(ledger(n) for n in attributes.get("ledger", name).split(", "))
+    rows = ledger({name.partition(".__")[0], *attributes.get("ledger", "").split()})
     noted = [i for i, paragraph in enumerate(left) if 'class="note"' in paragraph]
     if noted and not rows:
         raise BuildError(f"{file}: {name} has a NOTE, and README's ledger has no row on it.")
