@@ -176,12 +176,13 @@ def test_depth_and_spread_equal_pytorch():
     one[0, 3] = 1
     p = torch.cat([p, one, torch.full((1, 256), 1 / 256).double()])
     c = torch.tensor([DEMO["centers"]]).double()
-    pairs = [cabins.mean_and_spread(c, row[None, :, None, None], (1, 1)) for row in p]
+    depths = [cabins.expected_depth(c, row[None, :, None, None]).squeeze() for row in p]
+    spreads = [(row * (c[0] - depth).square()).sum().sqrt() for row, depth in zip(p, depths)]
     calls = [
         [name, DEMO["centers"], row.tolist()] for name in ("expectedDepth", "std") for row in p
     ]
     found = run_js(calls)
-    assert_equal(found, [depth.item() for depth, _ in pairs] + [std.item() for _, std in pairs])
+    assert_equal(found, [x.item() for x in (*depths, *spreads)])
 
 
 def silog(g: list[float], factor: float = 0.85) -> float:
