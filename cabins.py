@@ -206,8 +206,7 @@ def transformer(width: int, n_layers: int, is_causal: bool) -> nn.ModuleDict:
 def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
     """Positions (1 + n², C) of a global token and an n x n grid, resized to (1 + hw, C).
 
-    NOTE(paper silent): corners are not aligned here, but are in `resize` below; so it is in the
-    released code.
+    NOTE(paper silent): corners are not aligned here, but are in `resize`; so it is as released.
     """
     side = math.isqrt(len(positions) - 1)
     grid = positions[1:].T.unflatten(1, (side, side))[None]  # (1, C, side, side)
@@ -511,8 +510,7 @@ class DepthDecoder(nn.Module):
 def expected_depth(centers: Tensor, p: Tensor) -> Tensor:
     """Depth (B, 1, H/2, W/2) in metres of centres (B, n_bins) under p (B, n_bins, H/2, W/2).
 
-    It is a mean of the centres, so it never leaves the range from the first to the last of them. It
-    has half of the image's size; `CaBins.forward` upsamples it.
+    It is a mean of the centres, so it never leaves their range. `CaBins.forward` upsamples it.
     """
     # Eq. 5:  d_i = Σ_k c(b_k) p_ik      (einsum would run in bfloat16 under autocast)
     return (centers[:, :, None, None] * p).sum(1, keepdim=True)
@@ -982,10 +980,7 @@ def to_input(model: CaBins, picture: np.ndarray) -> Tensor:
 
 @torch.inference_mode()
 def look(model: CaBins, image: Tensor, size: tuple[int, int]) -> tuple[Inference, np.ndarray]:
-    """What the network, set to eval mode, makes of one normalised image (1, 3, H, W).
-
-    The maps of `Inference` get the given size. The other array is s (K, h, w), of Eq. 4.
-    """
+    """`Inference` with maps of `size`, and s (K, h, w), of one normalised image (1, 3, H, W)."""
     _, c, e, s, p = model.eval().distribution(image.to(next(model.parameters()).device))
     depth = expected_depth(c, p)  # (1, 1, H/2, W/2)
     variance = (p * (c[:, :, None, None] - depth).square()).sum(1, keepdim=True)

@@ -12,9 +12,8 @@ A text goes through four steps:
 4. merge     Join neighbouring pieces in the vocabulary's order of merges, until none applies. Each
              remaining piece is one token.
 
-The vocabulary holds, in this order: 256 bytes, the same 256 bytes at the end of a word ("</w>"),
-48,894 merges, and the two special tokens that begin and end a text. OpenAI published it with CLIP
-(MIT licence, see LICENSE).
+The vocabulary: 256 bytes, the same at the end of a word ("</w>"), 48,894 merges, and the two special
+tokens that begin and end a text. OpenAI published it with CLIP (MIT licence, see LICENSE).
 """
 
 import functools

@@ -159,7 +159,7 @@ class DepthDataset(Dataset):
         names = [fields[:2] for fields in lines if fields[1] != "None"]
         self.n_left_out = len(lines) - len(names)
         if not names:
-            raise ValueError(f"the list of {self.name} names no pair of image and depth")
+            raise ValueError(f"the list for --data {self.name} names no pair of image and depth")
         for image, depth in names:
             pair = find(root, folders, image), find(root, folders, depth)
             digits = re.sub(r"\D", "", Path(image).stem)  # they count the .mat's pairs from 0

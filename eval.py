@@ -64,7 +64,7 @@ def format_table(name: str, rows: dict[str, dict[str, float]]) -> str:
         label, *values = line.strip().rsplit(maxsplit=len(columns))
         table.append([f"{label} (quoted)", *values])
     width = max(len(row[0]) for row in table)
-    return "\n".join(f"{row[0]:{width}}" + "".join(f"{v:>9}" for v in row[1:]) for row in table)
+    return "\n".join(f"{row[0]:{width}}" + "".join(f" {v:>8}" for v in row[1:]) for row in table)
 
 
 @torch.no_grad()
@@ -183,7 +183,7 @@ def show(axis, title: str, values: np.ndarray, label="", low=0.0, high=1.0, cmap
     axis.set_title(title, fontsize=10, parse_math=False)
     shown = axis.imshow(values, cmap=cmap, vmin=low, vmax=high)
     if label:
-        how = {"location": "bottom", "pad": 0.02, "ticks": [low, high], "format": "%.3g"}
+        how = {"location": "bottom", "pad": 0.02, "ticks": sorted({low, high}), "format": "%.3g"}
         bar = axis.figure.colorbar(shown, ax=axis, label=label, **how)
         for text, side in zip(bar.ax.get_xticklabels(), ("left", "right")):
             text.set_ha(side)  # so that numbers stay within their bar
@@ -360,8 +360,7 @@ def main() -> None:
         max_depth = max_depth or data.DATASETS[args.data].max_depth
     model = cabins.restore(content, args.checkpoint, max_depth)
     model, config = model.to(data.choose_device(args.device)), model.config
-    kind = f"{config.backbone}, {config.distance_class}, depths to {config.max_depth} m"
-    print(f"{args.checkpoint}: {kind}; all of its {len(content['model'])} tensors are used")
+    print(f"{args.checkpoint}, all of its {len(content['model'])} tensors: {config}")
     if args.images:
         sys.exit(1 if predict_pictures(model, args) else 0)
     name = args.data or saved.get("data")
@@ -371,26 +370,27 @@ def main() -> None:
     keys = ("root", "test_split", "depth_scale", "max_depth")
     root, split, scale, max_depth = (getattr(args, key) or known.get(key) for key in keys)
     dataset = DepthDataset(name, root, split, depth_scale=scale, max_depth=max_depth)
-    predict = predictor(model, args.flip, args.amp)
+    flip, predict = not args.no_flip, predictor(model, not args.no_flip, args.amp)
     if args.explain:
         out = Path(args.out or "runs/explained")
         draw_samples(out, model, dataset, args.explain)
         print(f"{out} has an explained_….png of each sample")
         return
     source = {"checkpoint": str(Path(args.checkpoint).resolve()), "data": name}
-    source["list"] = f"{split or 'the standard one'} ({dataset.checksum:08x})"
+    source["list"] = f"{split and Path(split).resolve()} ({dataset.checksum:08x})"
     keep, out = predict, Path(args.out or ".")
-    if args.out:  # no two networks or lists share a folder of predictions
-        source["predictions"] = f"predictions_{zlib.crc32(str(source).encode()):08x}"
+    if args.out:  # no two networks, lists or ways to measure share a folder of predictions
+        key = str((source, vars(args), Path(args.checkpoint).stat().st_mtime_ns))
+        source["predictions"] = f"predictions_{zlib.crc32(key.encode()):08x}"
         keep = keep_predictions(predict, dataset, out / source["predictions"])
     windows = evaluate_windows(keep, dataset, progress=True)
     rows = {f"{Path(args.checkpoint).name}, {window}": row for window, row in windows.items()}
     rows |= ablate(model, predict, dataset) if args.ablate else {}
     for window in windows:
-        print(protocol(dataset, window, args.flip, args.amp))
+        print(protocol(dataset, window, flip, args.amp))
     print(format_table(name, rows))
     for label, row in rows.items() if args.out else ():
-        how = protocol(dataset, label.split(", ")[-1], args.flip, args.amp)
+        how = protocol(dataset, label.split(", ")[-1], flip, args.amp)
         source["date"] = f"{datetime.datetime.now():%Y-%m-%d %H:%M}"
         data.append_row(out / "results.csv", {"label": label, **source, "protocol": how, **row})
 
@@ -404,9 +404,9 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--split", dest="test_split", metavar="FILE", help="same as --test-split")
     group = parser.add_argument_group("network")
     data.add_device_options(group, "off")
-    switch = {"action": argparse.BooleanOptionalAction, "default": True}
-    group.add_argument("--flip", **switch, help="mean with the mirror image's; default: on")
-    group.add_argument("--ablate", action="store_true", help="also rows with the text silenced")
+    add = group.add_argument
+    add("--no-flip", action="store_true", help="without the mean with the mirror image's depth")
+    add("--ablate", action="store_true", help="also rows with the text silenced")
     add = parser.add_argument_group("files and pictures").add_argument
     add("--out", metavar="DIR", help="default for pictures: runs/pictures, runs/explained")
     add("--explain", nargs="?", type=int, const=4, metavar="N", help="figures; default N: 4")
@@ -417,7 +417,7 @@ def parse_args() -> argparse.Namespace:
     add("--fov", type=float, help="instead of --focal: degrees from left to right")
     args = parser.parse_args()
     if args.images:
-        data.refuse(args, "ablate root test_split depth_scale", "is not for --images")
+        data.refuse(args, "no_flip ablate root test_split depth_scale", "is not for --images")
     else:
         data.refuse(args, "ply focal fov range", "is for --images")
     if not args.ply:

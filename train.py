@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -162,6 +163,8 @@ class Run:
             saved = cabins.read_checkpoint(args.init)
             top = None if "config" in saved else recipe.max_depth  # the authors' do not say it
             start = cabins.restore(saved, args.init, top)
+            if start.config.backbone != args.backbone:
+                raise ValueError(f"{args.init} needs --backbone {start.config.backbone}")
             model = cabins.CaBins(config, start.clip)
             cabins.load_strictly(model, start.state_dict(), args.init)
             return model
@@ -178,8 +181,9 @@ class Run:
         taken = not is_own and any((self.out / n).exists() for n in ("last.pt", "best.pt"))
         if taken and (resume or not is_demo):
             raise ValueError(f"{self.out} holds another run: --resume it, or take another --out")
-        if taken:
+        if taken or (resume and not is_own):
             self.save("last.pt")
+        if taken:
             (self.out / "best.pt").unlink(missing_ok=True)
             print(f"the run in {self.out} is replaced")
         for name, first in (("log.csv", self.step + 1), ("metrics.csv", self.step)):
@@ -263,7 +267,8 @@ class Run:
             print(protocol(self.test_set, window, flip=True))
         print(format_table(self.args.data, rows))
         draw_curves(self.out)
-        print(f"{self.out} has last.pt; best.pt is chosen by AbsRel on these test images")
+        best = "; best.pt is chosen by AbsRel on these test images" if path.exists() else ""
+        print(f"{self.out} has last.pt{best}")
 
 
 def train(args: argparse.Namespace, saved: dict) -> None:
@@ -405,6 +410,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
 
 def main() -> None:
     args, saved = parse_args()
+    warnings.filterwarnings("ignore", "torch.distributed.nn", FutureWarning)  # of all_gather
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note_stop)
     try:

@@ -19,6 +19,8 @@ def best_constant(test_set: data.DepthDataset) -> float:
     """
     some = [test_set[i]["depth"][:, ::4, ::4] for i in range(len(test_set))]
     depths = torch.cat([depth[depth > 0] for depth in some]).sort().values
+    if not len(depths):
+        raise ValueError(f"none of the {len(test_set)} images has ground truth to measure against")
     weights = (1 / depths).cumsum(0)
     return depths[torch.searchsorted(weights, weights[-1] / 2)].item()
 

@@ -106,7 +106,10 @@ def main(argv: list[str] | None = None) -> None:
         settings = {"plain fp32": "off", f"amp {args.amp}, compile {args.compile}": args.amp}
         sizes, batch_sizes, make = ["416x544"], [8], make_step
     sizes, batch_sizes, path = args.size or sizes, args.batch_size or batch_sizes, args.checkpoint
-    if not all(re.fullmatch(r"\d+x\d+", s) for s in sizes) or min(args.steps, *batch_sizes) < 1:
+    if (
+        not all(re.fullmatch(r"[1-9]\d+x[1-9]\d+", s) for s in sizes)
+        or min(args.steps, *batch_sizes) < 1
+    ):
         raise ValueError("--size must be as 416x544, --batch-size and --steps at least 1")
     model = cabins.load_checkpoint(path) if path else cabins.CaBins(cabins.Config(args.backbone))
     print("| | ms | speed-up | images/s | peak GB | TFLOP | TFLOP/s | of a product's |")
