@@ -326,11 +326,46 @@ def test_lines_of_text_have_60_to_75_characters(open_page):
     assert 45 < longest <= 80
 
 
-def test_printing_cuts_no_row(open_page):
+def test_printing_cuts_no_row(open_page, tmp_path):
+    """Each row, and what stands in it, gets a mark at its two ends: both are on one page."""
+    if not (reader := shutil.which("pdftotext")):
+        pytest.skip("there is no pdftotext (poppler-utils)")
+    page = open_page()
+    page.evaluate("document.querySelectorAll('.fold').forEach((d) => (d.open = true))")
+    mark = """found => found.filter((e) => e.checkVisibility()).map((e, i) => {
+      const box = e.cells ? e.cells[0] : e;
+      box.style.position = "relative";
+      for (const end of ["top", "bottom"]) {
+        const mark = document.createElement("span");
+        mark.textContent = ` @${i}${end}@ `;
+        mark.style.cssText = `position: absolute; ${end}: 0; font: 4px serif`;
+        box.append(mark);
+      }
+      return e.id || e.textContent.slice(0, 60);
+    })"""
+    names = page.eval_on_selector_all(".row, .ledger, .equation, tr, .widget, .network", mark)
+    page.pdf(path=tmp_path / "page.pdf", format="A4")
+    command = [reader, tmp_path / "page.pdf", "-"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    sheets = {}
+    for number, sheet in enumerate(text.split("\f")):
+        sheets |= dict.fromkeys(re.findall(r"@(\d+(?:top|bottom))@", sheet), number)
+    assert len(names) > 100 and len(sheets) == 2 * len(names)
+    cut = [n for i, n in enumerate(names) if sheets[f"{i}top"] != sheets[f"{i}bottom"]]
+    assert cut == []
+
+
+def test_printing_leaves_out_what_is_for_the_hand(open_page):
     page = open_page(768)
     page.emulate_media(media="print")
-    breaks = "found => found.map((e) => getComputedStyle(e).breakInside)"
-    for kind in (".row", ".ledger", ".equation", "tr", ".widget", ".row .code", ".network"):
-        assert set(page.eval_on_selector_all(kind, breaks)) == {"avoid"}, kind
-    assert page.locator("nav").is_hidden() and page.locator(".switches").is_hidden()
-    assert page.pdf(format="A4").startswith(b"%PDF")
+    for kind in ("nav", ".switches", ".widget button", ".widget input[type=range]"):
+        assert page.locator(kind).count() and not page.locator(f"{kind}:visible").count(), kind
+
+
+def test_a_short_code_block_stays_beside_its_prose(open_page):
+    page = open_page()
+    page.evaluate("document.querySelectorAll('.tests details').forEach((d) => (d.open = true))")
+    scroll = "e => scrollTo(0, e.getBoundingClientRect().top + scrollY + 400)"
+    page.locator("#bin_centers").evaluate(scroll)
+    nav, block = page.locator("nav").bounding_box(), page.locator("#bin_centers .right > .code")
+    assert nav["height"] < block.bounding_box()["y"] < 120
