@@ -1818,8 +1818,9 @@ def test_infer_takes_paths_pictures_and_arrays(tiny, tmp_path):
 
 
 def test_the_authors_networks_want_the_width_of_their_data(released):
-    assert cabins.load_checkpoint(released, max_depth=10.0).config.image_width == 640
-    assert cabins.load_checkpoint(released, max_depth=80.0).config.image_width == 1216
+    for top, width, focal in ((10.0, 640, 518.86), (80.0, 1216, 721.54)):
+        config = cabins.load_checkpoint(released, max_depth=top).config
+        assert (config.max_depth, config.image_width, config.focal) == (top, width, focal)
 
 
 def test_a_picture_of_any_size_and_what_is_none(tiny, tmp_path):
@@ -2074,6 +2075,7 @@ def test_recipes_sizes_and_scales():
     nyu, kitti = data.DATASETS["nyu"], data.DATASETS["kitti"]
     assert (nyu.crop, nyu.depth_scale, nyu.max_depth) == ((416, 544), 1000, 10)
     assert (kitti.crop, kitti.depth_scale, kitti.max_depth) == ((352, 704), 256, 80)
+    assert (nyu.focal, kitti.focal, data.DATASETS["toy"].focal) == (518.86, 721.54, 100)
     assert data.fixed_crop("nyu", 480, 640, True) == (45, 472, 43, 608)
     assert data.fixed_crop("nyu", 480, 640, False) == (0, 480, 0, 640)
     assert data.fixed_crop("kitti", 375, 1242, True) == (23, 375, 13, 1229)
