@@ -256,17 +256,15 @@ def draw_samples(out: Path, model: cabins.CaBins, dataset: DepthDataset, n: int)
         draw_explained(out / f"explained_{i}.png", image, model.config, found, s, truth)
 
 
-PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"}
-
-
 def find_pictures(arguments: list[str]) -> list[Path]:
     """The files that paths, folders and patterns name. Raises FileNotFoundError."""
+    suffixes = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"}
     found = []
     for argument in arguments:
         path = Path(argument)
         paths = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(argument))]
         if path.is_dir():
-            paths = [p for p in sorted(path.glob("[!.]*")) if p.suffix.lower() in PICTURES]
+            paths = [p for p in sorted(path.glob("[!.]*")) if p.suffix.lower() in suffixes]
         if not paths:
             raise FileNotFoundError(f"{argument}: no picture there, nor any that the pattern fits")
         found += paths

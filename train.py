@@ -10,7 +10,6 @@ import math
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DistributedSampler
 from tqdm import tqdm
@@ -84,9 +82,13 @@ class Learner:
         with self.amp:
             prediction = self.network(image)
         if self.n_processes > 1:  # the loss is the whole batch's, as if in one process
-            parts = (prediction.depth, prediction.centers, depth)
-            d, c, depth = (torch.cat(all_gather(part.contiguous())) for part in parts)
-            prediction = prediction._replace(depth=d, centers=c)
+            whole = []
+            for part in (prediction.depth, prediction.centers, depth):
+                parts = [torch.empty_like(part.contiguous()) for _ in range(self.n_processes)]
+                dist.all_gather(parts, part.contiguous())
+                parts[self.rank] = part  # the only one that has a gradient here
+                whole.append(torch.cat(parts))
+            prediction, depth = prediction._replace(depth=whole[0], centers=whole[1]), whole[2]
         min_depth, unbiased = self.model.config.min_depth, self.args.as_released
         return prediction, depth, cabins.total_loss(prediction, depth, min_depth, unbiased)
 
@@ -95,7 +97,7 @@ class Learner:
         prediction, depth, loss = self.forward(batch, number)
         # NOTE(differs): with --as-released this leaves p and γ out, whose gradients pile up
         self.optimizer.zero_grad()
-        loss.backward()
+        (loss * self.n_processes).backward()  # as their gradients are averaged
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         self.optimizer.step()
         self.scheduler.step()
@@ -410,7 +412,6 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
 
 def main() -> None:
     args, saved = parse_args()
-    warnings.filterwarnings("ignore", "torch.distributed.nn", FutureWarning)  # of all_gather
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note_stop)
     try:
