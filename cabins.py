@@ -732,9 +732,8 @@ class VisionTransformer(nn.Module):
         h, w = (math.ceil(size / 16) for size in image.shape[-2:])
         image = resize(image, (16 * h, 16 * w))  # whole patches only
         x = self.conv1(image).flatten(2).mT  # (B, hw, width)
-        x = torch.cat(
-            [self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1
-        )  # (B, 1 + hw, width)
+        class_token = self.class_embedding.expand(x.shape[0], 1, -1)
+        x = torch.cat([class_token, x], dim=1)  # (B, 1 + hw, width)
         x = self.ln_pre(x + resize_positions(self.positional_embedding, h, w))
         pyramid = []
         for i, block in enumerate(self.transformer.resblocks, 1):
@@ -956,9 +955,7 @@ def read_picture(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode == "F":
             raise ValueError("the picture has floating-point values; save it in 8 or 16 bits")
-        if picture.mode.startswith(
-            "I"
-        ):  # more than 8 bits of grey: the brightest pixel becomes white
+        if picture.mode.startswith("I"):  # grey of more than 8 bits: its brightest becomes white
             grey = np.asarray(picture).clip(0)
             picture = Image.fromarray((grey * (255 / max(grey.max(), 1))).astype(np.uint8))
         picture = np.asarray(picture.convert("RGB"))
