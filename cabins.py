@@ -154,15 +154,13 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
         8 groups of 32   mean m_1      mean m_2       …    mean m_8
         8 distances      e_1           e_2            …    e_8              K = 8
 
-    e_k is a weighted mean of group k. The nearer a centre is to m_k, the more it weighs.
+    e_k is a weighted mean of group k. The nearer a centre is to m_k, the more it weighs. How much
+    more depends on the unit, since 1 / |c - m| has one. Take random bins over 10 m. In metres, the
+    largest weight in a group is 0.99 on average, and e_k lies 0.4 mm from the centre nearest to m_k.
+    In centimetres, the largest weight is 0.22, and e_k lies 0.6 mm from m_k itself.
 
-    How much more depends on the unit, since 1 / |c - m| has one. Take random bins over 10 m. In
-    metres, the largest weight in a group is 0.99 on average, and e_k lies 0.4 mm from the centre
-    nearest to m_k. The same bins in centimetres have a largest weight of 0.22, and e_k lies 0.6 mm
-    from m_k itself. Over 80 m, in metres, the largest weight is 0.92.
-
-    `kind` is the distance class, a row of Table 3: "median" and "mean" of each group replace Eq. 2.
-    The phrases of "semantic" replace the distances themselves, so it gets those of Eq. 2.
+    `kind` is a row of Table 3. "median" and "mean" replace Eq. 2. "semantic" puts phrases in the
+    place of the distances, which then only describe the image.
     NOTE(paper silent): which median. For an even group we take the lower one, a real bin centre.
     """
     c = centers.unflatten(1, (n_groups, -1))  # (B, K, n_g)
@@ -355,24 +353,25 @@ class CaBins(nn.Module):
 
     def __init__(self, config: Config, clip: CLIP | None = None):
         super().__init__()
-        expected = BACKBONES[config.backbone]
+        a = BACKBONES[config.backbone]
         if clip is None:
-            clip = CLIP(expected)
+            clip = CLIP(a)
             if config.backbone != "tiny":
                 warnings.warn("CLIP has random weights: give clip=load_clip(…)", stacklevel=2)
-        if clip.architecture._replace(context_length=77) != expected:  # the authors' keep 30 of 77
+        if clip.architecture._replace(context_length=77) != a:  # the authors' keep 30 of 77
             raise ValueError(f"backbone is {config.backbone}; the given CLIP is another one")
-        self.config, self.clip = config, clip
+        self.config = config
         self.integer_digits = len(f"{config.max_depth:.0f}")  # of a distance, before the point
-        self.reassemble = dpt_reassembly(expected.width) if expected.is_vit else None
-        self.bins = AdaptiveBins(expected.embed_dim, config.n_bins)
+        self.clip = clip
+        self.reassemble = dpt_reassembly(a.width) if a.is_vit else None
+        self.bins = AdaptiveBins(a.embed_dim, config.n_bins)
         # NOTE(differs): CoOp, which the paper cites, starts its prompts with a standard deviation
         # of 0.02, and so do we. The released code starts them with 1.
-        self.prompts = nn.Parameter(torch.empty(config.n_prompts, expected.text_width))
+        self.prompts = nn.Parameter(torch.empty(config.n_prompts, a.text_width))
         nn.init.trunc_normal_(self.prompts, std=0.02)
         sizes = {"width": 64, "n_layers": 2} if config.backbone == "tiny" else {}
-        self.trans_decoder = TransDecoder(expected.embed_dim, **sizes)
-        self.depth_decoder = DepthDecoder(expected.channels, config.n_cabins, config.n_bins)
+        self.trans_decoder = TransDecoder(a.embed_dim, **sizes)
+        self.depth_decoder = DepthDecoder(a.channels, config.n_cabins, config.n_bins)
         if config.distance_class == "semantic":
             phrases = tokenize(SEMANTIC_BINS, length=5)  # at most three tokens, and the two ends
             self.register_buffer("phrases", phrases, persistent=False)

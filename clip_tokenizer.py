@@ -1,4 +1,4 @@
-"""CLIP's tokenizer (CaBins, Sec. 3.1): a text to byte-pair ids, and a number to ids directly.
+"""CLIP's tokenizer (CaBins, Sec. 3.1): byte-pair ids of a text, and ids of a number directly.
 
     >>> encode("a photo of a cat.")
     [320, 1125, 539, 320, 2368, 269]
@@ -6,14 +6,14 @@
 A text goes through four steps:
 
 1. clean     Repair broken Unicode, unescape HTML, collapse white space, lower the case.
-2. split     Cut into words, runs of punctuation, and *single* digits.
-3. bytes     Each word becomes its UTF-8 bytes, and each byte one printable character. So no text
-             is out of vocabulary.
-4. merge     Join neighbouring pieces in the vocabulary's order of merges, until none applies. Each
-             remaining piece is one token.
+2. split     Cut into words, *single* digits, and runs of anything else.
+3. bytes     Write a word as its UTF-8 bytes, and each byte as one printable character. Any text can
+             be written in this way, so none is out of vocabulary.
+4. merge     Join neighbouring pieces of a word in the vocabulary's order of merges, until no merge
+             applies. Each remaining piece is a token.
 
-The vocabulary: 256 bytes, the same at the end of a word ("</w>"), 48,894 merges, and the two special
-tokens that begin and end a text. OpenAI published it with CLIP (MIT licence, see LICENSE).
+The vocabulary has 256 bytes, the same bytes at the end of a word ("</w>"), 48,894 merges, and two
+special tokens. OpenAI published it with CLIP (MIT licence, see LICENSE).
 """
 
 import functools
@@ -27,9 +27,10 @@ from torch import Tensor
 
 VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 N_MERGES = 48_894
-SOT, EOT = 49_406, 49_407  # <|startoftext|>, <|endoftext|>
-DIGIT_0, POINT = 271, 269  # "0</w>" to "9</w>" are 271 to 280, ".</w>" is 269
+SOT, EOT = 49_406, 49_407  # the start and the end of a text
+DIGIT_0, POINT = 271, 269  # the digits 0 to 9 are 271 to 280
 DECIMALS = 4
+SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
 # special tokens, English contractions, words, single digits, runs of anything else
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
 WORDS += r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -37,9 +38,9 @@ WORDS += r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 @functools.cache
 def byte_characters() -> dict[int, str]:
-    """The printable character that stands for each byte, in the vocabulary's order.
+    """The printable character for each byte, in the vocabulary's order.
 
-    Printable Latin-1 bytes stand for themselves; the other 68 take the characters from U+0100 on.
+    A printable Latin-1 byte is written as itself. The other 68 get the characters from U+0100 on.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     printable += range(ord("®"), ord("ÿ") + 1)
@@ -49,14 +50,14 @@ def byte_characters() -> dict[int, str]:
 
 @functools.cache
 def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """Each token's id, and each merge's rank: the lower, the sooner it is applied."""
+    """The id of each token, and the rank of each merge. Merges of a lower rank come first."""
     with gzip.open(VOCABULARY, "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[1 : 1 + N_MERGES]  # the first line is a version
     merges = [tuple(line.split()) for line in lines]
     tokens = list(byte_characters().values())
     tokens += [token + "</w>" for token in tokens]
     tokens += ["".join(pair) for pair in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    tokens += SPECIAL
     ids = {token: i for i, token in enumerate(tokens)}
     return ids, {pair: rank for rank, pair in enumerate(merges)}
 
@@ -69,7 +70,7 @@ def merge(word: str) -> tuple[str, ...]:
     ('far', 'thest</w>')
     """
     _, ranks = vocabulary()
-    if word in ("<|startoftext|>", "<|endoftext|>"):
+    if word in SPECIAL:
         return (word,)
     pieces = [*word[:-1], word[-1] + "</w>"]
     while len(pieces) > 1:
@@ -77,7 +78,7 @@ def merge(word: str) -> tuple[str, ...]:
         if pair not in ranks:
             break
         merged, i = [], 0
-        while i < len(pieces):  # every occurrence of the pair, from the left
+        while i < len(pieces):  # join each occurrence of the pair, from the left
             found = tuple(pieces[i : i + 2]) == pair
             merged.append("".join(pair) if found else pieces[i])
             i += 2 if found else 1
@@ -86,9 +87,9 @@ def merge(word: str) -> tuple[str, ...]:
 
 
 def encode(text: str) -> list[int]:
-    """The ids of `text`, without the two special tokens that begin and end it."""
+    """The ids of a text, without the start and the end token."""
     import ftfy
-    import regex  # unlike re, it knows the Unicode classes \p{L} (letters) and \p{N} (numbers)
+    import regex  # knows the Unicode classes \p{L} (letters) and \p{N} (numbers), unlike re
 
     ids, _ = vocabulary()
     text = html.unescape(html.unescape(ftfy.fix_text(text)))  # twice, as CLIP does
@@ -98,9 +99,9 @@ def encode(text: str) -> list[int]:
 
 
 def tokenize(texts: str | list[str], length: int = 77) -> torch.LongTensor:
-    """(L, length) ids of L texts, each between the start and end tokens, padded with zeros.
+    """Ids (L, length) of L texts, each from the start to the end token, padded with zeros.
 
-    Raises ValueError for a text that does not fit: nothing is ever cut off.
+    Raises ValueError for a text that does not fit.
     """
     texts = [texts] if isinstance(texts, str) else texts
     rows = torch.zeros(len(texts), length, dtype=torch.long)
@@ -113,34 +114,33 @@ def tokenize(texts: str | list[str], length: int = 77) -> torch.LongTensor:
 
 
 def number_tokens(depths: Tensor, integer_digits: int = 4) -> Tensor:
-    """The ids that `tokenize(str(round(e, 4)), T)` gives for each depth e, on the depths' device.
+    """The ids (…, T) of depths (…,) in metres, as `tokenize(str(round(e, 4)), T)` gives them.
 
-    (…,) metres -> (…, T) from start to end token, padded with zeros, with T = integer_digits + 7.
-    Depths must be at least 0, and after rounding below 10^integer_digits.
+    T = integer_digits + 7: the start token, the digits, the point, 4 decimals and the end token.
+    Depths must be at least 0, and less than 10^integer_digits after rounding.
 
-    CLIP splits a number into single digits, and the id of a digit is 271 more than it. So ids are
-    computed: no string is made, and on a GPU nothing waits for the host.
-
-    A small change of the number can change all of its text: "2.9999" and "3.0" share the point.
+    CLIP splits a number into single digits, and the id of a digit is 271 more than the digit. So we
+    can compute the ids on the depths' device. No string is made, and a GPU does not wait.
 
     >>> number_tokens(torch.tensor([2.5, 0.81961]), integer_digits=1)
     tensor([[49406,   273,   269,   276, 49407,     0,     0,     0],
             [49406,   271,   269,   279,   272,   280,   277, 49407]])
     """
     e = depths.detach()
-    e = e.cpu() if e.device.type == "mps" else e  # it has no float64, where float32 * 10^4 is exact
-    metre = 10**DECIMALS  # depths are counted in tenths of a millimetre
+    if e.device.type == "mps":  # has no float64, in which a float32 times 10^4 is exact
+        e = e.cpu()
+    metre = 10**DECIMALS  # we count in tenths of a millimetre
     number = (e.double() * metre).round().long()[..., None]  # (…, 1)
-    places = 10 ** torch.arange(integer_digits + DECIMALS - 1, -1, -1, device=e.device)
-    digits = DIGIT_0 + number // places % 10  # (…, integer_digits + 4)
-    # Python drops zeros at both ends, but keeps one digit on each side of the point: "0.5", "2.0".
-    # So print what lies between the first and the last digit that is not 0, and those two.
-    is_whole, is_beside_point = places >= metre, (places == metre) | (places == metre // 10)
-    is_printed = is_beside_point | is_whole & (number >= places)
-    is_printed |= ~is_whole & (number % (10 * places) > 0)
-    whole, decimals = (digits * is_printed).split((integer_digits, DECIMALS), -1)
+    powers = 10 ** torch.arange(integer_digits + DECIMALS - 1, -1, -1, device=e.device)
+    digits = DIGIT_0 + number // powers % 10  # (…, integer_digits + 4)
+    # Python prints the digits from the first to the last that is not 0. It also prints the two
+    # digits beside the point: "0.5", "2.0".
+    is_beside_point = (powers == metre) | (powers == metre // 10)
+    is_inside = torch.where(powers >= metre, number >= powers, number % (10 * powers) > 0)
+    printed = digits * (is_beside_point | is_inside)
+    whole, decimals = printed.split((integer_digits, DECIMALS), -1)
     one = torch.ones_like(number)
     ids = torch.cat([SOT * one, whole, POINT * one, decimals, EOT * one], -1)  # (…, T)
-    # Dropped digits are 0 now. Move the other ids left, over them; zeros pad the end.
-    place = (ids > 0).cumsum(-1) - 1
-    return torch.zeros_like(ids).scatter_add(-1, place, ids).to(depths.device)
+    # Digits that are not printed are 0 here. Move the other ids left, so that zeros pad the end.
+    position = (ids > 0).cumsum(-1) - 1
+    return torch.zeros_like(ids).scatter_add(-1, position, ids).to(depths.device)
