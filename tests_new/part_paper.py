@@ -1,0 +1,855 @@
+# ruff: noqa: F403, F405
+from common import *
+
+# ---- Sec. 3.1  CLIP's tokenizer and encoders -----------------------------------------------------
+
+
+def test_tokenizer_gives_clips_ids():
+    known = {
+        "a photo of a cat.": [320, 1125, 539, 320, 2368, 269],
+        "farthest": [1578, 35343],  # two pieces: far, thest
+        "79.1234": [278, 280, 269, 272, 273, 274, 275],  # single digits
+        "  a PHOTO\tof\n": [320, 1125, 539],  # lower case, white space
+        "it's": [585, 568],
+        "mojibake cafÃ©": [617, 3252, 11878, 15304],  # repaired to café
+        "&amp;lt;b&amp;gt;": [283, 321, 285],  # HTML is unescaped twice: <b>
+        "<|startoftext|> inside <|endoftext|>": [49406, 2912, 49407],
+        "日本語のテキスト": [39121, 44353, 34002, 252, 21575, 2429, 228, 47121, 32421, 486],
+        "": [],
+    }
+    if GOLDENS.is_dir():
+        known |= dict(json.loads((GOLDENS / "tokens.json").read_text()))
+    for text, ids in known.items():
+        assert clip_tokenizer.encode(text) == ids, text
+
+
+def test_texts_are_padded_and_never_cut_off():
+    ids = clip_tokenizer.tokenize(["far", "extremely close"], length=5)
+    assert ids.tolist() == [[49406, 2384, 49407, 0, 0], [49406, 6519, 2660, 49407, 0]]
+    with pytest.raises(ValueError, match="extremely close"):
+        clip_tokenizer.tokenize("extremely close", length=3)
+
+
+def test_number_tokens_are_the_tokens_of_the_printed_number():
+    depths = [torch.rand(800, generator=generator()) * top for top in (0.01, 1, 10, 80, 9999)]
+    edges = [0, 1e-4, 5e-5, 1e-3, 0.5, 0.12345, 2.00005, 9.99995, 10, 80, 99.99995, 100, 9999]
+    depths = torch.cat([*depths, torch.tensor(edges)])
+    texts = [str(round(depth, 4)) for depth in depths.tolist()]
+    assert torch.equal(cabins.number_tokens(depths), clip_tokenizer.tokenize(texts, 11))
+    two_digits = cabins.number_tokens(torch.tensor([[2.5], [80.0]]), integer_digits=2)
+    assert torch.equal(two_digits[:, 0], clip_tokenizer.tokenize(["2.5", "80.0"], 9))
+
+
+CLIP_KNOWN = {  # the first three values of CLIP's own embedding of image 0 and of text 0
+    "RN50": ([-0.89232415, -0.17029873, 0.15963185], [-1.518179, 0.2903049, 0.15889318]),
+    "RN101": ([0.85525256, -1.7576025, -2.4198878], [1.3894114, 0.88841105, -0.52293265]),
+    "ViT-B/16": ([-1.3473095, 0.38172603, -0.33779722], [1.3894114, 0.88841105, -0.52293265]),
+}
+CLIP_TEXTS = ["a photo of a cat.", "This object is giant", "extremely close", "2.7415", "farthest"]
+cached_made_tensor = functools.cache(made_tensor)  # the three text encoders share most weights
+
+
+@pytest.mark.parametrize("backbone", CLIP_KNOWN)
+def test_embeddings_are_those_of_clips_own_code(backbone):
+    """z̄ is CLIP's image embedding, although here every token asks, and not the mean alone."""
+    with torch.device("meta"):  # names and shapes alone
+        clip = cabins.CLIP(cabins.BACKBONES[backbone])
+    shapes = {name: tuple(tensor.shape) for name, tensor in clip.state_dict().items()}
+    made = {name: cached_made_tensor(name, shape) for name, shape in shapes.items()}
+    clip.load_state_dict(made, assign=True)
+    with torch.inference_mode():
+        _, z_bar, z = clip.eval().visual(torch.from_numpy(normal("image", (2, 3, 224, 224))))
+        t = clip.encode_text(clip_tokenizer.tokenize(CLIP_TEXTS))
+    close(z_bar[0, :3], CLIP_KNOWN[backbone][0])
+    close(t[0, :3], CLIP_KNOWN[backbone][1])
+    assert z.shape == (*z_bar.shape, *((14, 14) if backbone == "ViT-B/16" else (7, 7)))
+    if GOLDENS.is_dir():
+        golden, name = np.load(GOLDENS / "clip_embeddings.npz"), backbone.replace("/", "-")
+        close(z_bar, golden[f"{name}/image"])
+        close(t, golden[f"{name}/text"])
+        known = json.loads((GOLDENS / "clip_state_dicts.json").read_text())[name]
+        assert {k: list(shape) for k, shape in shapes.items()} == known
+
+
+def small_clip(**sizes) -> cabins.CLIP:
+    """A CLIP of the tiny network's sizes, but for `sizes`."""
+    torch.manual_seed(1)
+    return cabins.CLIP(cabins.BACKBONES["tiny"]._replace(**sizes)).eval()
+
+
+def test_clip_is_read_from_half_precision_archives_and_from_plain_files(tmp_path):
+    clip, expected = small_clip().half(), small_clip().half().state_dict()
+    for name in ("input_resolution", "context_length", "vocab_size"):  # not weights
+        clip.register_buffer(name, torch.tensor(77))
+    torch.save(clip.state_dict(), tmp_path / "plain.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript, the format of OpenAI's files, is deprecated
+        ids = clip_tokenizer.tokenize("far", 3)
+        torch.jit.trace_module(clip, {"encode_text": ids}).save(tmp_path / "archive.pt")
+    for name in ("plain.pt", "archive.pt"):
+        found = cabins.load_clip(tmp_path / name).state_dict()
+        for key, tensor in expected.items():
+            assert torch.equal(found[key], tensor.to(found[key].dtype)), key
+        assert found["visual.conv1.weight"].dtype == torch.float32
+    with pytest.raises(ValueError, match="archive.pt"):
+        cabins.load_checkpoint(tmp_path / "archive.pt")
+
+
+class Evil:
+    """What pickle would build by running a command."""
+
+    def __reduce__(self):
+        return os.system, ("touch was_run",)
+
+
+def test_no_code_in_a_clip_archive_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("evil.pt", "w") as archive:
+        for name, content in (("data.pkl", pickle.dumps(Evil())), ("code/__torch__.py", b"")):
+            archive.writestr(f"evil/{name}", content)
+        archive.writestr("evil/constants.pkl", pickle.dumps(()))
+    with pytest.raises(ValueError, match="evil.pt"):
+        cabins.load_clip("evil.pt")
+    assert not Path("was_run").exists()
+
+
+# ---- Sec. 3.2.1  Image encoder, and Eq. 1 --------------------------------------------------------
+
+
+def test_eq_1_a_bins_centre_lies_half_its_width_above_all_bins_before_it():
+    b = torch.tensor([[0.5, 0.25, 0.25]])  # of 8 m: bins from 2, 6 and 8 m on
+    assert cabins.bin_centers(b, 2.0, 10.0).tolist() == [[4.0, 7.0, 9.0]]
+
+
+def test_fact_6_every_bin_stays_open_and_none_is_wider_than_the_others_leave():
+    bins = cabins.AdaptiveBins(64, 256)
+    last = [module for module in bins.modules() if isinstance(module, nn.Linear)][-1]
+    last.bias.data[:] = -9.0
+    last.bias.data[7] = 99.9
+    last.weight.data.zero_()
+    b = bins(torch.randn(1, 64))[0]
+    assert b[7].item() == pytest.approx(100 / 125.5) and b[8].item() == pytest.approx(0.1 / 125.5)
+
+
+def test_the_mlp_of_the_bins_has_leaky_relu_inside_and_relu_at_the_end(tiny):
+    z_bar = torch.randn(3, 64, generator=generator()) * 10
+    one, two, three = (m for m in tiny.bins.modules() if isinstance(m, nn.Linear))
+    y = three(F.leaky_relu(two(F.leaky_relu(one(z_bar), 0.01)), 0.01)).relu() + 0.1
+    close(tiny.bins(z_bar), y / y.sum(1, keepdim=True), 1e-6)
+    c = cabins.bin_centers(tiny.bins(z_bar), 1e-3, 10.0)
+    assert (c.diff(dim=1) > 0).all() and c.min() > 1e-3 and c.max() < 10
+
+
+def test_every_location_is_a_query_of_the_attention_pool():
+    pool = small_clip(width=16, grid=3).visual.attnpool  # 512 channels: 8 heads of 64
+    x = torch.randn(2, 512, 3, 3, generator=generator())
+    tokens = torch.cat([x.mean((2, 3))[:, None], x.flatten(2).mT], 1) + pool.positional_embedding
+    projections = (pool.q_proj(tokens), pool.k_proj(tokens), pool.v_proj(tokens))
+    q, k, v = (y.unflatten(-1, (8, 64)).transpose(1, 2) for y in projections)
+    out = (q @ k.mT / 8).softmax(-1) @ v
+    out = pool.c_proj(out.transpose(1, 2).flatten(2))
+    z_bar, z = pool(x)
+    close(torch.cat([z_bar[:, None], z.flatten(2).mT], 1), out.detach(), 1e-5)
+
+
+def test_positions_are_resized_without_aligned_corners():
+    grid = torch.tensor([[9.0], [0], [1], [2], [3]])  # of the mean token, then of 2 x 2 locations
+    found = cabins.resize_positions(grid, 2, 4).flatten().tolist()
+    assert found == [9, 0, 0.25, 0.75, 1, 2, 2.25, 2.75, 3]
+
+
+# ---- Sec. 3.2.2  CaBins: Eq. 2 -------------------------------------------------------------------
+
+
+def test_eq_2_weighs_centres_near_the_groups_mean_most():
+    c = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.double)
+    weights = [math.exp(1 / (abs(x - 7 / 3) + 1e-4)) for x in (1, 2, 4)]
+    by_hand = (weights[0] + 2 * weights[1] + 4 * weights[2]) / sum(weights)
+    assert cabins.distance_classes(c, 1).item() == pytest.approx(by_hand, rel=1e-9)
+    assert by_hand == pytest.approx(2.0636174, abs=1e-6)
+
+
+def test_table_3_groups_are_of_neighbouring_bins_and_the_median_is_a_bin_centre():
+    c = torch.tensor([[1.0, 2, 4, 9, 10, 20, 30, 60]])
+    assert cabins.distance_classes(c, 2, "mean").tolist() == [[4, 30]]
+    assert cabins.distance_classes(c, 2, "median").tolist() == [[2, 20]]  # the lower one
+    with pytest.raises(ValueError, match="mode"):
+        cabins.distance_classes(c, 2, "mode")
+
+
+@pytest.mark.parametrize(
+    "metres, units, nearest, mean, median",  # mean distances of e from these three, in metres
+    [(10, 1, 0.0004, 0.0106, 0.0266), (80, 1, 0.024, 0.064, 0.212), (10, 100, 0.0105, 6e-4, 0.028)],
+)
+def test_fact_2_eq_2_picks_the_centre_nearest_to_the_mean_and_depends_on_the_unit(
+    metres, units, nearest, mean, median
+):
+    b = torch.rand(300, 256, generator=generator()).double() + 0.1
+    c = cabins.bin_centers(b / b.sum(1, keepdim=True), 0.0, metres * units)
+    e, groups = cabins.distance_classes(c, 8), c.unflatten(1, (8, 32))
+    m = groups.mean(2, keepdim=True)
+    others = [groups.gather(2, (groups - m).abs().argmin(2, keepdim=True)), m]
+    others += [groups.median(2, keepdim=True).values]
+    found = [(e[..., None] - other).abs().mean().item() / units for other in others]
+    assert found == pytest.approx([nearest, mean, median], rel=0.2)
+
+
+# ---- Sec. 3.2.3  Prompts, text encoder, TransDecoder: Eq. 3 --------------------------------------
+
+
+def inputs_of(module: nn.Module, run) -> tuple:
+    """What `module` is given when `run` is called."""
+    calls = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
+    run()
+    handle.remove()
+    return calls[0]
+
+
+def test_the_text_of_a_distance_is_its_number_with_four_decimals(tiny):
+    image = torch.randn(2, 3, 64, 64, generator=generator())
+    (ids,) = inputs_of(tiny.clip.token_embedding, lambda: tiny(image))
+    texts = [str(round(e, 4)) for e in tiny(image).cabins.flatten().tolist()]
+    assert torch.equal(ids, clip_tokenizer.tokenize(texts, 9))  # two digits before the point
+    (x,) = inputs_of(tiny.clip.transformer.resblocks, lambda: tiny(image))
+    assert x.shape == (16, 17, 64)  # and eight prompts: 17 positions of CLIP's 77
+
+
+@torch.no_grad()
+def test_prompts_stand_between_start_and_number_and_what_follows_the_end_changes_nothing(tiny):
+    words = torch.tensor(clip_tokenizer.encode("a photo of"))  # prompts that are words' embeddings
+    expected = tiny.clip.encode_text(clip_tokenizer.tokenize("a photo of 2.5"))
+    prompts, ids = tiny.clip.token_embedding(words), cabins.number_tokens(torch.tensor([2.5]), 2)
+    for following in (0, 7):
+        padded = F.pad(ids, (0, 20), value=following)
+        close(tiny.clip.encode_text(padded, prompts), expected, 1e-5)
+
+
+def test_fact_1_no_gradient_passes_through_the_digits():
+    model = cabins.CaBins(TINY)
+    s = model(torch.randn(1, 3, 64, 96, generator=generator())).similarity
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
+    gradients = dict(zip(names, torch.autograd.grad(s.sum(), parameters, allow_unused=True)))
+    none = {name for name, gradient in gradients.items() if gradient is None}
+    assert none == {name for name in names if name.startswith(("bins.", "depth_decoder."))}
+    for name in ("prompts", "trans_decoder.gamma", "clip.visual.conv1.weight"):
+        assert gradients[name].abs().sum() > 0, name
+
+
+def test_fact_3_the_text_jumps_where_the_number_does_not(released_model):
+    texts = cabins.number_tokens(torch.tensor([2.9999, 3.0]), 2)
+    assert set(texts[0].tolist()) & set(texts[1].tolist()) == {49406, 269, 49407, 0}  # the point
+    with torch.no_grad():
+        image = torch.from_numpy(normal("image", (1, 3, 96, 128)))
+        _, z_bar, z = released_model.clip.visual(image)
+        t = released_model.clip.encode_text(texts, released_model.prompts)[None]
+        s = cabins.cosine_similarity(z, released_model.trans_decoder(t, z_bar, z))[0]
+    assert (s[1] - s[0]).abs().max() > 0.01 * s[0].abs().max()
+
+
+def test_fact_10_the_last_digit_turns_t_nearly_as_far_as_a_metre_does():
+    clip = small_clip(text_width=256, text_layers=6)  # of random weights
+    e = torch.rand(40, generator=generator()) * 8 + 1
+    with torch.no_grad():
+        t, near, far = (clip.encode_text(cabins.number_tokens(e + x, 2)) for x in (0, 1e-4, 1))
+    angles = [F.cosine_similarity(t, other).clamp(max=1).arccos().mean() for other in (near, far)]
+    assert angles[0] > 0.5 * angles[1] > 0.02
+
+
+def texts_and_image() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random t (B, K, D), z̄ (B, D) and z (B, D, h, w), of D = 512."""
+    shapes = (2, 8, 512), (2, 512), (2, 512, 3, 4)
+    return tuple(torch.randn(shape, generator=generator(i)) for i, shape in enumerate(shapes))
+
+
+def test_eq_3_adds_gamma_times_v_post_to_t():
+    decoder, (t, z_bar, z) = cabins.TransDecoder(512).eval(), texts_and_image()
+    changes = []
+    for gamma in (0.0, 1.0, 2.0):
+        nn.init.constant_(decoder.gamma, gamma)
+        changes.append((decoder(t, z_bar, z) - t).detach())
+    assert changes[0].abs().max() == 0 and changes[1].abs().max() > 0
+    close(changes[2], 2 * changes[1], 1e-5)
+
+
+def test_fact_4_eq_3_is_the_identity_at_first():
+    torch.manual_seed(0)
+    decoder, (t, z_bar, z) = cabins.TransDecoder(512).eval(), texts_and_image()
+    assert decoder.gamma.tolist() == pytest.approx([1e-4] * 512)
+    assert 1e-6 < (decoder(t, z_bar, z) - t).norm() / t.norm() < 1e-3
+    linear = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
+    for weight in (torch.cat([m.weight.flatten() for m in linear]), cabins.CaBins(TINY).prompts):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert all(m.bias is None or not m.bias.any() for m in linear)
+
+
+def test_trans_decoder_is_a_pre_norm_decoder_of_densclips_sizes():
+    """Six of torch's own decoder layers, of width 256 and with 4 heads, give the same."""
+    decoder, (t, z_bar, z) = cabins.TransDecoder(512).eval(), texts_and_image()
+    x = decoder.text_proj(t)
+    memory = decoder.memory_proj(torch.cat([z_bar[:, None], z.flatten(2).mT], 1))
+    options = {"activation": "gelu", "norm_first": True, "batch_first": True}
+    for layer in decoder.layers:
+        torchs = nn.TransformerDecoderLayer(256, 4, 1024, 0.0, **options)
+        pairs = (torchs.self_attn, layer.self_attn), (torchs.multihead_attn, layer.cross_attn)
+        for its, ours in pairs:
+            projections = (ours.q_proj.weight, ours.k_proj.weight, ours.v_proj.weight)
+            its.in_proj_weight.data = torch.cat(projections).detach()
+            its.out_proj = ours.proj
+        torchs.norm1, torchs.norm2, torchs.norm3 = layer.norm1, layer.norm2, layer.norm3
+        torchs.linear1, torchs.linear2 = layer.mlp[0], layer.mlp[-1]
+        x = torchs(x, memory)
+    nn.init.ones_(decoder.gamma)
+    close(decoder(t, z_bar, z), (t + decoder.out_proj(x)).detach(), 1e-5)
+    assert len(decoder.layers) == 6
+
+
+def test_trans_decoder_drops_a_tenth_anew_in_each_training_step():
+    decoder, (t, z_bar, z) = cabins.TransDecoder(512), texts_and_image()
+    nn.init.ones_(decoder.gamma)
+    dropouts = [module for module in decoder.modules() if isinstance(module, nn.Dropout)]
+    assert [dropout.p for dropout in dropouts] == [0.1] * 24  # four in each layer
+    one, two = decoder(t, z_bar, z), decoder(t, z_bar, z)
+    assert not torch.equal(one, two)
+
+
+# ---- Sec. 3.2.4  Similarity, depth decoder, depth: Eq. 4 and 5 -----------------------------------
+
+
+def test_eq_4_similarity_is_the_cosine_of_each_location_and_each_text():
+    z, t = torch.randn(2, 64, 3, 4, generator=generator()), torch.randn(2, 8, 64)
+    s = cabins.cosine_similarity(z, t)
+    assert s.shape == (2, 8, 3, 4)
+    expected = F.cosine_similarity(z[1, :, 2, 3], t[1, 5], dim=0)
+    assert s[1, 5, 2, 3].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_eq_5_depth_is_the_mean_of_the_centres_under_p():
+    centers, p = torch.tensor([[1.0, 3.0]]), torch.tensor([[[[0.25]], [[0.75]]]])
+    assert cabins.expected_depth(centers, p).tolist() == [[[[2.5]]]]
+
+
+def test_resize_puts_corner_pixels_on_corner_pixels():
+    found = cabins.resize(torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]]), (2, 3))
+    assert found.tolist() == [[[[0, 0.5, 1], [2, 2.5, 3]]]]
+
+
+def test_fact_5_text_learns_through_eight_channels_of_one_convolution(released_model):
+    """No loss asks s to mean anything. With these weights at 0, the prompts learn nothing."""
+    assert released_model.depth_decoder.fuse.weight.shape == (2048, 2056, 1, 1)
+    torch.manual_seed(0)
+    model = cabins.CaBins(TINY)
+    image, target = torch.randn(1, 3, 64, 64), torch.rand(1, 1, 64, 64) * 9
+    for is_silent in (False, True):
+        model.depth_decoder.fuse.weight.data[:, -8:] *= not is_silent
+        model.zero_grad()
+        cabins.total_loss(model(image), target, 1e-3).backward()
+        assert model.prompts.grad.any() != is_silent
+
+
+def test_fact_8_a_padded_1x1_convolution_shifts_x4(tiny):
+    x = torch.zeros(1, 328, 15, 20)  # x4 and s
+    with torch.no_grad():
+        border, (x[:, :, 0],) = tiny.depth_decoder.fuse(x), (1.0,)
+        change = tiny.depth_decoder.fuse(x) - border
+    assert change.shape[2:] == (17, 22) and not change[:, :, 0].any() and change[:, :, 1].any()
+    rows = cabins.resize(change, (30, 40))[0, :, :, 20].abs().amax(0)
+    assert rows[0] == 0 and rows.argmax() == 2  # row 0 of x4 stands at 29 / 16 = 1.8
+
+
+def test_fact_9_the_heads_two_convolutions_are_one_linear_map(tiny):
+    head, x = tiny.depth_decoder, torch.randn(1, 40, 12, 16, generator=generator())
+    weight = torch.einsum("om,mikl->oikl", head.logits.weight[:, :, 0, 0], head.features.weight)
+    bias = head.logits.weight[:, :, 0, 0] @ head.features.bias + head.logits.bias
+    close(F.conv2d(x, weight, bias, padding=1), head.logits(head.features(x)).detach(), 1e-4)
+
+
+# ---- Figure 2: the network -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 97), (427, 65), (96, 128)])
+def test_depth_is_inside_the_range_of_the_centres_for_images_of_any_size(tiny, size):
+    with torch.no_grad():
+        depth, c, e, s = tiny(torch.randn(2, 3, *size, generator=generator()) * 3)
+        half = tiny(torch.randn(1, 3, *size), upsample=False).depth
+    assert c.shape == (2, 256) and e.shape == (2, 8) and depth.shape == (2, 1, *size)
+    assert s.shape == (2, 8, *(x // 32 for x in size))
+    assert half.shape == (1, 1, *(2 * ((x + 1) // 4) for x in size))
+    assert (depth.flatten(1).amin(1) >= c[:, 0]).all() and (c[:, -1] >= depth.amax((1, 2, 3))).all()
+    for wrong in ((1, 3, 63, 64), (1, 1, 64, 64), (3, 64, 64)):
+        with pytest.raises(ValueError, match=re.escape(str(wrong))):
+            tiny(torch.zeros(wrong))
+
+
+def test_depth_is_upsampled_with_aligned_corners_and_a_batch_equals_singles(tiny):
+    image = torch.randn(3, 3, 70, 90, generator=generator())
+    with torch.no_grad():
+        batch, singles = tiny(image), [tiny(i[None]) for i in image]
+        half = tiny(image, upsample=False).depth
+    close(F.interpolate(half, (70, 90), mode="bilinear", align_corners=True), batch.depth, 1e-6)
+    for name in batch._fields:
+        close(torch.cat([getattr(s, name) for s in singles]), getattr(batch, name), 1e-5)
+
+
+@pytest.mark.parametrize("kind", cabins.DISTANCE_CLASSES)
+def test_every_parameter_learns_but_those_of_the_text_encoder(kind):
+    torch.manual_seed(0)
+    model = cabins.CaBins(cabins.Config(backbone="tiny", distance_class=kind))
+    prediction = model(torch.randn(2, 3, 64, 64))
+    cabins.total_loss(prediction, torch.rand(2, 1, 64, 64) * 9 + 0.5, 1e-3).backward()
+    for name, parameter in model.named_parameters():
+        is_frozen = name.startswith("clip.") and not name.startswith("clip.visual.")
+        assert (parameter.grad is None) == is_frozen, name
+        assert is_frozen or parameter.grad.isfinite().all(), name
+    expected = "cabins" if kind == "semantic" else kind
+    close(prediction.cabins, cabins.distance_classes(prediction.centers, 8, expected), 1e-6)
+
+
+def test_the_forward_pass_reads_no_value_of_a_tensor():
+    """A GPU's host never waits for it. The meta device has no values to read."""
+    model = cabins.CaBins(TINY).to("meta").eval()
+    assert model(torch.empty(2, 3, 96, 128, device="meta")).depth.shape == (2, 1, 96, 128)
+
+
+@pytest.mark.parametrize("max_depth", [10.0, 80.0])
+def test_bfloat16_agrees_within_a_hundredth(max_depth):
+    torch.manual_seed(0)
+    model = cabins.CaBins(cabins.Config(backbone="tiny", max_depth=max_depth)).eval()
+    nn.init.normal_(model.depth_decoder.logits.weight, std=30)  # as sure as a trained one
+    image = torch.randn(2, 3, 96, 128, generator=generator())
+    with torch.no_grad():
+        exact = model(image)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(image)
+    assert exact.depth.std() > 0.02 * max_depth
+    assert all(tensor.dtype == torch.float32 for tensor in rounded)
+    for found, expected in zip(rounded[:3], exact[:3]):
+        assert ((found - expected).abs() / expected).mean() < 0.01
+
+
+def test_one_map_of_probabilities_and_one_before_the_logits_are_kept_for_the_gradient(tiny):
+    kept, sizes = [], ((40, 32, 48), (80, 16, 24), (160, 8, 12), (320, 4, 6))
+    pyramid = [torch.randn(1, *size) for size in sizes]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        p = tiny.depth_decoder(pyramid, torch.randn(1, 8, 4, 6))
+        cabins.expected_depth(torch.linspace(1, 9, 256)[None], p)
+    maps = {t.data_ptr() for t in kept if t.numel() == p.numel()}
+    assert len(maps) == 2 and p.data_ptr() in maps
+
+
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 fixes the sizes that it exports")
+def test_an_exported_network_equals_the_network_at_any_size(tiny):
+    limits = (("batch", 1), ("height", 64), ("width", 64))
+    batch, height, width = (torch.export.Dim(name, min=least) for name, least in limits)
+    shapes = {"image": {0: batch, 2: height, 3: width}}
+    example = (torch.randn(2, 3, 96, 128),)
+    program = torch.export.export(tiny, example, dynamic_shapes=shapes).module()
+    for size in ((1, 3, 64, 64), (3, 3, 100, 131)):
+        image = torch.randn(size, generator=generator())
+        with torch.no_grad():
+            for found, expected in zip(program(image), tiny(image)):
+                close(found, expected, 1e-6)
+
+
+# ---- Sec. 3.3  Losses: Eq. 6 to 8 ----------------------------------------------------------------
+
+
+def test_eq_6_silog_by_hand():
+    depth, target = torch.tensor([2.0, 1.0, 5.0]), torch.tensor([1.0, 1.0, 0.0])
+    g = [math.log(2), 0.0]  # the third pixel is not valid
+    by_hand = 10 * math.sqrt((g[0] ** 2 + g[1] ** 2) / 2 - 0.85 * ((g[0] + g[1]) / 2) ** 2)
+    assert cabins.silog_loss(depth, target, target > 0).item() == pytest.approx(by_hand)
+    assert by_hand == pytest.approx(3.7165, abs=1e-4)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_silog_and_its_gradient_are_those_of_a_variance_and_a_squared_mean(unbiased):
+    target = torch.rand(2, 1, 4, 5, generator=generator()).double() * 9 + 0.5
+    mask = torch.rand(2, 1, 4, 5, generator=generator(1)) < 0.6
+    one, two = ((target * 1.5 + 0.2 * target.sin()).requires_grad_() for _ in range(2))
+    loss = cabins.silog_loss(one, target, mask, unbiased=unbiased)
+    g = two[mask].log() - target[mask].log()
+    formula = 10 * (g.var(correction=int(unbiased)) + 0.15 * g.mean() ** 2).sqrt()
+    (loss + formula).backward()
+    assert loss.item() == pytest.approx(formula.item(), rel=1e-9)
+    close(one.grad, two.grad, 1e-9)
+
+
+def test_fact_7_silog_forgives_a_wrong_scale_to_85_percent():
+    target = torch.rand(2, 1, 20, 20, generator=generator(), dtype=torch.double) * 9 + 0.5
+    for factor in (0.5, 1.2, 3.0):
+        loss = cabins.silog_loss(target * factor, target, target > 0).item()
+        assert loss == pytest.approx(10 * math.sqrt(0.15) * abs(math.log(factor)), rel=1e-6)
+
+
+def test_eq_7_chamfer_by_hand():
+    centers, target = torch.tensor([[1.0, 3.0]]), torch.tensor([[[[2.0, 2.5, 7.0, 0.0]]]])
+    from_depths = (1 + 0.25 + 16) / 3  # squared distances to the nearest centre: mean over depths
+    from_centers = (1 + 0.25) / 2  # and the other way round: mean over centres
+    loss = cabins.chamfer_loss(centers, target, target > 0).item()
+    assert loss == pytest.approx(from_depths + from_centers)
+
+
+class NoTable(torch.utils._python_dispatch.TorchDispatchMode):
+    """Refuses tensors of as many elements as pixels x centres."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            assert not torch.is_tensor(x) or x.numel() < 64 * 600, operation
+        return result
+
+
+@pytest.mark.parametrize("spread", [10.0, 0.05])  # 0.05: most centres are near no depth
+def test_chamfer_and_its_gradient_are_those_of_a_table_of_pixels_and_centres(spread):
+    target = 4 + spread * (torch.rand(3, 1, 20, 30, generator=generator()) - 0.4)
+    mask = torch.rand(3, 1, 20, 30, generator=generator(1)) < 0.7
+    mask[1] = False  # an image without ground truth adds 0
+    mask[2] = torch.arange(600).reshape(1, 20, 30) == 7  # one valid pixel
+    centers = (torch.rand(3, 64, generator=generator(1)) * 10).sort(1).values
+    one, two = (centers.clone().requires_grad_() for _ in range(2))
+    with NoTable():
+        loss = cabins.chamfer_loss(one, target, mask)
+        loss.backward()
+    expected = 0
+    for i in (0, 2):
+        table = (target[i][mask[i]][:, None] - two[i]).square()
+        expected = expected + (table.amin(1).mean() + table.amin(0).mean()) / 3
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    close(one.grad, two.grad, 1e-5)
+
+
+def test_eq_8_adds_a_tenth_of_the_bins_loss_after_upsampling_the_prediction():
+    target = torch.rand(2, 1, 20, 30, generator=generator()) * 9 + 0.5
+    target[0, 0, 3:9] = 1e-3  # not above min_depth: not valid
+    depth = torch.rand(2, 1, 10, 15, generator=generator(1)) * 9 + 0.5
+    c, mask = torch.linspace(1, 9, 16).repeat(2, 1), target > 1e-3
+    loss = cabins.total_loss(cabins.Prediction(depth, c, None, None), target, 1e-3)
+    depth = F.interpolate(depth, (20, 30), mode="bilinear", align_corners=True)
+    pixel, bins = cabins.silog_loss(depth, target, mask), cabins.chamfer_loss(c, target, mask)
+    assert loss.item() == pytest.approx((pixel + 0.1 * bins).item())
+
+
+def test_losses_without_error_or_without_truth_have_finite_gradients():
+    depth = torch.full((2, 1, 8, 8), 2.0, requires_grad=True)
+    centers = torch.linspace(1, 9, 16).repeat(2, 1).requires_grad_()
+    for target in (torch.full((2, 1, 8, 8), 2.0), torch.zeros(2, 1, 8, 8)):
+        prediction = cabins.Prediction(depth, centers, None, None)
+        cabins.total_loss(prediction, target, 1e-3).backward()
+        assert depth.grad.isfinite().all() and centers.grad.isfinite().all()
+
+
+def test_fact_11_eq_3s_decoder_hardly_learns():
+    """Its clipped gradients are far below Adam's ε of 1e-8, and those of the others far above."""
+    torch.manual_seed(0)
+    model = cabins.CaBins(TINY)
+    prediction = model(torch.randn(2, 3, 64, 64))
+    cabins.total_loss(prediction, torch.rand(2, 1, 64, 64) * 9 + 0.5, 1e-3).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    parts = (model.trans_decoder.layers, model.clip.visual, model.bins, model.depth_decoder)
+    gradients = [torch.cat([p.grad.flatten() for p in part.parameters()]) for part in parts]
+    decoder, *others = (gradient.square().mean().sqrt() for gradient in gradients)
+    assert decoder < 1e-9 and min(others) > 1e-6
+
+
+# ---- Sec. 4.3  Metrics ---------------------------------------------------------------------------
+
+
+def test_metrics_by_hand():
+    depth, target = torch.tensor([1.25, 3.0, 3.5, 9.0]), torch.tensor([1.0, 2.0, 5.0, 5.0])
+    logs = [math.log(x) for x in (1.25, 1.5, 0.7, 1.8)]  # 1 / 0.7 = 1.43
+    expected = {
+        "abs_rel": (0.25 + 1 / 2 + 1.5 / 5 + 4 / 5) / 4,
+        "sq_rel": (0.25**2 + 1 / 2 + 1.5**2 / 5 + 4**2 / 5) / 4,
+        "rmse": math.sqrt((0.25**2 + 1 + 1.5**2 + 4**2) / 4),
+        "rmse_log": math.sqrt(sum(x**2 for x in logs) / 4),
+        "log10": sum(abs(x) for x in logs) / math.log(10) / 4,
+        "d1": 0.0,  # a ratio of exactly 1.25 does not count
+        "d2": 0.75,  # 1.25² = 1.5625
+        "d3": 1.0,  # 1.25³ = 1.953
+    }
+    found = {k: v.item() for k, v in cabins.depth_metrics(depth, target).items()}
+    assert found == pytest.approx(expected, rel=1e-6)
+    for wrong in (depth[:0], depth[:3], depth[None]):
+        with pytest.raises(ValueError):
+            cabins.depth_metrics(wrong, target[: len(wrong)] if len(wrong) != 3 else target)
+
+
+# ---- Sec. 4.6  The other rows of Tables 3 and 4 --------------------------------------------------
+
+
+def test_semantic_prompts_are_the_papers_eight_phrases():
+    model = cabins.CaBins(cabins.Config(backbone="tiny", distance_class="semantic")).eval()
+    (ids,) = inputs_of(model.clip.token_embedding, lambda: model(torch.zeros(2, 3, 64, 64)))
+    phrases = ["giant", "extremely close", "close", "not in distance", "a little remote", "far"]
+    assert torch.equal(ids, clip_tokenizer.tokenize([*phrases, "farthest", "unseen"], 5))
+
+
+@pytest.fixture
+def vit(monkeypatch) -> cabins.CaBins:
+    """A network on a small ViT of twelve blocks."""
+    sizes = cabins.BACKBONES["tiny"]._replace(layers=(12,), width=64, is_vit=True)
+    monkeypatch.setattr(cabins, "BACKBONES", cabins.BACKBONES | {"RN50": sizes})
+    torch.manual_seed(0)
+    return cabins.CaBins(cabins.Config(backbone="RN50", longer_side=128))
+
+
+def test_vit_is_tapped_after_blocks_3_6_9_12_and_brought_to_strides_4_8_16_32(vit):
+    image, blocks = torch.randn(2, 3, 90, 128, generator=generator()), []
+    for block in vit.clip.visual.transformer.resblocks:
+        block.register_forward_hook(lambda _, inputs, output: blocks.append(output))
+    taps = [inputs_of(stage, lambda: vit(image))[0] for stage in vit.reassemble]
+    for i, tap in enumerate(taps):  # 90 rows become 6 patches; the class token is left out
+        assert torch.equal(tap, blocks[3 * i + 2][:, 1:].mT.unflatten(2, (6, 8)))
+    pyramid, s = inputs_of(vit.depth_decoder, lambda: vit(image))
+    sizes = [(8, 24, 32), (16, 12, 16), (32, 6, 8), (64, 3, 4)]  # of the width: 1/8, 1/4, 1/2, 1
+    assert [tuple(x.shape[1:]) for x in pyramid] == sizes
+    assert s.shape == (2, 8, 6, 8) and vit(image).depth.shape == (2, 1, 90, 128)
+
+
+# ---- The released network, with made weights -----------------------------------------------------
+
+THEIR_NAMES = {  # how names begin here, and in the authors' checkpoints
+    "prompts": "contexts",
+    "trans_decoder.gamma": "gamma",
+    "trans_decoder.layers.": "context_decoder.decoder.",
+    "trans_decoder.": "context_decoder.",
+    "clip.": "clip_model.",
+    "bins.mlp.": "computeAdaptiveBin.regressor.",
+    "depth_decoder.fuse.": "decoder.conv2.",
+    "depth_decoder.up.0.": "decoder.up1._net.",
+    "depth_decoder.up.1.": "decoder.up2._net.",
+    "depth_decoder.up.2.": "decoder.up3._net.",
+    "depth_decoder.features.": "decoder.conv3.",
+    "depth_decoder.logits.": "predict_D.conv_out.0.",
+}
+PREDICTED_CABINS = "0.8196 2.0312 3.0201 3.9133 5.197 6.891 8.0013 9.3794 "
+PREDICTED_CABINS += "0.8176 2.027 3.018 3.9136 5.1963 6.8924 8.0021 9.376"
+GRADIENT_NORMS = {
+    "contexts": 0.012867416325285208,
+    "gamma": 0.0005481540862108899,
+    "clip_model.visual.conv1.weight": 0.2296860701479876,
+    "context_decoder.decoder.5.cross_attn.k_proj.weight": 7.897430609852824e-06,
+    "decoder.up3._net.3.weight": 79.12691072372812,
+    "computeAdaptiveBin.regressor.4.weight": 1.2583868473592394,
+}
+
+
+def their_name(name: str) -> str:
+    """The name of one of our tensors in the authors' checkpoints."""
+    start = next((start for start in THEIR_NAMES if name.startswith(start)), "")
+    return THEIR_NAMES.get(start, "") + name.removeprefix(start)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory) -> Path:
+    """A checkpoint like the authors', with the goldens' weights."""
+    architecture = cabins.BACKBONES["RN101"]._replace(context_length=30)
+    with torch.device("meta"):  # names and shapes alone
+        state = cabins.CaBins(cabins.Config(), cabins.CLIP(architecture)).state_dict()
+    shapes = {their_name(name): tuple(tensor.shape) for name, tensor in state.items()}
+    shapes["contexts"] = (1, 8, 512)
+    if GOLDENS.is_dir():
+        known = json.loads((GOLDENS / "cabins_rn101_state_dict.json").read_text())
+        assert {name: list(shape) for name, shape in shapes.items()} == known
+    made = {f"module.{name}": made_tensor(name, shape) for name, shape in shapes.items()}
+    path = tmp_path_factory.mktemp("released") / "CaBins_nyu.pt"
+    torch.save({"model": made, "optimizer": {}, "epoch": 24}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def released_model(released) -> cabins.CaBins:
+    return cabins.load_checkpoint(released, max_depth=10.0)
+
+
+def made_truth() -> torch.Tensor:
+    target = np.minimum(np.abs(normal("depth", (2, 1, 96, 128))) * np.float32(10 / 3), 10)
+    return torch.from_numpy(np.where(target < 0.2, 0, target).astype(np.float32))
+
+
+def test_the_released_networks_depth_losses_and_gradients(released_model):
+    model, target = released_model, made_truth()
+    prediction = model(torch.from_numpy(normal("image", (2, 3, 96, 128))), upsample=False)
+    texts = [str(round(e, 4)) for e in prediction.cabins.flatten().tolist()]
+    assert " ".join(texts) == PREDICTED_CABINS
+    close(prediction.similarity[0, :3, 1, 2], [-0.039582014, -0.047857970, -0.037478499])
+    close(prediction.depth[0, 0, 20, ::16], [4.4796448, 5.6915550, 4.2776427, 5.5420227])
+    if GOLDENS.is_dir():
+        golden = np.load(GOLDENS / "cabins_rn101_nyu.npz")
+        for name in ("centers", "similarity", "depth"):
+            close(getattr(prediction, name), golden[name])
+    mask, upsampled = target > 1e-3, cabins.resize(prediction.depth, (96, 128))
+    pixel = cabins.silog_loss(upsampled, target, mask, unbiased=True)
+    bins = cabins.chamfer_loss(prediction.centers, target, mask)
+    assert pixel.item() == pytest.approx(9.66595458984375, rel=1e-4)
+    assert bins.item() == pytest.approx(0.0005933056818321347, rel=1e-4)
+    (pixel + 0.1 * bins).backward()
+    norms = {their_name(n): p.grad.norm() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    for name, norm in GRADIENT_NORMS.items():
+        assert norms[name].item() == pytest.approx(norm, rel=1e-3), name
+
+
+# ---- Settings and checkpoints --------------------------------------------------------------------
+
+
+def test_the_papers_settings_are_the_defaults_and_wrong_ones_are_refused_by_name():
+    paper = ("RN101", "cabins", 256, 8, 8, 1e-3, 10.0, 640)
+    assert dataclasses.astuple(cabins.Config())[:8] == paper
+    wrong = {
+        "backbone": ["RN102"],
+        "distance_class": ["mode"],
+        "n_bins": [1, 256.0],
+        "n_cabins": [7, 0],  # 7 does not divide 256
+        "n_prompts": [-1, 100],  # CLIP has 77 positions
+        "min_depth": [0.0, "1"],
+        "max_depth": [1e-4, "10", math.nan],
+        "longer_side": [0],
+    }
+    for field, value in [(field, value) for field in wrong for value in wrong[field]]:
+        with pytest.raises(ValueError, match=f"{field}.*{re.escape(str(value))}"):
+            cabins.Config(**{field: value})
+
+
+def test_random_weights_warn_and_another_backbones_clip_is_refused(vit, tiny):
+    with pytest.warns(UserWarning, match="random weights"):
+        cabins.CaBins(vit.config)
+    with pytest.raises(ValueError, match="RN50"):
+        cabins.CaBins(vit.config, tiny.clip)
+
+
+def test_checkpoints_hold_the_network_its_settings_and_more(tiny, tiny_checkpoint, tmp_path):
+    assert cabins.read_checkpoint(tiny_checkpoint)["args"] == {"data": "toy"}
+    loaded = cabins.load_checkpoint(tiny_checkpoint)
+    assert loaded.config == TINY and not loaded.training
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, tiny.state_dict()[name]), name
+    for conv in (loaded.clip.visual.conv2, cabins.CaBins(TINY).depth_decoder.features):
+        assert conv.weight.is_contiguous(memory_format=torch.channels_last)  # faster
+    loaded.prompts.data[0, 0] = math.nan
+    cabins.save_checkpoint(tmp_path / "nan.pt", loaded)
+    for path, range_of, what in (
+        (tiny_checkpoint, 80.0, "80"),
+        (tmp_path / "nan.pt", None, "prompts"),
+    ):
+        with pytest.raises(ValueError, match=f"{path.name}.*{what}"):
+            cabins.load_checkpoint(path, max_depth=range_of)
+
+
+def test_the_authors_checkpoints_need_a_range_and_get_the_size_of_their_data(
+    released, released_model
+):
+    with pytest.raises(ValueError, match="max_depth"):
+        cabins.load_checkpoint(released)
+    nyu, kitti = released_model.config, cabins.load_checkpoint(released, max_depth=80.0).config
+    assert (nyu.max_depth, nyu.longer_side, nyu.focal) == (10.0, 640, 518.86)
+    assert (kitti.max_depth, kitti.longer_side, kitti.focal) == (80.0, 1216, 721.54)
+
+
+def test_checkpoints_of_earlier_versions_load(vit, tmp_path):
+    config = dataclasses.asdict(vit.config)
+    config["image_width"] = config.pop("longer_side")
+    names = {"trans_decoder.": "context_decoder.", "reassemble.": "clip.visual.reassemble."}
+    names["depth_decoder.fuse."] = "depth_decoder.reduce."
+    state = vit.state_dict()
+    for new, old in names.items():
+        state = {re.sub(f"^{new}", old, name): tensor for name, tensor in state.items()}
+    torch.save({"config": config, "model": state}, tmp_path / "old.pt")
+    loaded = cabins.load_checkpoint(tmp_path / "old.pt")
+    assert loaded.config == vit.config
+    assert all(torch.equal(x, vit.state_dict()[n]) for n, x in loaded.state_dict().items())
+
+
+def test_downloads_are_whole_checked_and_kept(tmp_path, monkeypatch):
+    (tmp_path / "source").write_bytes(b"weights")
+    url, sha256 = (tmp_path / "source").as_uri(), hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(FileNotFoundError, match="file"):
+        cabins.download(url, "file", "0" * 64)
+    path = cabins.download(url, "file", sha256)
+    assert path.read_bytes() == b"weights" and list(path.parent.iterdir()) == [path]
+    assert cabins.download("file:///none", "file", sha256) == path  # which is not fetched again
+    path.write_bytes(b"changed")
+    with pytest.raises(ValueError, match="file"):
+        cabins.download(url, "file", sha256)
+
+
+# ---- Your own pictures: infer --------------------------------------------------------------------
+
+
+def test_infer_gives_mean_and_std_of_depth_at_the_pictures_size(tiny, tmp_path):
+    array = np.random.default_rng(0).integers(0, 255, (90, 141, 3), np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    negative = np.ascontiguousarray(array[..., ::-1])[..., ::-1]  # strides, as from OpenCV
+    found = cabins.infer(tiny, array)
+    for picture in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(array), negative):
+        assert all(np.array_equal(a, b) for a, b in zip(found, cabins.infer(tiny, picture)))
+    assert all(x.dtype == np.float32 for x in found)
+    # by hand: the longer side is that of training, and reducing averages pixels
+    image = torch.from_numpy(array).permute(2, 0, 1)[None] / 255
+    image = F.interpolate(image, (82, 128), mode="bilinear", antialias=True)
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    outputs = []
+    handle = tiny.depth_decoder.register_forward_hook(lambda *args: outputs.append(args[2]))
+    with torch.no_grad():
+        c = tiny((image - mean) / deviation).centers
+    handle.remove()
+    depth = cabins.expected_depth(c, outputs[0])
+    std = (outputs[0] * (c[..., None, None] - depth).square()).sum(1, keepdim=True).sqrt()
+    close(found.depth, cabins.resize(depth, (90, 141))[0, 0], 1e-5)
+    close(found.std, cabins.resize(std, (90, 141))[0, 0], 1e-3)
+    close(found.centers, c[0], 1e-6)
+    close(found.cabins, cabins.distance_classes(c, 8)[0], 1e-6)
+
+
+def test_pictures_are_reduced_with_antialiasing_to_the_longer_side_of_training():
+    stripes = torch.zeros(1, 3, 512, 256)
+    stripes[..., ::4, :] = 1
+    reduced = cabins.to_training_size(stripes, 128)
+    assert reduced.shape == (1, 3, 128, 64)
+    close(reduced[..., 2:-2, :], torch.full((1, 3, 124, 64), 0.25), 0.05)
+    assert cabins.to_training_size(stripes[..., :20], 128).shape == (1, 3, 128, 64)  # the least
+
+
+def test_infer_leaves_a_training_network_as_it_was():
+    model = cabins.CaBins(TINY).train()
+    model.clip.visual.eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with cabins.eval_mode(model):
+        assert not any(module.training for module in model.modules())
+    cabins.infer(model, np.zeros((64, 64, 3), np.uint8))
+    assert model.training and model.trans_decoder.training and not model.clip.visual.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_pictures_of_any_size_mode_and_orientation(tiny, tmp_path):
+    for size in ((1, 1), (20_000, 3), (3, 500)):
+        found = cabins.infer(tiny, Image.new("RGB", size, (90, 80, 70)))
+        assert found.depth.shape == size[::-1] and np.isfinite(found.depth).all()
+    grey = np.random.default_rng(0).integers(0, 256, (9, 12), np.uint8)
+    grey[0, 0] = 255
+    for mode in ("L", "RGBA", "P", "CMYK"):
+        found = cabins.read_picture(Image.fromarray(grey).convert("RGB").convert(mode))
+        assert found.shape == (9, 12, 3) and found.dtype == np.uint8
+    deep = Image.fromarray(grey.astype(np.uint16) * 16)  # 12 bits in 16: the brightest is white
+    assert np.abs(cabins.read_picture(deep)[..., 1].astype(int) - grey).max() <= 1
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a phone held upright: to be turned by a quarter, clockwise
+    Image.fromarray(grey).save(tmp_path / "phone.png", exif=exif)
+    upright = cabins.read_picture(tmp_path / "phone.png")
+    assert np.array_equal(upright[..., 0], np.rot90(grey, -1))
+
+
+def test_what_is_no_picture_is_refused(tiny, tmp_path):
+    (tmp_path / "a.txt").write_text("no picture")
+    empty, grey, real = (
+        np.zeros((0, 5, 3), np.uint8),
+        np.zeros((4, 5), np.uint8),
+        np.zeros((4, 5, 3)),
+    )
+    no_file_of_opencv = None
+    for wrong in (empty, grey, real, no_file_of_opencv, Image.new("F", (9, 9)), tmp_path / "a.txt"):
+        with pytest.raises(ValueError):
+            cabins.infer(tiny, wrong)
