@@ -31,11 +31,9 @@ from cabins import Config, download, mean_and_std, open_picture, read_picture, w
 
 
 class Recipe(NamedTuple):
-    """What differs between the data sets (Sec. 4.1 and 4.2).
+    """What differs between the data sets (Sec. 4.1 and 4.2)."""
 
-    NOTE(paper silent): crops, rotations and colour ranges are those of the released code.
-    """
-
+    # NOTE(paper silent): crops, rotations and colour ranges are those of the released code
     max_depth: float = 10.0  # metres; min_depth is 1e-3 for all
     depth_scale: float = 1000.0  # the value that stands for 1 m in a depth PNG
     crop: tuple[int, int] | None = None  # rows and columns of the random crop; None: 7/8 of each
@@ -73,11 +71,11 @@ TOY_ROOMS = {"train": range(640), "test": range(1_000_000, 1_000_064)}
 
 
 def fixed_crop(name: str, height: int, width: int, train: bool) -> tuple[int, int, int, int]:
-    """The part of a frame that is used: top, bottom, left, right; ValueError for a wrong size."""
+    """The part of a frame that is used: top, bottom, left, right. ValueError for a wrong size."""
     if name == "nyu":
         if (height, width) != (480, 640):
             raise ValueError(f"{height} x {width} pixels; NYU's images have 480 x 640")
-        return (45, 472, 43, 608) if train else (0, 480, 0, 640)  # training leaves out the border
+        return (45, 472, 43, 608) if train else (0, 480, 0, 640)  # without the white border
     if name == "kitti":  # the "KB" crop: the lower, middle part of the frame
         if height < 352 or width < 1216:
             raise ValueError(f"{height} x {width} pixels; KITTI's images have at least 352 x 1216")
@@ -89,22 +87,18 @@ def fixed_crop(name: str, height: int, width: int, train: bool) -> tuple[int, in
 
 
 def evaluation_windows(name: str, height: int, width: int) -> dict[str, tuple[slice, slice]]:
-    """Rows and columns of a test sample in which depth is measured; the paper's window is first.
-
-    `height` and `width` are those of the whole frame, before `fixed_crop`.
-    """
+    """Rows and columns in which the test sample of a whole frame's size is measured (Sec. 4.3)."""
     if name == "nyu":
         return {"eigen": (slice(45, 471), slice(41, 601))}
     if name != "kitti":
         return {"whole": (slice(0, height), slice(0, width))}
-
-    def garg(h: int, w: int, top: int, left: int) -> tuple[slice, slice]:
-        rows = slice(int(0.40810811 * h) - top, int(0.99189189 * h) - top)
-        return rows, slice(int(0.03594771 * w) - left, int(0.96405229 * w) - left)
-
-    # NOTE(differs): the authors take Garg's fractions of the cropped frame, others of the whole one
+    # the paper's window is the first: the authors take Garg's fractions of the cropped frame
     top, _, left, _ = fixed_crop(name, height, width, train=False)
-    return {"nested": garg(352, 1216, 0, 0), "full": garg(height, width, top, left)}
+    windows = {}
+    for window, h, w, y, x in (("nested", 352, 1216, 0, 0), ("full", height, width, top, left)):
+        rows = slice(int(0.40810811 * h) - y, int(0.99189189 * h) - y)
+        windows[window] = rows, slice(int(0.03594771 * w) - x, int(0.96405229 * w) - x)
+    return windows
 
 
 class DepthDataset(Dataset):
@@ -113,10 +107,9 @@ class DepthDataset(Dataset):
     `name` is a key of DATASETS. Without `split`, the authors' own list is downloaded. NYU's test
     pairs can also come from nyu_depth_v2_labeled.mat, which lies in `root` or is `root`.
 
-    [i] is {"image": (3, h, w), "depth": (1, h, w) in metres, 0 where there is none, "path": str,
-    "size": (2,), rows and columns of the whole frame}. The image is normalised, but with `train` it
-    is uint8, for `augment`. `n_left_out` counts the lines without ground truth. `checksum` is that
-    of the list. `size_to_train` is the one size that all training images of an own list must have.
+    [i] is {"image": (3, h, w), "depth": (1, h, w) in metres, "path": str, "size": (2,), rows and
+    columns of the whole frame}. The image is normalised, but with `train` it is uint8, for
+    `augment`. `read(i)` gives image (H, W, 3) and depth (H, W) of the whole frame, and the path.
     """
 
     def __init__(
@@ -131,13 +124,14 @@ class DepthDataset(Dataset):
         if name not in DATASETS:
             raise ValueError(f"data is {name!r}; it must be one of {', '.join(DATASETS)}")
         self.name, self.train, self.recipe = name, train, DATASETS[name]
-        self.n_left_out, self.size_to_train = 0, None
-        for field, value in (("max_depth", max_depth), ("depth_scale", depth_scale)):
+        for field, value in (("depth_scale", depth_scale), ("max_depth", max_depth)):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{field} is {value}; it must be positive")
             if value is not None:
                 self.recipe = self.recipe._replace(**{field: value})
         part = "train" if train else "test"
+        self.n_left_out = 0  # lines without ground truth
+        self.size_to_train = None  # of own pairs: all must have the size of the first
         if name == "toy":
             if root or split or depth_scale:
                 raise ValueError("toy rooms take no --root, list or --depth-scale: add --data")
@@ -146,56 +140,41 @@ class DepthDataset(Dataset):
             return
         if root is None:
             raise ValueError(f"data {name!r} needs --root, the folder that holds it")
-        root, is_mat = Path(root), str(root).endswith(".mat")
-        if not (root.is_file() if is_mat else root.is_dir()):
-            raise FileNotFoundError(f"--root {root}: no such folder; {name} must lie there")
-        if is_mat and (name != "nyu" or train):
-            raise ValueError(f"{root} can only be NYU's test set; {name} {part} needs a folder")
         lines = read_list(name, part, split)
-        self.checksum = zlib.crc32(str(lines).encode())
+        self.checksum = zlib.crc32(str(lines).encode())  # tells lists apart
         names = [fields[:2] for fields in lines if fields[1] != "None"]
         self.n_left_out = len(lines) - len(names)
         if not names:
             raise ValueError(f"the {part} list for --data {name} names no pair of image and depth")
-        self.find_pairs(root, names)
+        self.find_pairs(Path(root), names)
         if name == "list" and train:
-            self.size_to_train = height, width = self.read(0)[1].shape
-            self.recipe = self.recipe._replace(
-                crop=random_crop(self.recipe, height, width),
-                # a list without focal lengths gets NYU's camera, in proportion
-                focal=float([*lines[0], self.recipe.focal * max(height, width) / 640][2]),
-            )
+            self.size_to_train = self.read(0)[1].shape
+            _, _, *focal = lines[0]  # a list without focal lengths gets NYU's camera, in proportion
+            focal = float(focal[0]) if focal else self.recipe.focal * max(self.size_to_train) / 640
+            self.recipe = self.recipe._replace(focal=focal)
 
     def find_pairs(self, root: Path, names: list[list[str]]) -> None:
         """Find the files of all pairs, or NYU's .mat in their stead, and choose `read`."""
+        is_nyu_test = self.name == "nyu" and not self.train
+        if not (root.is_dir() or is_nyu_test and root.suffix == ".mat" and root.is_file()):
+            raise FileNotFoundError(f"--root {root}: no such folder; {self.name} must lie there")
         find_image, find_depth = (Finder(root, self.recipe.folders) for _ in range(2))
         self.pairs = [(find_image(image), find_depth(depth)) for image, depth in names]
         self.read = self.read_files
-        found = [path for pair in self.pairs for path in pair]
-        wanted = [name for pair in names for name in pair]
-        missing = [name for name, path in zip(wanted, found) if path is None]
-        if not missing:
-            return
-        mat = root if root.is_file() else root / NYU_MAT
-        numbers = [re.sub(r"\D", "", Path(image).stem) for image, _ in names]
-        if self.name == "nyu" and not self.train and mat.is_file() and all(numbers):
-            self.pairs = [(mat, int(number)) for number in numbers]  # they count from 0
-            self.read = self.read_labelled
-            return
-        where = f"not below {root}, where the list for --data {self.name} has it"
-        if len(missing) > 1:
-            where = f"not below {root}, like {len(missing)} of {len(found)} files of the list"
-        remedy = (
-            f"docs/data.md shows the folders; python -m extras.fetch {self.name} gets the files"
-        )
-        remedy = "a list's paths begin at --root" if self.name == "list" else remedy
-        raise FileNotFoundError(f"{missing[0]} is {where}; {remedy}")
-
-    def __len__(self) -> int:
-        return len(self.pairs)
+        missing = [names[i][k] for i, pair in enumerate(self.pairs) for k in (0, 1) if not pair[k]]
+        mat = root / NYU_MAT if root.is_dir() else root
+        numbers = [re.sub(r"\D", "", Path(image).stem) for image, _ in names]  # they start at 0
+        if missing and is_nyu_test and mat.is_file() and all(numbers):
+            self.pairs, self.read = [(mat, int(n)) for n in numbers], self.read_labelled
+        elif missing:
+            n = f" and {len(missing) - 1} more of {2 * len(names)} files" * (len(missing) > 1)
+            remedy = f"see docs/data.md, or run python -m extras.fetch {self.name}"
+            remedy = "paths in a list start there" if self.name == "list" else remedy
+            raise FileNotFoundError(
+                f"{missing[0]}{n} of the list: not found below {root}; {remedy}"
+            )
 
     def read_room(self, i: int) -> tuple[np.ndarray, np.ndarray, str]:
-        """Image (H, W, 3) in uint8, depth (H, W) in metres, and a name; so do the next two."""
         return *draw_room(self.pairs[i]), f"room {self.pairs[i]}"
 
     def read_files(self, i: int) -> tuple[np.ndarray, np.ndarray, str]:
@@ -212,11 +191,14 @@ class DepthDataset(Dataset):
 
             with h5py.File(path) as file:  # its arrays are transposed
                 image, depth = file["images"][number].T, file["rawDepths"][number].T
-        except ImportError:
-            raise ValueError(f"{path} needs h5py: pip install h5py") from None
-        except (OSError, KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"{path} has no pair {number}: {error}") from None
-        return blacken_border(image), depth, f"{path} {number}"
+        except (ImportError, OSError, KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"{path}: pair {number} cannot be read by h5py: {error}") from None
+        framed = np.zeros_like(image)  # the recipe's test images have a black border
+        framed[7:474, 7:632] = image[7:474, 7:632]
+        return framed, depth, f"{path} {number}"
+
+    def __len__(self) -> int:
+        return len(self.pairs)
 
     def __getitem__(self, i: int) -> dict:
         image, depth, path = self.read(i)
@@ -239,10 +221,7 @@ class DepthDataset(Dataset):
 
 
 def read_list(name: str, part: str, split: str | Path | None) -> list[list[str]]:
-    """The fields of each line of a list: image, depth and, if it is there, the focal length.
-
-    Without `split` this is the authors' list, which is downloaded. Raises ValueError or OSError.
-    """
+    """The fields of each line, `image depth focal`. Without `split`, of the authors' list."""
     if split is None:
         if name not in LIST_FILES:
             raise ValueError(f"data {name!r} needs --{part}-split, a list of its {part} pairs")
@@ -264,23 +243,17 @@ def read_list(name: str, part: str, split: str | Path | None) -> list[list[str]]
 
 
 class Finder:
-    """Finds a list's files below `root`, whatever folder they lie in and whatever their suffix.
-
-    It tries the folder and suffix first that served last: one look at the disk for most files.
-    """
+    """Finds files below `root`. The folder and suffix that served last are tried first."""
 
     def __init__(self, root: Path, folders: Iterable[str]):
-        self.root = os.path.join(os.path.abspath(root), "")
-        folders = [folder for folder in folders if (root / folder).is_dir()]
+        self.root, folders = root, [str(root / f) for f in folders if (root / f).is_dir()]
         self.tries = [(f, suffix) for f in folders for suffix in ("", ".png", ".jpg", ".jpeg")]
-        self.root_as_given = root
 
     def __call__(self, name: str) -> str | None:
-        """The path of the file `name` of a list, or None."""
-        name = name.removeprefix(self.root).lstrip("/")
-        stem = os.path.splitext(name)[0]
+        """The path of the file that a list calls `name`, or None."""
+        name = name.removeprefix(os.path.abspath(self.root)).lstrip("/")
         for i, (folder, suffix) in enumerate(self.tries):
-            path = os.path.join(self.root_as_given, folder, stem + suffix if suffix else name)
+            path = os.path.join(folder, os.path.splitext(name)[0] + suffix if suffix else name)
             if os.path.isfile(path):
                 self.tries.insert(0, self.tries.pop(i))
                 return path
@@ -296,22 +269,14 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_depth(path: str | Path, scale: float) -> np.ndarray:
-    """(H, W) in metres; a value of `scale` in the file is 1 m."""
-    remedy = f"save it as a 16-bit grey PNG with the value {scale:g} for 1 m"
+    """(H, W) in metres. The value `scale` in the file stands for 1 m."""
     try:
         image = open_picture(path, "a depth map")
+        if not image.mode.startswith("I"):
+            raise ValueError(f"{path} is no depth map: its mode is {image.mode}")
     except ValueError as error:
-        raise ValueError(f"{error}; {remedy}") from None
-    if not image.mode.startswith("I"):
-        raise ValueError(f"{path} is no depth map: its mode is {image.mode}; {remedy}")
+        raise ValueError(f"{error}; save a 16-bit grey PNG in which 1 m is {scale:g}") from None
     return np.divide(np.asarray(image), scale, dtype=np.float32)
-
-
-def blacken_border(image: np.ndarray) -> np.ndarray:
-    """An image (480, 640, 3) of NYU's .mat with its white border in black, as in the recipe."""
-    framed = np.zeros_like(image)
-    framed[7:474, 7:632] = image[7:474, 7:632]
-    return framed
 
 
 # ---- Augmentation, on the batch ------------------------------------------------------------------
@@ -321,15 +286,6 @@ def denormalize(image: Tensor) -> Tensor:
     """Normalised images (…, 3, H, W) as colours from 0 to 1."""
     mean, std = mean_and_std(image)
     return (image * std + mean).clamp(0, 1)
-
-
-def random_crop(recipe: Recipe, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of the random crop; for own lists 7/8 of each side, in multiples of 32."""
-    rows, columns = recipe.crop or [max(64, side * 7 // 8 // 32 * 32) for side in (height, width)]
-    if rows > height or columns > width:
-        sizes = f"{height} x {width} pixels are too small to crop to {rows} x {columns}"
-        raise ValueError(f"images of {sizes}")
-    return rows, columns
 
 
 def augment(
@@ -343,18 +299,20 @@ def augment(
 
     image uint8 (B, 3, h, w), depth (B, 1, h, w) in metres -> image normalised (B, 3, H, W), depth
     (B, 1, H, W). `generator` is on the CPU. With `share` (i, k) the samples are number i, i + k, …
-    of a larger batch, and are changed as they would be in it.
+    of a larger batch, and change as they would in it.
     """
     recipe = DATASETS[recipe] if isinstance(recipe, str) else recipe
     n, _, h, w = image.shape
-    rows, columns = random_crop(recipe, h, w)
+    rows, columns = recipe.crop or [max(64, side * 7 // 8 // 32 * 32) for side in (h, w)]
+    if rows > h or columns > w:
+        raise ValueError(f"images of {h} x {w} pixels are too small to crop to {rows} x {columns}")
     i, k = share
     draws = torch.rand(k * n, 10, generator=generator)[i::k]  # uniform on [0, 1)
     draws = draws.to(image.device, non_blocking=True)[..., None, None]  # (B, 10, 1, 1)
     angle, top, left, flip, recolour = draws[:, :5].unbind(1)  # (B, 1, 1) each
 
-    # the location in the input of each output pixel: undo the flip, the crop and the rotation;
-    # F.affine_grid is a matrix product, which TF32 would round to 10 bits on a GPU
+    # The location in the input of each output pixel: undo the flip, the crop, then the rotation.
+    # F.affine_grid is a matrix product, which TF32 on a GPU would round to 10 bits.
     x = torch.arange(columns, device=image.device)  # (W,)
     y = torch.arange(rows, device=image.device)[:, None]  # (H, 1)
     x = torch.where(flip < 0.5, columns - 1 - x, x)  # (B, 1, W)
@@ -439,15 +397,9 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 
 
 def use_tf32(enabled: bool) -> None:
-    """On GPUs: run float32 convolutions and products in TF32, by the fastest kernels that cuDNN finds.
-
-    Both are for training, whose images have one size. What is measured as float32 needs neither.
-    """
+    """On GPUs, run what is float32 in TF32, with the kernels that are fastest for images of one size."""
     torch.set_float32_matmul_precision("high" if enabled else "highest")
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = enabled
-
-
-go_fast = use_tf32  # for scripts that still have the old name
 
 
 def leave_process_group(worker: int) -> None:
@@ -455,27 +407,18 @@ def leave_process_group(worker: int) -> None:
     os.setpgrp()
 
 
-def load(
-    dataset: Dataset,
-    device: torch.device | None = None,
-    workers: int | None = None,
-    **loader_options,
-) -> DataLoader:
-    """Batches of a data set for `device`. `workers` defaults to all cores but one, at most 8."""
+def load(dataset: Dataset, device=None, workers: int | None = None, **options) -> DataLoader:
+    """Batches of a data set for a device. By default all cores but one read them, at most 8."""
     if workers is None:
         n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun, on this machine
         workers = min(8, max((os.cpu_count() or 1) // n_processes - 1, 0))
-    return DataLoader(
-        dataset,
-        num_workers=workers,
-        pin_memory=device is not None and device.type == "cuda",
-        worker_init_fn=leave_process_group,
-        **loader_options,
-    )
+    options |= {"num_workers": workers, "worker_init_fn": leave_process_group}
+    is_gpu = device is not None and torch.device(device).type == "cuda"
+    return DataLoader(dataset, pin_memory=is_gpu, **options)
 
 
 def check_columns(path: Path, names: Iterable[str]) -> None:
-    """Raise ValueError if the CSV file `path` has other columns than these."""
+    """Raise ValueError if there is a CSV file with other columns than these."""
     header = path.read_text().split("\n")[0] if path.exists() else ""
     if header not in ("", ",".join(names)):
         raise ValueError(f"{path} has other columns: move it away")
@@ -492,57 +435,45 @@ def append_row(path: Path, row: dict) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports a wrong command line in one sentence, through `run_command`."""
-
     def error(self, message: str):
-        raise ValueError(message)
+        raise ValueError(message)  # which `run_command` reports in one line, without the usage
 
 
 def positive_float(text: str) -> float:
-    """A finite number above 0, as the `type` of an option."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+    """A finite number above 0, for `type` of an option."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be positive")
     return value
 
 
-def whole_number(text: str) -> int:
-    """A whole number from 0, as the `type` of an option."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of 0 or more")
-    return int(text)
-
-
 def positive_int(text: str) -> int:
-    """A whole number from 1, as the `type` of an option."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of 1 or more")
-    return int(text)
+    """A whole number above 0, for `type` of an option."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be positive")
+    return value
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the options that say where a data set is and how its depth is stored."""
+    """Add the options that say where a data set is and how it stores depth."""
     group = parser.add_argument_group("data")
-    add, number = group.add_argument, {"type": positive_float, "metavar": "X"}
+    add, metres = group.add_argument, {"type": positive_float, "metavar": "X"}
     add("--root", metavar="DIR", help="folder of the data set, or nyu_depth_v2_labeled.mat")
     add("--train-split", metavar="FILE", help="list of training pairs; default: the authors'")
     add("--test-split", metavar="FILE", help="list of test pairs; default: the authors'")
-    add("--depth-scale", **number, help="value of 1 m in a depth PNG; default: the data set's")
-    add("--max-depth", **number, help="end of the depth range, in metres; default: the data set's")
+    add("--depth-scale", **metres, help="value of 1 m in a depth PNG; default: the data set's")
+    add("--max-depth", **metres, help="end of the depth range in metres; default: the data set's")
     return group
 
 
 def add_device_options(group: argparse._ArgumentGroup, amp: str) -> None:
-    """Add the options that say where and in which precision a network runs."""
+    """Add the options that say how a network runs. `amp` is the default of --amp, in words."""
+    add, default = group.add_argument, "off" if amp == "off" else None
     about = "default: cuda where there is one, else cpu; mps has not been tried"
-    group.add_argument("--device", choices=("cuda", "cpu", "mps"), help=about)
-    default, about = "off" if amp == "off" else None, f"bf16, or off: float32; default: {amp}"
-    group.add_argument("--amp", choices=("off", "bf16"), default=default, help=about)
+    add("--device", choices=("cuda", "cpu", "mps"), help=about)
+    about = f"bf16, or off: float32; default: {amp}"
+    add("--amp", choices=("off", "bf16"), default=default, help=about)
     about = "processes that read data; default: all cores but one, at most 8"
-    group.add_argument("--workers", type=whole_number, metavar="N", help=about)
+    add("--workers", type=int, metavar="N", help=about)
 
 
 def refuse(args: argparse.Namespace, names: str, why: str) -> None:
@@ -552,108 +483,86 @@ def refuse(args: argparse.Namespace, names: str, why: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {why}")
 
 
-MEMORY_REMEDIES = {  # by what torch, NumPy and the loader say when memory runs out
-    "Bus error|shared memory|shm|/torch_": "the loader's workers need more shared memory: in "
-    "Docker, use --ipc=host or --shm-size=8g; or use --workers 0",
-    "DataLoader worker": "the machine's memory may be full: use fewer --workers",
-    "out of memory|alloc|not enough memory": "smaller batches or images may fit",
-}
-
-
 def run_command(main: Callable[[], object]) -> None:
     """Run a script's `main`; what is wrong with its input is one sentence on standard error."""
     try:
         main()
-    except (FileExistsError, NotADirectoryError) as error:
-        sys.exit(f"error: {error.filename} must be a folder, but a file is there")
-    except BrokenPipeError:  # the reader of our output, such as `head`, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except (OSError, ValueError) as error:
-        # after the traceback of a loader's worker stands the error itself
-        sys.exit("error: " + re.sub(r"(?s)^Caught .*\n\w+Error: ", "", str(error)).strip())
-    except (RuntimeError, MemoryError) as error:
-        text = re.sub(r"(?s)^Caught .*\n\w+Error: ", "", str(error)).strip() or "out of memory"
-        for pattern, remedy in MEMORY_REMEDIES.items():
-            if re.search(pattern, text):
-                sys.exit(f"error: {text.splitlines()[0].rstrip('.')}; {remedy}")
-        raise
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except (FileExistsError, NotADirectoryError) as error:
+        sys.exit(f"error: {error.filename} must be a folder, but a file is there")
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        # an error in a loader's worker comes with a traceback, and ends with the error itself
+        text = re.sub(r"(?s)^Caught .*\n\w+Error: ", "", str(error)).strip()
+        if re.search("Bus error|shared memory|shm|/torch_", text):
+            text = f"{text.splitlines()[0]} In Docker, use --ipc=host or --shm-size=8g"
+        elif isinstance(error, MemoryError) or re.search("memory|DataLoader worker", text):
+            text = f"{text.splitlines()[0]}; smaller batches or images, or fewer --workers, may fit"
+        elif isinstance(error, RuntimeError):
+            raise
+        sys.exit(f"error: {text}")
 
 
 # ---- Checking a data set -------------------------------------------------------------------------
 
 
-def spread(n: int, n_chosen: int = 8) -> list[int]:
+def spread(n: int) -> list[int]:
     """Up to eight numbers from all over range(n)."""
-    return torch.linspace(0, n - 1, n_chosen).long().unique().tolist()
+    return torch.linspace(0, n - 1, 8).long().unique().tolist()
 
 
 def describe(dataset: DepthDataset) -> str:
-    """Scale, range and depths of eight pairs, in one line, so that a wrong scale is seen."""
+    """One line about the depth in eight pairs, which shows whether scale and range are right."""
     depth = np.concatenate([dataset.read(i)[1].ravel() for i in spread(len(dataset))])
-    known, (top, scale, *_) = depth[depth > 0], dataset.recipe
+    known, top = depth[depth > 0], dataset.recipe.max_depth
     if not len(known):
         raise ValueError(f"there is no depth at all in {dataset.read(0)[2]} and others")
-    line = f"1 m is {scale:g}, depths to {top:g} m; {len(known) / len(depth):.0%} of the pixels "
-    line += f"have a depth, median {np.median(known):.2f} m, deepest {known.max():.2f} m"
-    if dropped := (known > top).mean():
-        line += f"; {dropped:.1%} of the depths lie above {top:g} m"
-        line += " and count as none" if dataset.name == "list" else ""
-    return line
+    median = np.median(known)
+    line = f"{len(dataset)} pairs ({dataset.n_left_out} lines without ground truth left out); "
+    line += f"{len(known) / len(depth):.0%} of the pixels have a depth, where 1 m is "
+    line += f"{dataset.recipe.depth_scale:g}: median {median:.2f} m, deepest {known.max():.2f} m, "
+    line += f"{(known > top).mean():.1%} above {top:g} m"
+    is_odd = not 0.05 * top < median < 0.9 * top
+    return line + "; that is odd: wrong --depth-scale or --max-depth?" * is_odd
 
 
 def has_truth(dataset: DepthDataset) -> bool:
-    """Whether at least one pair has a depth inside the range, so that it can be evaluated."""
+    """Whether any pair has a depth inside the range, so that it can be evaluated."""
     low, high = Config.min_depth, dataset.recipe.max_depth
     depths = (dataset[i]["depth"] for i in range(len(dataset)))
     return any(((depth > low) & (depth < high)).any() for depth in depths)
 
 
-def check(dataset: DepthDataset, n_expected: int | None) -> None:
-    """Print what is found, and what is odd about it. Raises ValueError for what cannot be read."""
-    part, n = "train" if dataset.train else "test", len(dataset)
-    expected = f", of {n_expected} lines expected" if n_expected else ""
-    print(f"{part}: {n} pairs, {dataset.n_left_out} lines without ground truth{expected}")
-    read_all = dataset.name == "list" and n <= 1000 and not dataset.train
-    shapes = {dataset[i]["depth"].shape[1:] for i in (range(n) if read_all else spread(n))}
-    print(
-        f"{part}: {', '.join(f'{h} x {w}' for h, w in sorted(shapes))} pixels; {describe(dataset)}"
-    )
-    depth = torch.cat([dataset[i]["depth"].flatten() for i in spread(n)])
-    known, top = depth[depth > 0], dataset.recipe.max_depth
-    if dataset.name == "kitti" and len(known) < 0.08 * len(depth):
-        print(f"{part}: so few depths are those of raw LiDAR, not of the annotated ground truth")
-    if not len(known) or not 0.05 * top < known.median() < 0.9 * top:
-        print(f"{part}: the median is odd for depths to {top} m: wrong --depth-scale, --max-depth?")
-
-
-def draw_pairs(path: Path, dataset: DepthDataset) -> None:
-    """Draw eight images above their depths, which go from black, 0 m, to white, the range's end."""
-    samples = [dataset[i] for i in spread(len(dataset))]
-    cells = [denormalize(sample["image"]) for sample in samples]
-    cells += [sample["depth"].expand(3, -1, -1) / dataset.recipe.max_depth for sample in samples]
-    cells = [F.interpolate(cell[None], (192, 256))[0] for cell in cells]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda partial: save_image(cells, partial, len(samples), format="png"))
-
-
-def main() -> None:
-    parser = Parser(description="Check a data set, and show eight test pairs.")
+def parse_args(description: str) -> argparse.Namespace:
+    """The options of `check`."""
+    parser = Parser(description=description)
     parser.add_argument("data", choices=DATASETS)
     add = add_data_options(parser).add_argument
     add("--out", metavar="DIR", default="runs", help="where check_DATA_….png goes; default: runs")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def check(args: argparse.Namespace) -> None:
+    """Print what there is of a data set, and draw eight test pairs. Raises for what is broken."""
     for part in ("test",) if str(args.root).endswith(".mat") else ("train", "test"):
         split, scale = getattr(args, f"{part}_split"), (args.depth_scale, args.max_depth)
         dataset = DepthDataset(args.data, args.root, split, part == "train", *scale)
-        n_expected, _ = LISTS.get(f"{args.data}_{part}", (None, None))
-        check(dataset, None if split else n_expected)
-    path = Path(args.out) / f"check_{args.data}_0_to_{dataset.recipe.max_depth:g}_m.png"
-    draw_pairs(path, dataset)
-    print(f"{path} shows eight test images above their depths: do they belong together?")
+        print(f"{part}: {describe(dataset)}")
+        for i in range(len(dataset)) if len(dataset) <= 1000 else spread(len(dataset)):
+            dataset[i]  # raises what training would meet, perhaps only after hours
+    samples, top = [dataset[i] for i in spread(len(dataset))], dataset.recipe.max_depth
+    cells = [denormalize(sample["image"]) for sample in samples]
+    cells += [sample["depth"].expand(3, -1, -1) / top for sample in samples]
+    cells = [F.interpolate(cell[None], (192, 256))[0] for cell in cells]
+    path = Path(args.out) / f"check_{args.data}_0_to_{top:g}_m.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda partial: save_image(cells, partial, nrow=len(samples), format="png"))
+    print(f"{path} shows test images above their depths, black to white: do they belong together?")
+
+
+def main() -> None:
+    check(parse_args("Check a data set, and show eight test pairs."))
 
 
 if __name__ == "__main__":
