@@ -1,19 +1,19 @@
-"""Measure a checkpoint of CaBins as the paper does, and show what it sees.
+"""Measure a checkpoint of CaBins as the paper does, and show what the network predicts.
 
 python eval.py runs/toy/best.pt                     a row of the paper's table, beside the paper's
-python eval.py runs/toy/best.pt --ablate            rows of the same network with the text silenced
 python eval.py runs/toy/best.pt --explain 4         figures of bins, prompts and depth
 python eval.py runs/toy/best.pt --images *.jpg      depth of your own pictures
 """
 
 import argparse
-import datetime
 import glob
-import itertools
-import math
+import os
 import sys
+import tempfile
+import time
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,10 +27,10 @@ import cabins
 import data
 from data import DepthDataset
 
-Predict = Callable[[Tensor], Tensor]  # normalised images (B, 3, H, W) -> metres (B, 1, H, W)
+Predict = Callable[[Tensor], Tensor | np.ndarray]  # images (B, 3, H, W) -> metres (B, 1, H, W)
 HEADINGS = {"abs_rel": "AbsRel", "sq_rel": "SqRel", "rmse": "RMSE", "rmse_log": "RMSElog"}
 HEADINGS |= {"log10": "log10", "d1": "d<1.25", "d2": "d<1.25²", "d3": "d<1.25³"}
-COLUMNS = {"nyu": ["abs_rel", "rmse", "log10", "d1", "d2", "d3"]}  # of the others, all: Table 2
+COLUMNS = {"nyu": ["abs_rel", "rmse", "log10", "d1", "d2", "d3"]}  # the others have all: Table 2
 QUOTED = {
     "nyu": """
         Make3D         0.349 1.214 - 0.447 0.745 0.897
@@ -53,10 +53,12 @@ QUOTED = {
         CLIP2Depth     0.074 0.303 2.948 - 0.032 0.938 0.990 0.998
         CaBins         0.057 0.186 2.322 0.088 0.025 0.964 0.995 0.999""",
 }
+PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"}
+PICTURES |= {".avif", ".heic", ".heif"}
 
 
 def format_table(name: str, rows: dict[str, dict[str, float]]) -> str:
-    """Rows of metrics in the columns of the paper's table for data set `name`, then the quoted."""
+    """`rows` of metrics as a table, with the columns and rows of the paper's for data set `name`."""
     columns = COLUMNS.get(name, list(HEADINGS))
     table = [["", *(HEADINGS[c] for c in columns)]]
     table += [[label, *(f"{row[c]:.3f}" for c in columns)] for label, row in rows.items()]
@@ -68,18 +70,26 @@ def format_table(name: str, rows: dict[str, dict[str, float]]) -> str:
 
 
 @torch.no_grad()
-def evaluate_windows(predict: Predict, dataset: DepthDataset, progress=False) -> dict[str, dict]:
+def evaluate_windows(
+    predict: Predict, dataset: DepthDataset, workers=None, progress=False, keep=None
+) -> dict[str, dict[str, float]]:
     """Mean metrics in each of the data set's test windows, from one pass.
 
-    Ground truth counts strictly inside the range. A metric is the mean over images of their means.
+    Ground truth counts strictly inside the depth range, to which predictions are clipped. Metrics
+    are means over images of each image's metrics. `keep(path, depth)` gets every prediction.
     """
     low, high = cabins.Config.min_depth, dataset.recipe.max_depth
-    found: dict[str, list[dict[str, float]]] = {}  # in each window, those of each image
-    for sample in tqdm(data.load(dataset), "evaluating", leave=False, disable=not progress or None):
-        depth, target = predict(sample["image"]).cpu(), sample["depth"]
+    samples = data.load(dataset, workers=workers)
+    if progress:
+        samples = tqdm(samples, "evaluating", leave=False, disable=None)  # only in a terminal
+    found: dict[str, list[dict[str, float]]] = {}  # for each window, the metrics of each image
+    for sample in samples:
+        depth, target = torch.as_tensor(predict(sample["image"])).cpu(), sample["depth"]
         depth = depth.nan_to_num(low, high, low).clamp(low, high)
         if depth.shape != target.shape:
             raise ValueError(f"predict gave {tuple(depth.shape)} for {tuple(target.shape)}")
+        if keep:
+            keep(sample["path"][0], depth)
         windows = data.evaluation_windows(dataset.name, *sample["size"][0].tolist())
         for window, (rows, columns) in windows.items():
             d, d_star = depth[..., rows, columns], target[..., rows, columns]
@@ -92,344 +102,378 @@ def evaluate_windows(predict: Predict, dataset: DepthDataset, progress=False) ->
     for window, images in found.items():
         if images:
             means[window] = {k: sum(m[k] for m in images) / len(images) for k in images[0]}
-            if n := len(dataset) - len(images):
-                print(f"{n} of the images have no ground truth in window {window}: left out")
+        if n := len(dataset) - len(images):
+            print(f"{n} images have no ground truth in window {window} and are left out")
     if not means:
-        raise ValueError(f"none of the {len(dataset)} images has ground truth to measure against")
+        raise ValueError(f"none of the {len(dataset)} images has ground truth below {high} m")
     return means
 
 
 def evaluate(predict: Predict | cabins.CaBins, dataset: DepthDataset) -> dict[str, float]:
-    """Mean metrics in the paper's test window; a network is measured with flip averaging."""
-    predict = predictor(predict) if isinstance(predict, cabins.CaBins) else predict
+    """Mean metrics in the paper's test window. A network is measured with flip averaging."""
+    if isinstance(predict, cabins.CaBins):
+        predict = predictor(predict, longer_side=side_for(predict, dataset))
     return next(iter(evaluate_windows(predict, dataset).values()))
 
 
-def predictor(model: cabins.CaBins, flip: bool = True, amp: str = "off") -> Predict:
-    """The function that is measured; `flip`: the mean of the image's and its mirror image's."""
+def side_for(model: cabins.CaBins, dataset: DepthDataset) -> int | None:
+    """The longer side to which images of an own list are resized; the paper's are not resized."""
+    return model.config.longer_side if dataset.name == "list" else None
+
+
+def predictor(model: cabins.CaBins, flip=True, amp="off", longer_side=None) -> Predict:
+    """The function from images to depth that is measured.
+
+    With `flip`, it averages the predictions for the image and its mirror image, at the decoder's
+    size. With `longer_side`, the network gets images of its training's size, as in `cabins.infer`.
+    """
     low, high = model.config.min_depth, model.config.max_depth
 
     @torch.inference_mode()
     def predict(image: Tensor) -> Tensor:
-        image = image.to(next(model.parameters()).device)
+        size, image = image.shape[-2:], image.to(next(model.parameters()).device)
+        if longer_side:
+            image = cabins.to_training_size(image, longer_side)
         both = torch.cat([image, image.flip(-1)]) if flip else image
-        with data.autocast(image.device, amp):
-            depth = model.eval()(both, upsample=False).depth
+        with cabins.eval_mode(model), data.autocast(image.device, amp):
+            depth = model(both, upsample=False).depth
         depth = depth.nan_to_num(low, high, low).clamp(low, high)
         if flip:
             straight, mirrored = depth.chunk(2)
             depth = (straight + mirrored.flip(-1)) / 2
-        return cabins.resize(depth, image.shape[-2:])
+        return cabins.resize(depth, size)
 
     return predict
 
 
-def ablate(model: cabins.CaBins, predict: Predict, dataset: DepthDataset) -> dict[str, dict]:
-    """Rows of the same network with less from the text: what do s, and so prompts, add to x4?"""
-    decoder, texts = model.depth_decoder, model.context_decoder  # into which s and t go
-    changes = {
-        "s = 0": (decoder, lambda x, s: (x, 0 * s)),
-        "s of the classes in reverse": (decoder, lambda x, s: (x, s.flip(1))),
-        "one text for all classes": (texts, lambda t, *z: (t[:, :1].expand_as(t), *z)),
-    }
-    rows = {}
-    for name, (module, change) in changes.items():
-        hook = module.register_forward_pre_hook(lambda _, inputs, f=change: f(*inputs))
-        windows = evaluate_windows(predict, dataset)
-        hook.remove()
-        rows |= {f"{name}, {window}": row for window, row in windows.items()}
-    return rows
-
-
-def protocol(dataset: DepthDataset, window: str, flip: bool, amp: str = "off") -> str:
-    """How a row was measured, in one line."""
+def protocol(dataset: DepthDataset, window: str, flip: bool, amp="off", longer_side=None) -> str:
+    """One line that says how a row was measured."""
     images = f"{len(dataset)} images ({dataset.n_left_out} without ground truth left out)"
+    images += f" at {longer_side} pixels" if longer_side else ""
     valid = f"{cabins.Config.min_depth} < depth < {dataset.recipe.max_depth} m"
-    how = f"flip averaging {'on' if flip else 'off'}, {'fp32' if amp == 'off' else amp}"
-    return f"{dataset.name}: {images}, window {window}, {valid}, {how}, mean of each image's mean"
+    network = f"flip averaging {'on' if flip else 'off'}, {'fp32' if amp == 'off' else amp}"
+    return f"{dataset.name}: {images}, window {window}, {valid}, {network}, mean over images"
+
+
+# ---- Files and figures ---------------------------------------------------------------------------
+
+
+def open_folder(folder: str | Path) -> Path:
+    """Make a folder. If it takes no files, OSError comes now and not after the work."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**20))
+    except OSError as error:
+        raise OSError(f"{folder} takes no files: {error.strerror}; choose another --out") from None
+    return Path(folder)
+
+
+def name_for(checkpoint: str, *settings) -> str:
+    """A name for a folder of results, which no two networks or `settings` share."""
+    path = Path(checkpoint).resolve()
+    key = zlib.crc32(str((path, path.stat().st_mtime_ns, *settings)).encode())
+    return f"{path.stem}_{key:08x}"
+
+
+def new_name(path: str, taken: set[str]) -> str:
+    """A file name for what belongs to the picture `path`, other than all that are `taken`."""
+    stem, suffix = os.path.splitext(path)
+    name = stem if suffix.lower() in PICTURES else path
+    name = name.replace(f"..{os.sep}", "").replace(os.sep, "_")
+    while name.lower() in taken:
+        name += "_"
+    taken.add(name.lower())
+    return name
 
 
 def write_depth(path: str, depth: np.ndarray, max_depth: float, scale: float, about="") -> str:
-    """Write metres (H, W) as a 16-bit PNG of this scale, or of a coarser if too deep for it."""
+    """Write metres (H, W) as a 16-bit PNG; return its name, which is `path` and the unit.
+
+    1 m is `scale`, or the first of 1000, 100, 10 and 1 for which `max_depth` fits in 16 bits.
+    """
     units = {1000: "_mm", 100: "_cm", 10: "_dm", 1: "_m"}
-    finest = next(s for s in (scale, *units) if max_depth * s <= 65535)
-    path = f"{path}{units.get(finest, '')}.png"
-    image = Image.fromarray((depth * finest).round().clip(0, 65535).astype(np.uint16))
+    scale = next((s for s in (scale, *units) if max_depth * s <= 65535), 1)
+    path = f"{path}{units.get(scale, '')}.png"
+    image = Image.fromarray((depth * scale).round().clip(0, 65535).astype(np.uint16))
     info = PngImagePlugin.PngInfo()
-    info.add_text("Description", f"{about}in 1/{finest:g} m")
+    info.add_text("Description", f"{about}in 1/{scale:g} m")
     cabins.write_whole(path, lambda partial: image.save(partial, "png", pnginfo=info))
     return path
 
 
-def keep_predictions(predict: Predict, dataset: DepthDataset, folder: Path) -> Predict:
-    """`predict`, writing each depth in the data set's scale or a coarser: 00000.png, 00000_cm.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers, recipe = itertools.count(), dataset.recipe
-
-    def predict_and_keep(image: Tensor) -> Tensor:
-        depth, path = predict(image), f"{folder}/{next(numbers):05}"
-        write_depth(path, depth[0, 0].cpu().numpy(), recipe.max_depth, recipe.depth_scale)
-        return depth
-
-    return predict_and_keep
+def save_figure(path: str | Path, figure) -> None:
+    options = {"dpi": 100, "format": "png", "bbox_inches": "tight"}
+    cabins.write_whole(path, lambda partial: figure.savefig(partial, **options))
 
 
-# ---- Figures and your own pictures ---------------------------------------------------------------
-
-
-def show(axis, title: str, values: np.ndarray, label="", low=0.0, high=1.0, cmap="viridis"):
-    """Colours (H, W, 3), or values (H, W) above a bar that says `label`; returns what is shown."""
+def show(axis, title: str, values: np.ndarray, low=0.0, high=1.0, cmap="viridis", bar=True):
+    """Draw colours (H, W, 3), or values (H, W) from `low` to `high`, with a bar of their scale."""
     axis.set_axis_off()
+    axis.set_anchor("N")
     axis.set_title(title, fontsize=10, parse_math=False)
     shown = axis.imshow(values, cmap=cmap, vmin=low, vmax=high)
-    if label:
-        how = {"location": "bottom", "pad": 0.02, "ticks": sorted({low, high}), "format": "%.3g"}
-        bar = axis.figure.colorbar(shown, ax=axis, label=label, **how)
-        for text, side in zip(bar.ax.get_xticklabels(), ("left", "right")):
-            text.set_ha(side)  # so that numbers stay within their bar
-    axis.set_anchor("N")  # so that maps with and without a bar stand side by side
+    if bar and values.ndim == 2:
+        width = 0.03 * max(1, len(values) / values.shape[1])  # of the bar, in widths of the picture
+        beside = axis.inset_axes([1 + width, 0, width, 1])  # as high as the picture
+        ticks, is_cut = sorted({low, (low + high) / 2, high}), np.nanmax(values) > high
+        extend = "max" if is_cut else "neither"
+        axis.figure.colorbar(shown, beside, ticks=ticks, format="%.3g", extend=extend)
     return shown
 
 
 def show_bins(axis, found: cabins.Inference, texts: list[str], truth, top: float) -> None:
-    """Histograms of depth over the bin centres, and the prompts where their distances are."""
-    how = {"bins": 128, "range": (0, top), "density": True}
-    axis.hist(found.depth.ravel(), **how, label="prediction")
+    """Draw histograms of depth over the bin centres, with each prompt at its distance."""
+    options = {"bins": 128, "range": (0, top), "density": True}
+    axis.hist(found.depth.ravel(), **options, label="prediction")
     if truth is not None:
-        axis.hist(truth[truth > 0], **how, histtype="step", label="ground truth")
-    bottom_line = axis.get_xaxis_transform()  # metres across, shares of the height upwards
-    axis.vlines(found.centers, 0, 0.06, "black", linewidth=0.4, transform=bottom_line)
+        axis.hist(truth[truth > 0], **options, histtype="step", label="ground truth")
+    across = axis.get_xaxis_transform()  # x in metres, y as a share of the height
+    axis.vlines(found.centers, 0, 0.06, "black", linewidth=0.4, transform=across)
     for k, (distance, text) in enumerate(zip(found.cabins, texts)):
         axis.axvline(distance, color="black", linewidth=0.8, linestyle="--")
-        place = {"xytext": ((k + 0.5) / len(texts), 1.12), "textcoords": "axes fraction"}
-        place |= {"xycoords": bottom_line, "ha": "center", "arrowprops": {"arrowstyle": "-"}}
-        axis.annotate(f"“{text}”", (distance, 1.0), **place)
+        above = {"xytext": ((k + 0.5) / len(texts), 1.12), "textcoords": "axes fraction"}
+        line = {"xycoords": across, "arrowprops": {"arrowstyle": "-"}}
+        axis.annotate(f"“{text}”", (distance, 1.0), **above, **line, ha="center")
     axis.set(xlabel="depth (m)", ylabel="share of pixels per metre", xlim=(0, top))
-    axis.set_title(f"{len(found.centers)} bin centres (ticks) and their prompts (dashed)", pad=38)
+    title = f"{len(found.centers)} bin centres (ticks) and the prompts (dashed)"
+    axis.set_title(title, fontsize=10, pad=38)
     axis.legend(loc="upper right")
 
 
-def new_figure(*heights: float):
-    """A figure of 13 inches' width, and its parts of these heights, from the top."""
+def draw_explained(path: str | Path, image: np.ndarray, config, found, s, truth=None) -> None:
+    """Draw depth, its spread, the bins, and where each prompt matches the image (H, W, 3).
+
+    `found` and `s` are what `cabins.predict_one` returns.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, sum(heights)), layout="constrained")
-    return figure, figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-
-
-def save_figure(path: str | Path, figure) -> None:
-    cabins.write_whole(path, lambda partial: figure.savefig(partial, dpi=100, format="png"))
-
-
-def draw_explained(path: Path, image: np.ndarray, config, found, s, truth=None) -> None:
-    """Draw depth and its spread, the bins, and where each prompt matches, from `cabins.look`."""
     depth, std = found.depth, found.std
     truth = np.where(truth > 0, truth, np.nan) if truth is not None and truth.any() else None
     known = depth if truth is None else np.stack([depth, truth])
     low, high = np.nanmin(known), np.nanmax(known)
-    maps = [("image", image), ("prediction", depth, "depth (m)", low, high)]
+    maps = [("image", image), ("prediction (m)", depth, low, high)]
     if truth is not None:
-        maps.insert(1, ("ground truth", truth, "depth (m)", low, high))
-        maps.append(("error", np.abs(depth - truth), "|error| (m)", 0, high / 10, "magma"))
-    maps.append(("spread of p", std, "std (m)", 0, std.max(), "magma"))
+        maps.insert(1, ("ground truth (m)", truth, low, high))
+        maps.append(("error (m)", np.abs(depth - truth), 0, high / 10, "magma"))
+    maps.append(("spread of p (m)", std, 0, std.max(), "magma"))
     texts = [str(round(distance, 4)) for distance in found.cabins.tolist()]
     texts = cabins.SEMANTIC_BINS if config.distance_class == "semantic" else texts
-    shape = min(image.shape[0] / image.shape[1], 2.5)  # a picture taller than that gets margins
-    heights = (1 + 13 / len(maps) * shape, 3.3, 1 + 13 / len(s) * shape)
-    figure, (depths, bins, prompts) = new_figure(*heights)
-    for axis, shown in zip(depths.subplots(1, len(maps)), maps):
+    n, shape = len(maps), min(depth.shape[0] / depth.shape[1], 2.5)  # taller pictures get margins
+    heights = [0.6 + (13.6 / n - 0.75) * shape, 3.2, 0.8 + 12 / len(s) * shape]  # inches
+    figure = Figure(figsize=(13, sum(heights)), layout="constrained")
+    depths, bins, prompts = figure.subfigures(3, 1, height_ratios=heights)
+    for axis, shown in zip(depths.subplots(1, n), maps):
         show(axis, *shown)
     show_bins(bins.subplots(), found, texts, truth, config.max_depth)
-    for i, axis in enumerate(prompts.subplots(1, len(s), squeeze=False)[0]):
-        title = f"“{texts[i]}”, {found.cabins[i]:.2f} m"
-        show(axis, title, s[i], "cosine", s.min(), s.max(), "cividis")
+    prompts.suptitle("cosine similarity of the image and each prompt", fontsize=10)
+    for k, axis in enumerate(prompts.subplots(1, len(s), squeeze=False)[0]):
+        is_last = k == len(s) - 1  # one bar is enough, as all have the same scale
+        show(axis, f"“{texts[k]}”", s[k], s.min(), s.max(), "cividis", is_last)
     save_figure(path, figure)
 
 
 def draw_samples(out: Path, model: cabins.CaBins, dataset: DepthDataset, n: int) -> None:
     """Draw n samples from all over the data set, each explained."""
     out.mkdir(parents=True, exist_ok=True)
+    side = side_for(model, dataset)
     for i in torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long().tolist():
-        image, truth = dataset[i]["image"], dataset[i]["depth"][0].numpy()
-        found, s = cabins.look(model, image[None], truth.shape)
-        image = data.denormalize(image).permute(1, 2, 0).numpy()
-        draw_explained(out / f"explained_{i}.png", image, model.config, found, s, truth)
+        image, truth = dataset[i]["image"][None], dataset[i]["depth"][0].numpy()
+        seen = cabins.to_training_size(image, side) if side else image
+        found, s = cabins.predict_one(model, seen, truth.shape)
+        colours = data.denormalize(image)[0].permute(1, 2, 0).numpy()
+        draw_explained(out / f"explained_{i}.png", colours, model.config, found, s, truth)
 
 
-def find_pictures(arguments: list[str]) -> list[Path]:
-    """The files that paths, folders and patterns name. Raises FileNotFoundError."""
-    suffixes = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"}
-    found = []
+# ---- Your own pictures ---------------------------------------------------------------------------
+
+
+def find_pictures(arguments: list[str]) -> tuple[list[Path], int]:
+    """The pictures that files, folders and patterns name, and how many arguments name none."""
+    pictures, n_without = [], 0
     for argument in arguments:
-        path = Path(argument)
-        paths = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(argument))]
-        if path.is_dir():
-            paths = [p for p in sorted(path.glob("[!.]*")) if p.suffix.lower() in suffixes]
-        if not paths:
-            raise FileNotFoundError(f"{argument}: no picture there, nor any that the pattern fits")
-        found += paths
-    return found
-
-
-def focal_of(exif: Image.Exif, size: tuple[int, int], config, args) -> tuple[float, str]:
-    """The focal length in pixels of a picture of this height and width, and what says so."""
-    if args.focal:
-        return args.focal, "--focal"
-    if args.fov:
-        return size[1] / 2 / math.tan(math.radians(args.fov) / 2), "--fov"
-    equivalent = exif.get_ifd(0x8769).get(0xA405)  # FocalLengthIn35mmFilm
-    if isinstance(equivalent, int) and equivalent > 0:
-        return equivalent * math.hypot(*size) / math.hypot(36, 24), "EXIF"
-    return config.focal * max(size) / config.image_width, "the training's camera"
-
-
-def write_ply(path: Path, picture: np.ndarray, depth: np.ndarray, focal: float) -> None:
-    """A coloured point cloud in metres: x right, y down, z ahead, the camera being the origin."""
-    v, u = np.indices(depth.shape)
-    x, y = (u - u.max() / 2) * depth / focal, (v - v.max() / 2) * depth / focal
-    points = np.empty(depth.shape, [("xyz", "<f4", 3), ("rgb", "u1", 3)])
-    points["xyz"], points["rgb"] = np.stack([x, y, depth], axis=-1), picture
-    lines = ["ply", "format binary_little_endian 1.0", f"element vertex {depth.size}"]
-    lines += [f"property float {name}" for name in "xyz"]
-    lines += [f"property uchar {name}" for name in ("red", "green", "blue")]
-    content = "\n".join([*lines, "end_header", ""]).encode() + points.tobytes()
-    cabins.write_whole(path, lambda partial: partial.write_bytes(content))
+        path, left_out = Path(argument), Counter()
+        found = path.glob("*") if path.is_dir() else map(Path, glob.iglob(argument, recursive=True))
+        chosen = [path] if path.is_file() else []
+        for path in [] if chosen else sorted(found):
+            if path.is_dir() or path.name[0] == "." or path.suffix.lower() not in PICTURES:
+                left_out["folder" if path.is_dir() else path.suffix or path.name] += 1
+            else:
+                chosen.append(path)
+        if left_out:
+            kinds = ", ".join(f"{n} {kind}" for kind, n in left_out.items())
+            print(f"{argument}: {left_out.total()} are no pictures and are left out: {kinds}")
+        if not chosen:
+            print(f"{argument}: no picture there", file=sys.stderr)
+        pictures += chosen
+        n_without += not chosen
+    if not pictures:
+        raise FileNotFoundError(f"{', '.join(arguments)}: no picture there")
+    return pictures, n_without
 
 
 def predict_pictures(model: cabins.CaBins, args: argparse.Namespace) -> int:
-    """Write the depth of each picture of `args.images` into `args.out`; return how many failed."""
-    out, paths = Path(args.out or "runs/pictures"), find_pictures(args.images)
+    """Write the depth of each picture of `args.images`; return how many of them failed."""
+    paths, n_without = find_pictures(args.images)
+    out = Path(args.out or f"runs/pictures/{name_for(args.checkpoint)}")
     if own := [path for path in paths if path.resolve().parent == out.resolve()]:
         raise ValueError(f"--out {out} is the folder of {own[0]}, which must stay: choose another")
-    out.mkdir(parents=True, exist_ok=True)
-    warnings.filterwarnings("ignore", module="PIL")  # odd EXIF blocks, and very large pictures
-    n_failed, names = 0, set()
+    open_folder(out)
+    warnings.filterwarnings("ignore", module="PIL")  # of odd EXIF blocks and very large pictures
+    taken, n_done = set(), 0
     for path in tqdm(paths, unit="picture", disable=None):
-        name = path.stem
-        while name in names:  # of another folder, or with another suffix
-            name += "_"
-        names.add(name)
         try:
-            tqdm.write(f"{path}: {write_picture(path, out / name, model, args)}")
+            line = write_picture(path, out / new_name(path.name, taken), model, args)
+            tqdm.write(f"{path}: {line}")
+            n_done += 1
         except (OSError, ValueError) as error:
-            tqdm.write(f"{path} is left out: {error}", file=sys.stderr)
-            n_failed += 1
-    print(f"{len(paths) - n_failed} of {len(paths)} pictures written to {out}")
-    return n_failed
+            tqdm.write(f"{path} is not complete: {error}", file=sys.stderr)
+    print(f"{n_done} of {len(paths)} pictures are complete in {out}")
+    return n_without + len(paths) - n_done
 
 
-def write_picture(path: Path, out: Path, model: cabins.CaBins, args) -> str:
-    """Write the files of one picture, whose names begin as `out`; returns a line about them."""
-    image, config = cabins.open_picture(path), model.config
+def write_picture(path: Path, start: Path, model: cabins.CaBins, args) -> str:
+    """Write the files of a picture, whose names begin with `start`; return a line about it."""
+    from matplotlib.figure import Figure
+
+    image, top = cabins.open_picture(path), model.config.max_depth
     picture = cabins.read_picture(image)
     with data.autocast(next(model.parameters()).device, args.amp):
-        found, s = cabins.look(model, cabins.to_input(model, picture), picture.shape[:2])
-    depth, files = found.depth, [f"{out}_depth.png", f"{out}_colour.png"]
+        found, s = cabins.predict_one(model, cabins.to_input(model, picture), picture.shape[:2])
+    depth, files = found.depth, [f"{start}_depth.png", f"{start}_colour.png"]
     low, high = (0, args.range) if args.range else (float(depth.min()), float(depth.max()))
-    figure, (part,) = new_figure(1 + 13 * min(depth.shape[0] / depth.shape[1], 2.5))
-    shown = show(part.subplots(), "", depth, "depth (m)", low, high)
+    height, width = (max(1, 10 * side / max(depth.shape)) for side in depth.shape)  # inches
+    figure = Figure(figsize=(width + 1, height + 0.3), layout="constrained")
+    shown = show(figure.subplots(), "depth (m)", depth, low, high)
     save_figure(files[0], figure)
     colours = Image.fromarray(shown.to_rgba(depth, bytes=True)[..., :3])
     cabins.write_whole(files[1], lambda partial: colours.save(partial, "png"))
     for name, values in (("depth", depth), ("std", found.std)):
         about = f"{name} by CaBins, {args.checkpoint}, "
-        files.append(write_depth(f"{out}_{name}", values, config.max_depth, 1000, about))
+        files.append(write_depth(f"{start}_{name}", values, top, 1000, about))
+    if args.explain is not None:
+        files.append(f"{start}_explained.png")
+        draw_explained(files[-1], picture, model.config, found, s)
     line = f"{depth.min():.2f} to {depth.max():.2f} m, median {np.median(depth):.2f} m"
     if image.mode.startswith("I"):
         line += f"; its greatest grey value, {np.max(image)}, is white"
-    if args.explain:
-        files.append(f"{out}_explained.png")
-        draw_explained(files[-1], picture, config, found, s)
-    if args.ply:
-        files.append(f"{out}.ply")
-        focal, source = focal_of(image.getexif(), depth.shape, config, args)
-        write_ply(files[-1], picture, depth, focal)
-        line += f"; point cloud with a focal length of {focal:.1f} pixels, from {source}"
+    if (n := getattr(image, "n_frames", 1)) > 1:
+        line += f"; only the first of its {n} frames or pages is read"
     return f"{line}; {', '.join(Path(file).name for file in files)}"
 
 
-def main() -> None:
-    args = parse_args()
-    data.go_fast(False)  # what is measured as fp32 is fp32
-    content = cabins.read_checkpoint(args.checkpoint)
-    saved = content["args"] if isinstance(content.get("args"), dict) else {}
-    max_depth = args.max_depth
-    if "config" not in content and args.data:  # the authors', which do not say their range
-        max_depth = max_depth or data.DATASETS[args.data].max_depth
-    model = cabins.restore(content, args.checkpoint, max_depth)
-    model, config = model.to(data.choose_device(args.device)), model.config
-    print(f"{args.checkpoint}, all of its {len(content['model'])} tensors: {config}")
-    if args.images:
-        sys.exit(1 if predict_pictures(model, args) else 0)
-    name = args.data or saved.get("data")
-    if name is None:
+# ---- The command ---------------------------------------------------------------------------------
+
+
+def open_network(args: argparse.Namespace) -> tuple[cabins.CaBins, dict]:
+    """The network of `args.checkpoint` on its device, and the options of its training, if known."""
+    content, path, max_depth = cabins.read_checkpoint(args.checkpoint), args.checkpoint, None
+    if "config" in content:
+        data.refuse(args, "released", f"is for the authors' checkpoints, and {path} is not theirs")
+    else:  # theirs do not say their depth range
+        which = args.released or vars(args).get("data")
+        if which not in QUOTED:
+            raise ValueError(f"{path} is the authors': say with --released which, nyu or kitti")
+        max_depth = data.DATASETS[which].max_depth
+    model = cabins.restore(content, path, max_depth).to(data.choose_device(args.device))
+    print(f"{path}, all of its {len(content['model'])} tensors: {model.config}")
+    return model, content["args"] if isinstance(content.get("args"), dict) else {}
+
+
+def open_data_set(args: argparse.Namespace, model: cabins.CaBins, saved: dict) -> DepthDataset:
+    """The test set. Options that are not given are those of the training, `saved`.
+
+    Depth is measured over the data set's range, or on own lists and toy rooms the network's.
+    """
+    args.data = args.data or saved.get("data")
+    if args.data is None:
         raise ValueError(f"{args.checkpoint} does not say what data it is for: give --data")
-    known = saved if name == saved.get("data") else {}
-    keys = ("root", "test_split", "depth_scale", "max_depth")
-    root, split, scale, max_depth = (getattr(args, key) or known.get(key) for key in keys)
-    dataset = DepthDataset(name, root, split, depth_scale=scale, max_depth=max_depth)
-    flip, predict = not args.no_flip, predictor(model, not args.no_flip, args.amp)
-    if args.explain:
-        out = Path(args.out or "runs/explained")
-        draw_samples(out, model, dataset, args.explain)
-        print(f"{out} has an explained_….png of each sample")
-        return
-    source = {"checkpoint": str(Path(args.checkpoint).resolve()), "data": name}
+    is_known, max_depth = args.data == saved.get("data"), args.max_depth
+    for option in ("root", "test_split", "depth_scale") if is_known else ():
+        setattr(args, option, getattr(args, option) or saved.get(option))
+    if is_known or args.data in ("list", "toy"):
+        max_depth = max_depth or model.config.max_depth
+    return DepthDataset(args.data, args.root, args.test_split, False, args.depth_scale, max_depth)
+
+
+def measure(model: cabins.CaBins, dataset: DepthDataset, args: argparse.Namespace) -> None:
+    """Print a row for each window. With --out, keep it in results.csv, and the predictions too."""
+    flip, side, split = not args.no_flip, side_for(model, dataset), args.test_split
+    source, keep = {"checkpoint": str(Path(args.checkpoint).resolve()), "data": args.data}, None
     source["list"] = f"{split and Path(split).resolve()} ({dataset.checksum:08x})"
-    keep, out = predict, Path(args.out or ".")
-    if args.out:  # no two networks, lists or ways to measure share a folder of predictions
-        key = str((source, vars(args), Path(args.checkpoint).stat().st_mtime_ns))
-        source["predictions"] = f"predictions_{zlib.crc32(key.encode()):08x}"
-        keep = keep_predictions(predict, dataset, out / source["predictions"])
-    windows = evaluate_windows(keep, dataset, progress=True)
+    if args.out:
+        settings = {**vars(args), "workers": None}
+        source["predictions"] = f"predictions_{name_for(args.checkpoint, source, settings)}"
+        folder = open_folder(Path(args.out) / source["predictions"])
+        results, taken, recipe = folder.parent / "results.csv", set(), dataset.recipe
+        data.check_columns(results, ("label", *source, "date", "protocol", *HEADINGS))
+
+        def keep(path: str, depth: Tensor) -> None:
+            name = new_name(os.path.relpath(path, args.root or "."), taken)
+            depth = depth[0, 0].numpy()
+            write_depth(f"{folder}/{name}", depth, recipe.max_depth, recipe.depth_scale)
+
+    predict = predictor(model, flip, args.amp, side)
+    windows = evaluate_windows(predict, dataset, args.workers, progress=True, keep=keep)
     rows = {f"{Path(args.checkpoint).name}, {window}": row for window, row in windows.items()}
-    rows |= ablate(model, predict, dataset) if args.ablate else {}
-    for window in windows:
-        print(protocol(dataset, window, flip, args.amp))
-    print(format_table(name, rows))
-    for label, row in rows.items() if args.out else ():
-        how = protocol(dataset, label.split(", ")[-1], flip, args.amp)
-        source["date"] = f"{datetime.datetime.now():%Y-%m-%d %H:%M}"
-        data.append_row(out / "results.csv", {"label": label, **source, "protocol": how, **row})
+    lines = [protocol(dataset, window, flip, args.amp, side) for window in windows]
+    print(*lines, format_table(args.data, rows), sep="\n")
+    for (label, row), line in zip(rows.items(), lines) if args.out else ():
+        date = time.strftime("%Y-%m-%d %H:%M")
+        data.append_row(results, {"label": label, **source, "date": date, "protocol": line, **row})
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which network is measured, on what and how."""
+    parser.add_argument("checkpoint", help="train.py's or the authors'")
+    add = data.add_data_options(parser).add_argument
+    add("--data", choices=data.DATASETS, help="default: what the network was trained on")
+    add("--split", dest="test_split", metavar="FILE", help="same as --test-split")
+    group = parser.add_argument_group("network")
+    data.add_device_options(group, "off")
+    add = group.add_argument
+    add("--released", choices=QUOTED, help="which of the authors' two checkpoints this is")
+    add("--no-flip", action="store_true", help="without the mean with the mirror image's depth")
 
 
 def parse_args() -> argparse.Namespace:
     raw = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("checkpoint", help="train.py's or the authors'")
-    group = data.add_data_options(parser)
-    group.add_argument("--data", choices=data.DATASETS, help="default: what it was trained on")
-    group.add_argument("--split", dest="test_split", metavar="FILE", help="same as --test-split")
-    group = parser.add_argument_group("network")
-    data.add_device_options(group, "off")
-    add = group.add_argument
-    add("--no-flip", action="store_true", help="without the mean with the mirror image's depth")
-    add("--ablate", action="store_true", help="also rows with the text silenced")
+    parser = data.Parser(description=__doc__, formatter_class=raw)
+    add_network_options(parser)
     add = parser.add_argument_group("files and pictures").add_argument
-    add("--out", metavar="DIR", help="default for pictures: runs/pictures, runs/explained")
-    add("--explain", nargs="?", type=int, const=4, metavar="N", help="figures; default N: 4")
+    add("--out", metavar="DIR", help="default for figures: a folder for the network, in runs/")
+    number = {"nargs": "?", "type": data.positive_int, "const": 0, "metavar": "N"}
+    add("--explain", **number, help="figures, of N samples of a data set; default: 4")
     add("--images", nargs="+", metavar="PICTURE", help="files, folders or patterns of your own")
-    add("--range", type=float, metavar="M", help="colours of all pictures go from 0 to M metres")
-    add("--ply", action="store_true", help="write a point cloud of each picture")
-    add("--focal", type=float, help="of its camera, in pixels; default: EXIF's or training's")
-    add("--fov", type=float, help="instead of --focal: degrees from left to right")
+    about = "colours of all pictures go from 0 to M metres"
+    add("--range", type=data.positive_float, metavar="M", help=about)
     args = parser.parse_args()
-    if args.images:
-        data.refuse(args, "no_flip ablate root test_split depth_scale", "is not for --images")
-    else:
-        data.refuse(args, "ply focal fov range", "is for --images")
-    if not args.ply:
-        data.refuse(args, "focal fov", "is for --ply")
-    if args.focal:
-        data.refuse(args, "fov", "or --focal: give one")
-    if args.explain:
-        data.refuse(args, "ablate", "or --explain: give one")
     data.refuse(args, "train_split", "is for training")
-    for option, limit in (("explain", np.inf), ("focal", np.inf), ("fov", 180), ("range", np.inf)):
-        value = getattr(args, option)
-        if value is not None and not 0 < value < limit:
-            raise ValueError(f"--{option} is {value}; it must be above 0 and below {limit}")
+    if args.images:
+        options = "data root test_split depth_scale max_depth workers no_flip"
+        data.refuse(args, options, "would do nothing with --images")
+        data.refuse(args, "explain", "takes no number with --images")
+    else:
+        data.refuse(args, "range", "is for --images")
+        options = "" if args.explain is None else "max_depth workers no_flip"
+        data.refuse(args, options, "would do nothing with --explain")
     return args
+
+
+def main() -> None:
+    args = parse_args()
+    data.use_tf32(False)  # what is called fp32 is measured in float32 on GPUs, too
+    model, saved = open_network(args)
+    if args.images:
+        sys.exit(1 if predict_pictures(model, args) else 0)
+    dataset = open_data_set(args, model, saved)
+    if args.explain is None:
+        measure(model, dataset, args)
+    else:
+        out = open_folder(args.out or f"runs/explained/{name_for(args.checkpoint)}")
+        with data.autocast(next(model.parameters()).device, args.amp):
+            draw_samples(out, model, dataset, args.explain or 4)
+        print(f"{out} has a file explained_….png for each sample")
 
 
 if __name__ == "__main__":
