@@ -1,16 +1,18 @@
-"""Train CaBins by the paper's recipe (Sec. 4.1): python train.py --data nyu --root DIR
+"""Train CaBins by the paper's recipe (Sec. 4.1).
 
-python train.py                               rooms drawn on the fly: two minutes on a laptop's CPU
+python train.py                               the demo: two minutes on a laptop's CPU
 python train.py --data nyu --root DIR         the paper's network
-python train.py --resume runs/nyu/last.pt     goes on where a run stopped
+python train.py --resume runs/nyu/last.pt     continues a run that was stopped
 """
 
 import argparse
+import fcntl
 import math
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Iterator
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,148 +21,170 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import DistributedSampler
 from tqdm import tqdm
 
 import cabins
 import data
-from eval import draw_samples, evaluate_windows, format_table, predictor, protocol, save_figure
+from eval import draw_samples, evaluate_windows, format_table, open_folder, predictor, protocol
+from eval import save_figure, side_for
 
-TOY_DEFAULTS = {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # from random weights
+DEFAULTS = {"data": "toy", "backbone": "RN101", "distance_class": "cabins", "epochs": 25}
+DEFAULTS |= {"batch_size": 8, "lr": 3.57e-5, "seed": 0, "as_released": False, "compile": False}
+TOY_DEFAULTS = {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # the demo has no pretrained weights
 MAX_NORM = 0.1  # NOTE(paper silent): the released code clips gradients at this norm
-LOG_EVERY, SAVE_EVERY = 10, 500  # steps; last.pt is also saved at the end of each epoch
-stops: list[int] = []  # signals received
+LOG_EVERY, PRINT_EVERY = 10, 100  # steps
+SAVE_EVERY = 600  # seconds; last.pt is also saved at the end of each epoch
+DEMO, NEW_DEMO = Path("runs/toy"), Path("runs/toy/new")  # a new demo replaces the old one
+FILES = ("last.pt", "best.pt", "log.csv", "metrics.csv")  # of each run
+LOG_COLUMNS = ["step", "epoch", "loss", "bins", "lr"]
+stops: list[int] = []  # the signals that this process has received
 
 
 def parameter_groups(model: cabins.CaBins, as_released: bool = False) -> list[dict]:
-    """All that is trained, each tensor in exactly one group. All groups learn at the same rate."""
-    # NOTE(differs): the released code's optimizer lacks prompts and γ, and has the token embedding
+    """The trained parameters, each in exactly one group. All groups share one learning rate."""
+    # NOTE(differs): the released optimizer has the token embedding, but neither p nor γ.
     model.clip.token_embedding.requires_grad_(as_released)
-    beginnings = {
-        "image encoder": "clip.visual.",
-        "prompts and gamma": ("prompts", "context_decoder.gamma"),
+    prefixes = {
+        "image encoder": ("clip.visual.", "reassemble."),
+        "prompts and gamma": ("prompts", "trans_decoder.gamma"),
         "token embedding": "clip.token_embedding.",
-        "bins and decoders": "",  # all that is left
+        "bins and decoders": "",  # everything else
     }
-    groups = {name: [] for name in beginnings}
+    groups = {name: [] for name in prefixes}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = next(g for g, beginning in beginnings.items() if name.startswith(beginning))
+            group = next(g for g, prefix in prefixes.items() if name.startswith(prefix))
             groups[group].append(parameter)
     del groups["prompts and gamma" if as_released else "token embedding"]
     return [{"name": name, "params": parameters} for name, parameters in groups.items()]
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed out of several numbers. All that is random in a step follows from (seed, step)."""
+    """One seed of 64 bits from several numbers. A step draws from seeds of (seed, step) alone."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-class Learner:
-    """A network and what trains it, by one `step` after another. No step waits for the device."""
+def batches(n_pairs: int, batch_size: int, steps: range, seed: int, as_released: bool):
+    """Yield the indices of this process's share of each step's batch."""
+    rank, n_processes = data.rank_of()
+    # NOTE(differs): the released code keeps the last, smaller batch of an epoch and has the same
+    # order in every epoch. We drop that batch and shuffle each epoch anew.
+    per_epoch = math.ceil(n_pairs / batch_size) if as_released else n_pairs // batch_size
+    for step in steps:
+        epoch, batch = divmod(step, per_epoch)
+        epoch_seed = seed_of(seed) // 2 + (0 if as_released else epoch)  # fits 64 bits
+        order = torch.randperm(n_pairs, generator=torch.Generator().manual_seed(epoch_seed))
+        whole = order[batch * batch_size : (batch + 1) * batch_size]
+        yield whole[rank::n_processes].tolist()
 
-    def __init__(self, model: cabins.CaBins, args, recipe: data.Recipe, n_steps: int, device):
-        self.args, self.recipe, self.device = args, recipe, device
+
+class Learner:
+    """A network with its optimizer and its schedule. No step waits for the device."""
+
+    def __init__(self, model, recipe, n_steps, device, lr, amp, seed, as_released, compile):
+        self.recipe, self.device, self.seed, self.as_released = recipe, device, seed, as_released
         self.model = model = model.to(device)
-        self.amp = data.autocast(device, args.amp)
+        self.amp = data.autocast(device, amp)
         self.rank, self.n_processes = data.rank_of()
         if self.n_processes > 1 and device.type == "cuda":  # torch has it for GPUs only
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.groups = parameter_groups(model, args.as_released)
-        self.optimizer = torch.optim.AdamW(self.groups, args.lr, weight_decay=0.1, fused=True)
-        # from lr / 25 up to lr and down to lr / 2500, the momentum from 0.95 to 0.85 and back
-        self.scheduler = OneCycleLR(self.optimizer, args.lr, n_steps, final_div_factor=100)
+        groups = parameter_groups(model, as_released)
+        self.optimizer = torch.optim.AdamW(groups, lr, weight_decay=0.1, fused=True)
+        # The rate rises from lr / 25 to lr and falls to lr / 2500. Momentum goes 0.95, 0.85, 0.95.
+        self.scheduler = OneCycleLR(self.optimizer, lr, n_steps, final_div_factor=100)
         network = nn.parallel.DistributedDataParallel(model) if self.n_processes > 1 else model
-        self.network = torch.compile(network) if args.compile else network
+        self.network = torch.compile(network) if compile else network
 
     def forward(self, batch: dict, number: int) -> tuple[cabins.Prediction, Tensor, Tensor]:
         """Prediction, truth and loss of the whole batch `number`, from this process's share."""
         image, depth = (batch[k].to(self.device, non_blocking=True) for k in ("image", "depth"))
-        generator = torch.Generator().manual_seed(seed_of(self.args.seed, number))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, number))
         image, depth = data.augment(image, depth, self.recipe, generator, data.rank_of())
-        torch.manual_seed(seed_of(self.args.seed, number, 1 + self.rank))  # of dropout
+        torch.manual_seed(seed_of(self.seed, number, 1 + self.rank))  # for dropout
         with self.amp:
             prediction = self.network(image)
-        if self.n_processes > 1:  # the loss is the whole batch's, as if in one process
-            whole = []
-            for part in (prediction.depth, prediction.centers, depth):
-                parts = [torch.empty_like(part.contiguous()) for _ in range(self.n_processes)]
-                dist.all_gather(parts, part.contiguous())
-                parts[self.rank] = part  # the only one that has a gradient here
-                whole.append(torch.cat(parts))
-            prediction, depth = prediction._replace(depth=whole[0], centers=whole[1]), whole[2]
-        min_depth, unbiased = self.model.config.min_depth, self.args.as_released
-        return prediction, depth, cabins.total_loss(prediction, depth, min_depth, unbiased)
+        if self.n_processes > 1:
+            # NOTE(differs): one loss for the whole batch. The released code has one for each GPU.
+            whole = {name: self.gather(getattr(prediction, name)) for name in ("depth", "centers")}
+            prediction, depth = prediction._replace(**whole), self.gather(depth)
+        min_depth = self.model.config.min_depth
+        return prediction, depth, cabins.total_loss(prediction, depth, min_depth, self.as_released)
+
+    def gather(self, share: Tensor) -> Tensor:
+        """The shares of all processes. Only this process's own share has a gradient."""
+        shares = [torch.empty_like(share.contiguous()) for _ in range(self.n_processes)]
+        dist.all_gather(shares, share.contiguous())
+        shares[self.rank] = share
+        return torch.cat(shares)
 
     def step(self, batch: dict, number: int) -> tuple[cabins.Prediction, Tensor, Tensor]:
-        """Learn from batch `number`. Returns prediction, truth, and (loss, gradient norm)."""
+        """Learn from batch `number`. Returns prediction, truth, and [loss, gradient norm]."""
         prediction, depth, loss = self.forward(batch, number)
-        # NOTE(differs): with --as-released this leaves p and γ out, whose gradients pile up
+        # NOTE(differs): the released code never clears the gradients of p and γ, and they count in
+        # the norm. With --as-released the optimizer does not have them, so they are not cleared.
         self.optimizer.zero_grad()
-        (loss * self.n_processes).backward()  # as their gradients are averaged
+        (loss * self.n_processes).backward()  # the gradients of the processes are averaged
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         self.optimizer.step()
         self.scheduler.step()
         return prediction, depth, torch.stack([loss.detach(), norm])
 
 
-def batches(dataset, args: argparse.Namespace, steps: range, per_epoch: int) -> Iterator[list[int]]:
-    """This process's indices of the batch of each step, of pairs shuffled anew in each epoch."""
-    # NOTE(differs): the released code has one order in all epochs, and keeps the last, small batch
-    (rank, n), keep = data.rank_of(), args.as_released
-    sampler = DistributedSampler(dataset, n, rank, seed=seed_of(args.seed) >> 1, drop_last=not keep)
-    share = args.batch_size // n
-    for step in steps:
-        epoch, batch = divmod(step, per_epoch)
-        if batch == 0 or step == steps.start:
-            sampler.set_epoch(0 if args.as_released else epoch)
-            order = list(sampler)
-        yield order[batch * share : (batch + 1) * share]
-
-
 class Run:
-    """Data, network, progress and folder of one run; `saved` is the checkpoint that it resumes."""
+    """The data, the network, the progress and the folder of one run."""
 
     def __init__(self, args: argparse.Namespace, saved: dict):
-        self.args, self.out, self.device = args, Path(args.out), data.choose_device(args.device)
+        """`saved` is what last.pt holds, or {} for a new run. It is emptied to free its memory."""
+        self.args, self.device = args, data.choose_device(args.device)
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # among the processes of this machine
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun started several
             if self.device.type == "cuda":
-                index, n = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-                if index >= n:
-                    raise ValueError(f"there are {n} GPUs: --nproc_per_node may be at most {n}")
-                torch.cuda.set_device(index)
-            dist.init_process_group(timeout=timedelta(days=1))  # validation can take long
+                if local_rank >= (n := torch.cuda.device_count()):
+                    raise ValueError(f"--nproc_per_node may be at most {n}, the number of GPUs")
+                torch.cuda.set_device(local_rank)
+            dist.init_process_group(timeout=timedelta(days=1))  # a validation can take long
         self.rank, self.n_processes = data.rank_of()
-        n, how = args.batch_size, {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
-        self.dataset = data.DepthDataset(args.data, args.root, args.train_split, train=True, **how)
-        self.test_set = data.DepthDataset(args.data, args.root, args.test_split, **how)
-        n_pairs, self.lists = len(self.dataset), [self.dataset.checksum, self.test_set.checksum]
-        if n % self.n_processes or n > n_pairs:
-            must = f"{self.n_processes} processes must divide it, and {n_pairs} pairs fill it"
-            raise ValueError(f"--batch-size {n} is the total: {must}")
-        self.per_epoch = math.ceil(n_pairs / n) if args.as_released else n_pairs // n
-        self.n_steps = args.epochs * self.per_epoch
-        self.step, self.best, self.recent = saved.get("step", 0), saved.get("best", math.inf), []
-        model = cabins.restore(saved, args.resume) if saved else self.new_model()
-        self.learner = Learner(model, args, self.dataset.recipe, self.n_steps, self.device)
-        if saved:
-            try:
-                self.learner.optimizer.load_state_dict(saved["optimizer"])
-                self.learner.scheduler.load_state_dict(saved["scheduler"])
-            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-                raise ValueError(f"{args.resume} cannot be resumed: {error!r}") from None
-            if saved["lists"] != self.lists:
-                raise ValueError(f"{args.resume} is of other pairs or test pairs: start a new run")
-        self.predict = predictor(model)
+        self.step, self.best = saved.get("step", 0), saved.get("best", math.inf)
+        if local_rank > 0:  # the first process of each machine downloads for the others
+            dist.barrier()
+        self.load_data()
         if self.rank == 0:
             self.take_folder()
+        model = cabins.restore(saved, args.resume) if saved else self.new_model()
+        if local_rank == 0 and self.n_processes > 1:
+            dist.barrier()
+        options = {k: getattr(args, k) for k in ("lr", "amp", "seed", "as_released", "compile")}
+        self.learner = Learner(model, self.dataset.recipe, self.n_steps, self.device, **options)
+        self.side = side_for(model, self.test_set)
+        self.predict = predictor(model, longer_side=self.side)
+        if saved:
+            self.restore_progress(saved)
+
+    def load_data(self) -> None:
+        """Find the training and test pairs, and check that a run can use them."""
+        args, n = self.args, self.args.batch_size
+        scales = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
+        self.dataset = data.DepthDataset(args.data, args.root, args.train_split, True, **scales)
+        self.test_set = data.DepthDataset(args.data, args.root, args.test_split, **scales)
+        self.lists = [self.dataset.checksum, self.test_set.checksum]
+        n_pairs = len(self.dataset)
+        if n > n_pairs:
+            raise ValueError(f"--batch-size {n} is more than the {n_pairs} training pairs")
+        for size in (n, n_pairs % n) if args.as_released else (n,):  # the last batch may be smaller
+            if size % (k := self.n_processes):
+                raise ValueError(f"a batch of {size} pairs does not divide among {k} processes")
+        if self.rank == 0 and not data.has_truth(self.test_set):
+            raise ValueError("no test pair has depth inside the range: check them with data.py")
+        self.per_epoch = math.ceil(n_pairs / n) if args.as_released else n_pairs // n
+        self.n_steps = args.epochs * self.per_epoch
 
     def new_model(self) -> cabins.CaBins:
+        """The network at the start of training, with CLIP's weights or those of --init."""
         args, recipe = self.args, self.dataset.recipe
         torch.manual_seed(args.seed)
         size = self.dataset.size_to_train or self.test_set[0]["image"].shape[1:]
-        how = {"max_depth": recipe.max_depth, "image_width": max(size), "focal": recipe.focal}
-        config = cabins.Config(args.backbone, args.distance_class, **how)
+        camera = {"max_depth": recipe.max_depth, "longer_side": max(size), "focal": recipe.focal}
+        config = cabins.Config(args.backbone, args.distance_class, **camera)
         if args.init:
             saved = cabins.read_checkpoint(args.init)
             top = None if "config" in saved else recipe.max_depth  # the authors' do not say it
@@ -169,68 +193,85 @@ class Run:
                 raise ValueError(f"{args.init} needs --backbone {start.config.backbone}")
             model = cabins.CaBins(config, start.clip)
             cabins.load_strictly(model, start.state_dict(), args.init)
+            if self.rank == 0:
+                ranges = f"{start.config.max_depth} m, and now {config.max_depth} m"
+                print(f"starts from {args.init}; its depth range was {ranges}")
             return model
         model = cabins.CaBins(config, None if args.clip == "none" else cabins.load_clip(args.clip))
-        if args.as_released:  # 44 times CaBins' own start, and never trained
+        if args.as_released:  # NOTE(differs): the released prompts start 44 times larger
             nn.init.trunc_normal_(model.prompts, std=1.0)
         return model
 
     def take_folder(self) -> None:
-        """Make the folder this run's own. Another run is never overwritten, except the demo's."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        resume, is_demo = self.args.resume, self.out == Path("runs/toy") and self.args.data == "toy"
+        """Claim --out before the work begins. The files of another run are not overwritten."""
+        self.out, resume = Path(self.args.out), self.args.resume
+        claim(self.out)
         is_own = resume and Path(resume).resolve().parent == self.out.resolve()
-        taken = not is_own and any((self.out / n).exists() for n in ("last.pt", "best.pt"))
-        if taken and (resume or not is_demo):
-            raise ValueError(f"{self.out} holds another run: --resume it, or take another --out")
-        if taken or (resume and not is_own):
+        found = [] if is_own else [self.out / name for name in FILES if (self.out / name).exists()]
+        data.check_columns(Path(resume or self.out / "log.csv").with_name("log.csv"), LOG_COLUMNS)
+        if found and self.out == DEMO and self.args.data == "toy" and not resume:
+            print(f"{DEMO} holds a trained demo; this run replaces it after the first validation")
+            self.out = NEW_DEMO
+            claim(self.out)
+            for name in FILES:  # of a run that was stopped before its first validation
+                (NEW_DEMO / name).unlink(missing_ok=True)
+        elif found:
+            raise ValueError(f"{found[0]} is another run's: --resume it, or choose another --out")
+
+    def restore_progress(self, saved: dict) -> None:
+        """Continue the optimizer, the schedule, the best network and the tables of a run."""
+        path = Path(self.args.resume)
+        try:
+            self.learner.optimizer.load_state_dict(saved["optimizer"])
+            self.learner.scheduler.load_state_dict(saved["scheduler"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} cannot be resumed: {error!r}") from None
+        if saved["lists"] != self.lists:
+            raise ValueError(f"{path} is of other pairs or test pairs: start a new run")
+        saved.clear()
+        if self.rank > 0:
+            return
+        if is_new := path.resolve().parent != self.out.resolve():
+            for source in map(path.with_name, FILES[1:]):
+                if source.exists():
+                    shutil.copy(source, self.out)
+        if not (self.out / "best.pt").exists():  # the best network was not kept with last.pt
+            self.best = math.inf
+        drop_rows(self.out / "log.csv", self.step + 1)
+        drop_rows(self.out / "metrics.csv", self.step)  # an interrupted validation is repeated
+        if is_new:
             self.save("last.pt")
-        if taken:
-            (self.out / "best.pt").unlink(missing_ok=True)
-            print(f"the run in {self.out} is replaced")
-        for name, first in (("log.csv", self.step + 1), ("metrics.csv", self.step)):
-            if (path := self.out / name).exists():  # rows to come, and half a row, are cut off
-                header, *rows = path.read_text().splitlines(keepends=True) or [""]
-                rows = [r for r in rows if r.endswith("\n") and int(r.split(",")[0]) < first]
-                text = "".join([header, *rows] if rows else [])  # an empty file gets a header again
-                cabins.write_whole(path, lambda partial, text=text: partial.write_text(text))
 
     def announce(self) -> None:
         """Print what is trained, on what, and what is not."""
-        where = f"{self.n_processes} x {self.device}, {self.args.amp.replace('off', 'fp32')}"
-        print(f"{len(self.dataset)} training pairs, {len(self.test_set)} test pairs; {where}")
-        frozen = [p for p in self.learner.model.parameters() if not p.requires_grad]
-        for group in [*self.learner.groups, {"name": "frozen: text encoder", "params": frozen}]:
+        args, model = self.args, self.learner.model
+        where = f"{self.n_processes} x {self.device}, {args.amp.replace('off', 'fp32')}"
+        print(f"training on {where}: {data.describe(self.dataset)}")
+        if self.lists[0] == self.lists[1]:
+            print("the test list is the training list: the metrics say nothing of new images")
+        groups = self.learner.optimizer.param_groups
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        for group in [*groups, {"name": "frozen text encoder", "params": frozen}]:
             n = sum(p.numel() for p in group["params"])
             print(f"{group['name']:20} {n:>12,} parameters in {len(group['params'])} tensors")
-        if self.args.as_released:
-            print("as released: see the rows marked * of README's ledger")
+        if args.as_released:
+            std, gamma = model.prompts.std().item(), model.trans_decoder.gamma.mean().item()
+            start = f"prompts of std {std:.2g} and gamma {gamma:.2g}"
+            print(f"as released: {start} are never stepped; README's rows marked * say what else")
 
-    def check(self) -> None:
-        """Stop if a step since the last look was not finite; looking at each would hold it up."""
-        for number, lr, paths, result in self.recent:
-            loss, norm = result.tolist()
-            if not math.isfinite(loss + norm):
-                where = f"step {number}, learning rate {lr:.3g}, of the images {', '.join(paths)}"
-                raise ValueError(f"loss {loss} and gradient norm {norm} at {where}")
-        self.recent.clear()
-
-    def log(self, prediction: cabins.Prediction, depth: Tensor) -> dict[str, float]:
-        """Check the last steps and add a row to log.csv; returns loss, bins loss, learning rate."""
-        _, lr, _, result = self.recent[-1]
-        self.check()
+    def log(self, prediction: cabins.Prediction, depth: Tensor, lr: float, loss: float) -> str:
+        """Add a row to log.csv, and return it as a text."""
         mask = depth > self.learner.model.config.min_depth
         if not mask.any():
-            raise ValueError(f"no depth of step {self.step} is valid: check the data with data.py")
+            raise ValueError(f"step {self.step} has no valid depth: check the data with data.py")
         bins = cabins.chamfer_loss(prediction.centers.detach(), depth, mask).item()
-        row = {"loss": result[0].item(), "bins": bins, "lr": lr}
+        row = dict(zip(LOG_COLUMNS, (self.step, self.step / self.per_epoch, loss, bins, lr)))
         if self.rank == 0:
-            epoch = self.step / self.per_epoch
-            data.append_row(self.out / "log.csv", {"step": self.step, "epoch": epoch, **row})
-        return row
+            data.append_row(self.out / "log.csv", row)
+        return ", ".join(f"{name} {value:.3g}" for name, value in list(row.items())[1:])
 
     def save(self, name: str) -> None:
-        """Write last.pt, from which training goes on exactly, or best.pt, the network only."""
+        """Write last.pt, from which training continues exactly, or best.pt, the network alone."""
         if self.rank == 0:
             state = {"args": vars(self.args), "lists": self.lists, "step": self.step}
             if name == "last.pt":
@@ -239,76 +280,84 @@ class Run:
             cabins.save_checkpoint(self.out / name, self.learner.model, best=self.best, **state)
 
     def validate(self) -> None:
-        """Measure on the test set, draw a sample, and keep the network if it is the best so far."""
+        """Measure on the test set, draw, and keep the network if it is the best so far."""
         if self.rank == 0:
-            data.go_fast(False)
-            self.windows = evaluate_windows(self.predict, self.test_set, progress=True)
-            row, epoch = next(iter(self.windows.values())), self.step // self.per_epoch
+            data.use_tf32(False)
+            workers, epoch = self.args.workers, self.step // self.per_epoch
+            self.windows = evaluate_windows(self.predict, self.test_set, workers, progress=True)
+            row = next(iter(self.windows.values()))
             data.append_row(self.out / "metrics.csv", {"step": self.step, "epoch": epoch, **row})
             draw_samples(self.out, self.learner.model, self.test_set, 1)
-            metrics = ", ".join(f"{k} {v:.3f}" for k, v in row.items())
+            draw_curves(self.out)
+            metrics = ", ".join(f"{name} {value:.3f}" for name, value in row.items())
             tqdm.write(f"epoch {epoch}/{self.args.epochs}: {metrics}")
             if row["abs_rel"] < self.best:
                 self.best = row["abs_rel"]
                 self.save("best.pt")
-                self.save("last.pt")  # which knows the best
-            data.go_fast()
-            self.learner.model.train()  # which measuring and drawing left in eval mode
+                self.save("last.pt")  # which holds the best metric too
+                if self.out == NEW_DEMO:
+                    for path in NEW_DEMO.iterdir():
+                        path.replace(DEMO / path.name)
+                    NEW_DEMO.rmdir()
+                    self.out = DEMO
+            data.use_tf32(True)
         if dist.is_initialized():
-            dist.barrier()  # the others wait
+            dist.barrier()  # the other processes wait for the first
 
     def report(self) -> None:
-        """Print the rows of last.pt and best.pt in the paper's table, and draw the curves."""
-        data.go_fast(False)
+        """Print the rows of last.pt and best.pt in the paper's table."""
         rows = {f"last.pt, {window}": row for window, row in self.windows.items()}
-        if (path := self.out / "best.pt").exists():  # it is not in a new --out of a resumed run
-            best = predictor(cabins.load_checkpoint(path, map_location=self.device))
-            windows = evaluate_windows(best, self.test_set, progress=True)
-            rows |= {f"best.pt, {window}": row for window, row in windows.items()}
-        for window in self.windows:
-            print(protocol(self.test_set, window, flip=True))
+        table = np.genfromtxt(self.out / "metrics.csv", delimiter=",", names=True).reshape(-1)
+        for best in table[table["abs_rel"] == self.best][:1]:
+            rows[f"best.pt, {next(iter(rows))[9:]}"] = best
+        for name in self.windows:
+            print(protocol(self.test_set, name, flip=True, longer_side=self.side))
         print(format_table(self.args.data, rows))
-        draw_curves(self.out)
-        best = "; best.pt is chosen by AbsRel on these test images" if path.exists() else ""
-        print(f"{self.out} has last.pt{best}")
+        print(f"{self.out} has last.pt, and best.pt: the lowest AbsRel on these test images")
 
 
 def train(args: argparse.Namespace, saved: dict) -> None:
-    """Train from the start, or from where `saved` is, to the last epoch."""
+    """Train from the start, or from what last.pt holds, to the last epoch."""
     run = Run(args, saved)
     if run.rank == 0:
         run.announce()
-    data.go_fast()
-    if run.step and run.step % run.per_epoch == 0:  # stopped perhaps before its validation
+    data.use_tf32(True)
+    if run.step and run.step % run.per_epoch == 0:  # perhaps stopped before its validation
         run.validate()
-    n, done = args.batch_size, run.step * args.batch_size
-    bar = tqdm(total=run.n_steps * n, initial=done, unit="image", disable=run.rank > 0 or None)
-    run.learner.model.train()
-    order = batches(run.dataset, args, range(run.step, run.n_steps), run.per_epoch)
-    for batch in data.load(run.dataset, batch_sampler=order):
-        lr = run.learner.scheduler.get_last_lr()[0]
-        prediction, depth, result = run.learner.step(batch, run.step + 1)
+    learner, n, next_save = run.learner, args.batch_size, time.monotonic() + SAVE_EVERY
+    learner.model.train()
+    steps = range(run.step, run.n_steps)
+    order = batches(len(run.dataset), n, steps, args.seed, args.as_released)
+    loader = data.load(run.dataset, run.device, args.workers, batch_sampler=order)
+    bar = tqdm(loader, "training", run.n_steps, initial=run.step, disable=run.rank > 0 or None)
+    for batch in bar:
+        lr = learner.scheduler.get_last_lr()[0]
+        prediction, depth, result = learner.step(batch, run.step + 1)
         run.step += 1
-        run.recent.append((run.step, lr, batch["path"], result))
-        bar.update(n)
         is_end = run.step % run.per_epoch == 0
         is_log = run.step % LOG_EVERY == 0 or run.step == run.n_steps
-        if is_log:
-            row = run.log(prediction, depth)
-            bar.set_postfix({k: f"{v:.3g}" for k, v in row.items()})
         stop = agreed_stop(run.device) if is_log or run.n_processes == 1 else 0
-        if stop or is_end or run.step % SAVE_EVERY == 0:
-            run.check()
+        if is_log or is_end or stop:
+            loss, norm = result.tolist()
+            if not math.isfinite(loss + norm):  # the weights, too, are not finite any more
+                raise ValueError(f"step {run.step} has loss {loss} and gradient norm {norm}")
+        if is_log:
+            row = run.log(prediction, depth, lr, loss)
+            bar.set_postfix_str(row)
+            if run.rank == 0 and bar.disable and run.step % PRINT_EVERY == 0:
+                print(f"step {run.step} of {run.n_steps}: {row}", flush=True)
+        if stop or is_end or (is_log and time.monotonic() > next_save):
             run.save("last.pt")
+            next_save = time.monotonic() + SAVE_EVERY
         if stop:
             bar.close()
             if run.rank == 0:
-                go_on = f"go on with --resume {run.out}/last.pt"
-                print(f"stopped after step {run.step} of {run.n_steps}; {go_on}")
+                draw_curves(run.out)
+                remedy = f"continue with --resume {run.out}/last.pt"
+                print(f"stopped after step {run.step} of {run.n_steps}; {remedy}")
             sys.exit(128 + stop)
         if is_end:
             run.validate()
-    bar.close()
     if run.rank == 0:
         run.report()
     if dist.is_initialized():
@@ -316,17 +365,15 @@ def train(args: argparse.Namespace, saved: dict) -> None:
 
 
 def note_stop(number: int, _) -> None:
-    """A signal waits until a step is done and saved; but for torchrun, a second stops at once."""
-    if stops and not dist.is_initialized():  # torchrun passes one on as two
-        os.write(2, b"\nstopped at once\n")
-        os._exit(128 + number)
+    """Let a signal wait until the step is done and saved. The same signal again ends at once."""
     stops.append(number)
-    again = b"" if dist.is_initialized() else b"; once more to stop at once"
-    os.write(2, b"\nstopping when the next step is done and saved" + again + b"\n")
+    if not dist.is_initialized():  # torchrun sends each process the signal once more
+        signal.signal(number, signal.SIG_DFL)
+    os.write(2, b"\nstopping when the step is done and saved\n")
 
 
 def agreed_stop(device: torch.device) -> int:
-    """The signal that this process or another has got, or 0; all have to ask at the same step."""
+    """The signal that any process has received, or 0. All processes must ask at the same step."""
     stop = stops[0] if stops else 0
     if dist.is_initialized():
         stop = torch.tensor(stop, device=device)
@@ -334,79 +381,95 @@ def agreed_stop(device: torch.device) -> int:
     return int(stop)
 
 
+def claim(folder: Path) -> None:
+    """Lock a folder for this process. The system releases the lock when the process ends."""
+    file = os.open(open_folder(folder) / ".claim", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"another run is writing to {folder}: choose another --out") from None
+    except OSError as error:
+        print(f"{folder} cannot be locked ({error.strerror}): start no second run there")
+
+
+def drop_rows(path: Path, first: int) -> None:
+    """Remove the rows from step `first` on, and a row that was not written to its end."""
+    if path.exists():
+        header, *rows = path.read_text().splitlines(keepends=True) or [""]
+        rows = [r for r in rows if r.endswith("\n") and int(r.split(",")[0]) < first]
+        cabins.write_whole(path, lambda partial: partial.write_text("".join([header, *rows])))
+
+
 def draw_curves(out: Path) -> None:
-    """Draw losses and metrics over epochs, from the CSV files of a run."""
+    """Draw losses and metrics over the epochs."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    panels = [("log", {"loss": "total loss", "bins": "bins loss (m²)"})]
-    panels += [("metrics", {"abs_rel": "AbsRel", "d1": "δ < 1.25"})]
-    panels += [("metrics", {"rmse": "RMSE (m)"})]
-    for axis, (file, columns) in zip(figure.subplots(1, 3), panels):
-        if (path := out / f"{file}.csv").exists():  # not in the new --out of a finished run
-            curves = np.genfromtxt(path, delimiter=",", names=True)
-            for column, label in columns.items():
-                axis.plot(curves["epoch"], curves[column], marker=".", label=label)
-            axis.set(xlabel="epoch", ylim=(0, None))
-            axis.legend()
+    figure = Figure(figsize=(16, 4), layout="constrained")
+    panels = {"loss": "log.csv", "bins": "log.csv"}
+    panels |= dict.fromkeys(("abs_rel", "rmse", "d1"), "metrics.csv")
+    for axis, (name, file) in zip(figure.subplots(1, len(panels)), panels.items()):
+        if (out / file).exists():
+            curves = np.genfromtxt(out / file, delimiter=",", names=True)
+            axis.plot(curves["epoch"], curves[name], marker=".")
+            xlim = (0, np.ceil(curves["epoch"].max()))
+            axis.set(title=name, xlabel="epoch", xlim=xlim, ylim=(0, None))
     save_figure(out / "curves.png", figure)
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
-    """The options and {}; with --resume, those of the run to go on with, and its checkpoint."""
-    raw = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    """The options of a run, and the content of the checkpoint that it resumes, or {}."""
+    parser = data.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    # No option has a default of its own here, so that what was typed can be told apart.
+    switch = {"action": argparse.BooleanOptionalAction, "default": None}
     add = data.add_data_options(parser).add_argument
-    add("--data", choices=data.DATASETS, default="toy", help="default: toy, rooms drawn on the fly")
+    add("--data", choices=data.DATASETS, help="default: toy, rooms drawn on the fly")
     group = parser.add_argument_group("network")
-    data.add_device_options(group, "bf16 on GPUs that have it, or off")
-    add, switch = group.add_argument, {"action": argparse.BooleanOptionalAction, "default": False}
-    add("--backbone", choices=cabins.BACKBONES, default="RN101", help="default: RN101; toy: tiny")
+    data.add_device_options(group, "bf16 on GPUs that have it, else off")
+    add = group.add_argument
+    add("--backbone", choices=cabins.BACKBONES, help="default: RN101; toy: tiny")
     add("--clip", metavar="NAME|FILE|none", help="CLIP's weights; default: the backbone's own")
     add("--init", metavar="CKPT", help="start from its weights, train.py's or the authors'")
-    add("--distance-class", choices=cabins.DISTANCE_CLASSES, default="cabins", help="see Table 3")
+    add("--distance-class", choices=cabins.DISTANCE_CLASSES, help="see Table 3; default: cabins")
     add("--compile", **switch, help="torch.compile the network")
     add = parser.add_argument_group("run").add_argument
-    add("--epochs", type=int, default=25, help="default: 25; toy: 3")
-    add("--batch-size", type=int, default=8, help="of all processes together; default: 8")
-    add("--lr", type=float, default=3.57e-5, help="the highest; default: 3.57e-5; toy: 2e-3")
-    add("--seed", type=int, default=0, help="default: 0")
-    add("--as-released", **switch, help="as the released code does: see README's ledger")
+    add("--epochs", type=data.positive_int, metavar="N", help="default: 25; toy: 3")
+    add("--batch-size", type=data.positive_int, metavar="N", help="of all processes; default: 8")
+    add("--lr", type=data.positive_float, metavar="X", help="default: 3.57e-5; toy: 2e-3")
+    add("--seed", type=int, metavar="N", help="default: 0")
+    add("--as-released", **switch, help="as the released code does: see README's table")
     add("--out", metavar="DIR", help="default: runs/DATA")
-    add("--resume", nargs="?", const="", metavar="CKPT", help="go on; default: OUT/last.pt")
-    saved, before = {}, {}
-    args = parser.parse_args(argv)
-    if args.data == "toy":
-        parser.set_defaults(**TOY_DEFAULTS)
-        args = parser.parse_args(argv)
-    args.out = args.out or f"runs/{args.data}"
-    if args.resume is not None:
-        path = args.resume or f"{args.out}/last.pt"
+    add("--resume", nargs="?", const="", metavar="CKPT", help="continue; default: OUT/last.pt")
+    options = vars(parser.parse_args(argv))
+    typed = {name: value for name, value in options.items() if value is not None}
+    name, saved = typed.get("data", DEFAULTS["data"]), {}
+    known = DEFAULTS | {"out": f"runs/{name}"} | (TOY_DEFAULTS if name == "toy" else {})
+    if "resume" in typed:
+        typed["resume"] = path = typed["resume"] or f"{typed.get('out', known['out'])}/last.pt"
         saved = cabins.read_checkpoint(path)
         if not {"args", "lists", "step", "optimizer", "scheduler"} <= saved.keys():
             raise ValueError(f"{path} is no last.pt of train.py: it cannot be resumed")
-        before = saved["args"] | {"out": str(Path(path).parent), "resume": None}
-        args = parser.parse_args(argv, argparse.Namespace(**before))
-        args.resume = path
+        known = {k: v for k, v in saved["args"].items() if k in options}
+        movable = {"root", "train_split", "test_split", "out", "compile", "device", "workers"}
+        for name in typed.keys() - movable - {"resume"}:
+            if typed[name] != known.get(name):
+                what = f"{path} was trained with another --{name.replace('_', '-')}"
+                raise ValueError(f"{what}, {known.get(name)}: start a new run with --init {path}")
+        known["out"] = str(Path(path).parent)
+        table, end = Path(path).with_name("metrics.csv"), saved["scheduler"].get("total_steps")
+        if saved["step"] == end and table.exists() and f"\n{end}," in table.read_text():
+            parser.exit(message=f"{path} has finished: to train more, start anew with --init\n")
+    args = argparse.Namespace(**(options | known | typed))
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed is {args.seed}; it must be from 0 to 2^63 - 1")
     if args.init and not saved:
         data.refuse(args, "clip", "is not for --init, which has CLIP's weights")
     for name in ("root", "train_split", "test_split"):
-        if path := getattr(args, name):
-            setattr(args, name, str(Path(path).resolve()))  # eval.py may run elsewhere
+        if value := getattr(args, name):
+            setattr(args, name, str(Path(value).resolve()))  # for eval.py in another folder
     is_gpu = data.choose_device(args.device).type == "cuda"
     is_bf16 = is_gpu and torch.cuda.is_bf16_supported(False) and not args.as_released
     args.amp = args.amp or ("bf16" if is_bf16 else "off")
     args.clip = args.clip or ("none" if args.backbone == "tiny" else args.backbone)
-    for name in ("epochs", "batch_size", "lr"):
-        if not 0 < (value := getattr(args, name)) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be positive")
-    if not 0 <= args.seed < 2**31:
-        raise ValueError(f"--seed is {args.seed}; it must be from 0 to 2147483647")
-    movable = ("root", "train_split", "test_split", "out", "compile", "device", "resume")
-    for name in before.keys() - movable:
-        if (value := getattr(args, name)) != before[name]:
-            was = f"was trained with {name} {before[name]}, not {value}"
-            raise ValueError(f"{args.resume} {was}: leave it out, or start another run")
     return args, saved
 
 
@@ -416,7 +479,7 @@ def main() -> None:
         signal.signal(number, note_stop)
     try:
         train(args, saved)
-    except RuntimeError as error:  # of a worker or a process that got the signal as well
+    except RuntimeError as error:  # a worker or another process was stopped by the same signal
         if not stops:
             raise
         print(f"stopped before the step was done: {error}", file=sys.stderr)
