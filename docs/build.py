@@ -1,182 +1,327 @@
-"""The companion page: paper, equations, code and a living network in one file, docs/index.html.
+"""The companion page: the paper's story, its equations, the code and a living network in one file.
 
-    pip install -r docs/requirements.txt; (cd docs && npm ci --ignore-scripts)      once
-    python -m docs.build                           builds the page
-    python -m docs.build --check                   fails if the page is not what would be built
-    python -m docs.build --demo runs/toy/last.pt   computes docs/demo.json anew, then builds
+    (cd docs && npm ci --ignore-scripts)     once: KaTeX and the fonts
+    python -m docs.build                     builds docs/index.html
+    python -m docs.build --check             fails if the page is not what would be built
 
-docs/page.html is the template. In it an element such as <x-row of="bin_centers"> becomes what
-`fill_row` makes of it, and {{picture}} that part. docs/sources.py reads the sources, and finds all by
-name: nothing has to be changed when lines move. docs/typeset.py draws equations, docs/figure2.py
-Figure 2.
+docs/page.html is the template. In it `{{loss.pixel:.2f}}` is a number of docs/demo.json, `$…$` is
+TeX, and an element such as <x-code of="bin_centers"> becomes what `fill_code` makes of it. Code is
+found by the names of functions and by the text of its lines, so it cannot go stale: what is not
+found stops the build with one sentence.
 """
 
 import argparse
 import ast
+import base64
 import html
+import io
+import itertools
 import json
+import keyword
 import re
+import shutil
+import subprocess
 import sys
+import tokenize
 from functools import cache
 from pathlib import Path
 
-from docs import figure2
-from docs.sources import (
-    ROOT,
-    TEX,
-    BuildError,
-    architectures,
-    code,
-    comment_notes,
-    constant,
-    documented,
-    glossary,
-    inline,
-    prose,
-    source,
-    table_of,
-)
-from docs.typeset import styles, tex, typeset
-
 DOCS = Path(__file__).parent
+ROOT = DOCS.parent
 PAGE = DOCS / "index.html"
-PARTS = ("page.html", "page.css", "widgets.css", "page.js", "widgets.js", "demo.json")
+MODULES = DOCS / "node_modules"
+KATEX = MODULES / "katex/dist"
+REMEDY = "run npm ci --ignore-scripts in docs/"
 
 
-def ledger(names: set[str]) -> str:
-    """The ledger's rows on these names, for the margin."""
-    head, *rows = table_of("paper", "released code", "where")
-    found = ""
-    for title, *cells, where in rows:
-        places = re.findall(r"`([\w.]+)`", where)  # with its file or without
-        if not names & {*places, *(place.rpartition(".")[2] for place in places)}:
-            continue
-        items = zip(head[1:-1], cells)
-        items = "".join(f"<dt>{a}</dt><dd>{inline(b)}</dd>" for a, b in items)
-        title = inline(title.removesuffix(" *"))
-        found += f'<div class="ledger" role="note" aria-label="Ledger: {title}">'
-        found += f"<h4>{title}</h4><dl>{items}</dl></div>"
+class BuildError(Exception):
+    """One sentence that says what is missing."""
+
+
+# ---- Code of the sources -------------------------------------------------------------------------
+
+
+@cache
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def find(file: str, name: str) -> ast.AST:
+    """The class, function or constant of a name such as "CaBins.forward"."""
+    node = ast.parse(read(file))
+    for part in name.split("."):
+        for child in node.body:
+            targets = [*getattr(child, "targets", []), getattr(child, "target", None), child]
+            if part in [getattr(t, "name", getattr(t, "id", None)) for t in targets]:
+                node = child
+                break
+        else:
+            raise BuildError(f"{file} has no {name}, which docs/page.html shows.")
+    return node
+
+
+@cache
+def styles_of(file: str) -> dict[tuple[int, int], str]:
+    """The class of each character that has one: comment, string, keyword, number or defined name."""
+    kinds = {tokenize.COMMENT: "c", tokenize.STRING: "s", tokenize.NUMBER: "n"}
+    found, before, lines = {}, "", read(file).splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(read(file)).readline):
+        kind = kinds.get(token.type)
+        if token.type == tokenize.NAME:
+            named = "f" if before in ("def", "class") else None
+            kind = "k" if keyword.iskeyword(token.string) else named
+        before = token.string
+        (row, start), (last, end) = token.start, token.end
+        for line in range(row, last + 1) if kind else ():
+            first = start if line == row else 0
+            until = end if line == last else len(lines[line - 1])
+            found |= dict.fromkeys(((line, at) for at in range(first, until)), kind)
     return found
 
 
-# ---- What stands in the template -----------------------------------------------------------------
+def draw_line(file: str, number: int, dedent: int, terms: dict[str, str]) -> str:
+    """One line in colours, as an element that wraps under its own indent, with its terms marked."""
+    text, styles = read(file).splitlines()[number - 1], styles_of(file)
+    marked = {}
+    for name, part in terms.items():
+        if (start := text.find(part)) >= 0:
+            marked |= dict.fromkeys(range(start, start + len(part)), name)
+    indent = len(text) - len(text.lstrip())
+    shown = ""
+    for term, places in itertools.groupby(range(indent, len(text)), marked.get):
+        part = ""
+        for style, run in itertools.groupby(places, lambda at: styles.get((number, at))):
+            run = html.escape("".join(text[at] for at in run), quote=False)
+            part += f'<i class="{style}">{run}</i>' if style else run
+        shown += f'<span data-t="{term}">{part}</span>' if term else part
+    return f'<span class="l" data-n="{number}" style="--i:{max(indent - dedent, 0)}">{shown}\n</span>'
 
 
-def fill_row(attributes: dict, body: str) -> str:
-    """Prose and equation on the left; code, and the widget, on the right."""
-    name, file = attributes["of"], attributes.get("file", "cabins.py")
-    node, left, notes = source(file).find(name), [], comment_notes(file, source(file).find(name))
-    for part, docstring in documented(node):
-        if part is not node:
-            left.append(f"<h4><code>{part.name}</code></h4>")
-        left += prose(ast.get_docstring(part), name)
-    left += [paragraph for note in notes for paragraph in prose(note, name)]
-    rows = ledger({name.partition(".__")[0], *attributes.get("ledger", "").split()})
-    noted = [i for i, paragraph in enumerate(left) if 'class="note"' in paragraph]
-    if noted and not rows:
-        raise BuildError(f"{file}: {name} has a NOTE, and README's ledger has no row on it.")
-    left.insert(noted[-1] + 1 if noted else len(left), rows)
-    tests = "".join(fill_test(test) for test in attributes.get("tests", "").split())
-    tests = f'<div class="tests"><h4>Asserted by</h4>{tests}</div>' if tests else ""
-    widget = attributes.get("widget")
-    if widget:
-        widget = f'<figure class="widget" id="widget-{widget}" data-widget="{widget}"></figure>'
+def spans(file: str, name: str, show: str) -> list[tuple[int, int]]:
+    """Ranges of lines: "A … B" is from the line with A to that with B; "A …" to the function's end."""
+    node, lines, found = find(file, name), read(file).splitlines(), []
+    for part in show.split(" | "):
+        first, dots, last = (x.strip() for x in part.partition("…"))
+        ends, start = [], node.lineno
+        for text in (first, last or (first if not dots else None)):
+            at = node.end_lineno
+            if text is not None:
+                inside = range(start, node.end_lineno + 1)
+                at = next((n for n in inside if text in lines[n - 1]), None)
+            if at is None:
+                raise BuildError(f"{file}: {name} has no line with '{text}', for docs/page.html.")
+            ends.append(at)
+            start = at
+        found.append(tuple(ends))
+    return found
+
+
+def fill_code(attributes: dict, body: str) -> str:
+    """The lines that compute an equation; the whole function is folded below them."""
+    file, name = attributes.get("file", "cabins.py"), attributes["of"]
+    terms = dict(pair.split(" = ", 1) for pair in attributes.get("terms", "").split("; ") if pair)
+    ranges = spans(file, name, attributes["show"])
+    numbers = [n for first, last in ranges for n in range(first, last + 1)]
+    lines = read(file).splitlines()
+    for part in terms.values():
+        if not any(part in lines[n - 1] for n in numbers):
+            raise BuildError(f"{file}: {name} has no '{part}' in the lines that the page shows.")
+    dedent = min(len(lines[n - 1]) - len(lines[n - 1].lstrip()) for n in numbers if lines[n - 1])
+    shown = ""
+    for at, number in enumerate(numbers):
+        gap = at and number != numbers[at - 1] + 1
+        shown += '<span class="l gap">⋯\n</span>' if gap else ""
+        shown += draw_line(file, number, dedent, terms)
+    node = find(file, name.partition(".")[0])
     return (
-        f'<section class="row" id="{name}"><div class="left"><h3>{attributes["title"]}</h3>'
-        f"{left[0] if left else ''}{body}{''.join(left[1:])}{tests}</div>"
-        f'<div class="right">{code(file, name)}{widget or ""}</div></section>'
+        f'<div class="code" data-file="{file}"><p class="where">{file} <b>{name}</b></p>'
+        f"<pre><code>{shown}</code></pre>{whole(file, node)}</div>"
     )
 
 
-def fill_test(name: str) -> str:
-    if not re.search(rf"^def {name}\(", source("test_cabins.py").text, re.MULTILINE):
-        raise BuildError(f"test_cabins.py has no {name}, which docs/page.html names.")
-    about = ast.get_docstring(source("test_cabins.py").find(name)) or ""
-    about = "".join(prose(about))
-    shown = code("test_cabins.py", name)
-    name = name.replace("_", "_<wbr>")
-    return f"<details><summary><code>{name}</code></summary>{about}{shown}</details>"
-
-
-def button(name: str) -> str:
-    """A symbol that the Tab key reaches."""
-    row = glossary()[name]
-    spoken = html.escape(f"{row['code']}: {row['what']}")
+def whole(file: str, node: ast.AST, title: str = "") -> str:
+    """A function or class as it stands, folded."""
+    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+    lines = (draw_line(file, n, node.col_offset, {}) for n in range(first, node.end_lineno + 1))
+    kind = "class" if isinstance(node, ast.ClassDef) else "function"
+    title = title or f"the whole {kind}, with its docstring"
     return (
-        f'<button type="button" class="sym" data-s="{name}" aria-label="{spoken}">'
-        f"{tex(TEX[name])}</button>"
+        f'<details><summary>{title}</summary><pre data-file="{file}"><code>{"".join(lines)}'
+        "</code></pre></details>"
     )
 
 
-def fill_equation(attributes: dict, body: str) -> str:
-    """A numbered equation, and its symbols with their meanings as buttons."""
-    number, used = attributes["n"], dict.fromkeys(re.findall(r"\\sym\{(\w+)\}", body))
-    items = "".join(f"<li>{button(s)} {glossary()[s]['what']}</li>" for s in used)
-    legend = f'<ul class="legend" aria-label="Symbols of Equation {number}">{items}</ul>'
+def fill_whole(attributes: dict, body: str) -> str:
+    file, name = attributes.get("file", "cabins.py"), attributes["of"]
+    return whole(file, find(file, name), f"{body} <code>{name}</code>")
+
+
+# ---- Equations -----------------------------------------------------------------------------------
+
+# \term{name}{shown}: a part of an equation that the page links with code, text and widget
+PROGRAM = r"""
+const katex = require(process.argv[1]);
+const given = JSON.parse(require("fs").readFileSync(0, "utf8"));
+const options = { trust: true, throwOnError: true, output: "htmlAndMathml" };
+options.strict = (code) => (code === "htmlExtension" ? "ignore" : "error");
+const macros = () => ({ "\\term": "\\htmlData{t=#1}{#2}" });
+const draw = ([text, displayMode]) =>
+  katex.renderToString(text, { ...options, displayMode, macros: macros() });
+console.log(JSON.stringify(given.map(draw)));
+"""
+pending: list[tuple[str, bool]] = []
+
+
+def tex(text: str, display: bool = False) -> str:
+    """A placeholder for an equation, which `typeset` replaces."""
+    if (text, display) not in pending:
+        pending.append((text, display))
+    return f"\x02{pending.index((text, display))}\x03"
+
+
+def typeset(page: str) -> str:
+    """The page with all of its equations drawn, by one run of KaTeX."""
+    node = shutil.which("node")
+    if not node or not KATEX.is_dir():
+        raise BuildError(f"KaTeX or node is missing: install node, and {REMEDY}.")
+    command, given = [node, "-e", PROGRAM, str(KATEX / "katex.js")], json.dumps(pending)
+    done = subprocess.run(command, input=given, capture_output=True, encoding="utf-8", check=False)
+    if done.returncode:
+        raise BuildError(f"KaTeX refused an equation: {done.stderr.strip().splitlines()[4:5]}.")
+    drawn = json.loads(done.stdout)
+    return re.sub(r"\x02(\d+)\x03", lambda m: drawn[int(m[1])], page)
+
+
+def fill_eq(attributes: dict, body: str) -> str:
+    """A numbered equation; below it its terms, one a line: name | TeX | meaning."""
+    number, (equation, *rows) = attributes["n"], re.split(r"\n(?=\w+ \| )", body)
+    items = ""
+    for name, shown, meaning in (row.split(" | ", 2) for row in rows):
+        label = f'<button type="button" data-t="{name}">${shown.strip()}$</button>'
+        items += f"<li>{label} <span>{meaning.strip()}</span></li>"
+    display = tex(" ".join(equation.split()), True)
     return (
-        f'<div class="equation" id="eq-{number}" data-eq="{number}">'
-        f'<div class="display" tabindex="0" role="group" aria-label="Equation {number}">'
-        f'{tex(body.strip(), True)}</div><span class="number">({number})</span></div>'
-        f"{legend if used else ''}"
+        f'<div class="equation" data-eq="{number}">{display}<span class="number">({number})</span>'
+        f'</div><ul class="terms" aria-label="Terms of Equation {number}">{items}</ul>'
     )
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+
+def inline(text: str) -> str:
+    """The little Markdown that README's tables use: code, bold and links."""
+    text = html.escape(text.strip(), quote=False)
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+    text = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
+    text = re.sub(r"\[([^\]]+)\]\((https?://[^)]+)\)", r'<a href="\2">\1</a>', text)
+    text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)
+    text = re.sub(r'(?<![\w"=])"([^"<>]+)"', r"“\1”", text)
+    return text.replace("'", "’")
+
+
+def section_of_readme(heading: str) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of the first table below a heading of README.md, as HTML."""
+    part = re.search(rf"^## {heading}.*?(?=^## |\Z)", read("README.md"), re.DOTALL | re.MULTILINE)
+    table = part and re.search(r"(?:^\|.*\n)+", part[0], re.MULTILINE)
+    if not table:
+        raise BuildError(f"README.md has no table below a heading '## {heading}'.")
+    rows = [line.strip().strip("|").split("|") for line in table[0].splitlines()]
+    head, *rows = [[inline(cell) for cell in row] for row in rows if "---" not in "".join(row)]
+    return head, rows
 
 
 def table(heads: list[str], rows: list[list[str]], label: str) -> str:
-    """A table that scrolls inside itself where it must. The first cell of a row is its heading."""
+    """A table; on narrow pages each cell carries its column's name, in data-h."""
     head = "".join(f'<th scope="col">{cell}</th>' if cell else "<td></td>" for cell in heads)
+    named = [re.sub(r"<[^>]+>", "", cell) for cell in heads]
     body = ""
     for first, *cells in rows:
         own = ' class="own"' if first in ("CaBins", "Ours", "whole") else ""
         body += f'<tr{own}><th scope="row">{first}</th>'
-        body += "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        body += "".join(f'<td data-h="{h}">{cell}</td>' for h, cell in zip(named[1:], cells))
+        body += "</tr>"
     return (
-        f'<div class="scroll" tabindex="0" role="group" aria-label="{label}"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<table aria-label="{label}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     )
 
 
-def fill_glossary(attributes: dict, body: str) -> str:
-    rows = []
-    for name, row in glossary().items():
-        codes = ", ".join(f"<code>{part}</code>" for part in row["code"].split(", "))
-        rows.append([button(name), codes, row["what"], row["shape"], row["unit"], row["section"]])
-    return table(["paper", "code", "meaning", "shape", "unit", "section"], rows, "Glossary")
+def fill_readme(attributes: dict, body: str) -> str:
+    head, rows = section_of_readme(attributes["heading"])
+    if "heads" in attributes:
+        head = attributes["heads"].split("|")
+    rows = [row for row in rows if any(row)]
+    return table(head, rows, attributes["label"])
 
 
-# ---- Tables of Sec. 4, and what was run ----------------------------------------------------------
+def constant(name: str) -> dict:
+    """A dictionary of literals in eval.py, with what is joined to it below."""
+    found = {}
+    for node in ast.parse(read("eval.py")).body:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        if name in [getattr(target, "id", None) for target in targets]:
+            found |= ast.literal_eval(node.value)
+    if not found:
+        raise BuildError(f"eval.py has no {name}.")
+    return found
 
 
 def fill_quoted(attributes: dict, body: str) -> str:
-    headings, columns = constant("HEADINGS"), constant("COLUMNS")
-    columns = columns.get(attributes["of"], list(headings))
-    lines = constant("QUOTED")[attributes["of"]].strip().splitlines()
-    rows = [line.strip().rsplit(maxsplit=len(columns)) for line in lines]
-    return table(["", *(headings[c] for c in columns)], rows, attributes["label"])
+    """A table of the paper: from eval.py, or, where no file has it, from the template itself."""
+    headings, name = constant("HEADINGS"), attributes["of"]
+    columns = constant("COLUMNS").get(name, list(headings))
+    lines = constant("QUOTED").get(name, "").strip() or body
+    if body:
+        columns = [column for column in headings if column != "rmse_log"]
+    rows = [line.strip().rsplit(maxsplit=len(columns)) for line in lines.splitlines()]
+    heads = ["", *(headings[c].replace("d<", "δ&lt;") for c in columns)]
+    return table(heads, rows, attributes["label"])
 
 
-def fill_typed(attributes: dict, body: str) -> str:
-    """Rows of the paper's Tables 3 and 4, which no file of the code has."""
-    headings = [text for name, text in constant("HEADINGS").items() if name != "rmse_log"]
-    rows = [line.rsplit(maxsplit=len(headings)) for line in body.splitlines()]
-    return table(["", *headings], rows, attributes["label"])
+def fill_ablation(attributes: dict, body: str) -> str:
+    headings, rows = constant("HEADINGS"), demo()["ablation"]
+    shown = ["abs_rel", "rmse", "d1"]
+    rows = [[name, *(f"{row[c]:.4f}" for c in shown)] for name, row in rows.items()]
+    heads = ["", *(headings[c].replace("d<", "δ&lt;") for c in shown)]
+    return table(heads, rows, attributes["label"])
 
 
-def fill_measured(attributes: dict, body: str) -> str:
-    headings, metrics = constant("HEADINGS"), demo()["silenced"]["metrics"]
-    rows = [[name, *(f"{row[c]:.4f}" for c in headings)] for name, row in metrics.items()]
-    return table(["", *headings.values()], rows, attributes["label"])
+def fill_gradients(attributes: dict, body: str) -> str:
+    """Norms of gradients, by part, of Σ s² and of the loss."""
+    rows = []
+    for part in ("bins", "depth decoder", "z", "prompts p", "γ", "TransDecoder"):
+        cells = [demo()["gradients"][what][part] for what in ("s", "loss")]
+        rows.append([part, *("<b>none</b>" if c is None else number(c) for c in cells)])
+    return table(["gradient at", "of Σ s²", "of the loss"], rows, attributes["label"])
 
 
-def fill_runs(attributes: dict, body: str) -> str:
-    """README's table of what was run, and of what was not."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    part = re.search(r"## What was run.*?\n\n(.*?)(?=\n## )", text, re.DOTALL)
-    if not part:
-        raise BuildError("README.md has no heading 'What was run …'.")
-    lines = [line.strip("|").split("|") for line in part[1].splitlines() if line[:2] == "| "]
-    rows = [[inline(cell.strip()) for cell in line] for line in lines if any(line)]
-    rows = [row for row in rows if any(row)]
-    return f"<p>{part[1].splitlines()[0]}</p>" + table(["what", "result"], rows, "What was run")
+def number(value: float) -> str:
+    """Two digits, and powers of ten as a reader writes them."""
+    if 0.01 <= abs(value) < 1000:
+        return f"{value:.2g}"
+    digits, power = f"{value:.1e}".split("e")
+    return f"{digits} · 10<sup>{int(power)}</sup>".replace("<sup>-", "<sup>−")
+
+
+def fill_glossary(attributes: dict, body: str) -> str:
+    """The glossary in cabins.py's docstring: a head 'code paper shape …', and aligned columns."""
+    lines = ast.get_docstring(ast.parse(read("cabins.py"))).splitlines()
+    start = next((i for i, x in enumerate(lines) if re.match(r"\s*code +paper\b", x)), None)
+    if start is None:
+        raise BuildError("cabins.py's docstring has no glossary: a line 'code  paper  …'.")
+    heads = re.split(r"\s{2,}", lines[start].strip())
+    cuts = [re.search(rf"(?<!\S){re.escape(head)}", lines[start]).start() for head in heads] + [999]
+    rows = []
+    for line in itertools.takewhile(str.strip, lines[start + 1 :]):
+        letters = re.findall(r".[\u0300-\u036f]*", line)  # z̄ is two characters in one column
+        cells = ["".join(letters[a:b]).strip() for a, b in itertools.pairwise(cuts)]
+        if cells[0]:
+            rows.append(cells)
+        else:
+            rows[-1] = [f"{a} {b}".strip() for a, b in zip(rows[-1], cells)]
+    rows = [[html.escape(cell, quote=False) for cell in row] for row in rows]
+    rows = [[f"<code>{name}</code>", *cells] for name, *cells in rows]
+    return table(heads, rows, "Glossary")
 
 
 # ---- The page ------------------------------------------------------------------------------------
@@ -187,68 +332,77 @@ def demo() -> dict:
     return json.loads((DOCS / "demo.json").read_text(encoding="utf-8"))
 
 
-def fill_heading(attributes: dict, body: str) -> str:
-    """The heading of a section as cabins.py has it."""
-    start = attributes["of"]
-    line = re.search(
-        rf"^# ---- ({re.escape(start)}\b.*?)[ -]*$", source("cabins.py").text, re.MULTILINE
-    )
-    if not line:
-        raise BuildError(f"cabins.py has no heading '# ---- {start} …'.")
-    number, _, title = line[1].partition("  ")
-    title = title or line[1]
-    number = f"<span>{number}</span> " if title != number else ""
-    title = html.escape(title, quote=False).replace("'", "’")
-    title, *rest = re.split(r"(?<!Eq)(?<!Sec)\. ", title.rstrip("."), maxsplit=1)
-    rest = f" <small>{rest[0]}.</small>" if rest else ""
-    return f'<h2 id="{attributes["id"]}">{number}{title}{rest}</h2>'
+def value(match: re.Match) -> str:
+    """A number of the demo: {{loss.pixel:.2f}}, {{cabins.2:.4f}}, {{rms.γ:~}} as a power of ten."""
+    found = demo()
+    for key in match[1].split("."):
+        found = found[int(key) if isinstance(found, list) else key]
+    if match[2] == "~":
+        return number(found)
+    return html.escape(format(found, match[2] or ""))
 
 
-def fill_idea(attributes: dict, body: str) -> str:
-    """The second paragraph of cabins.py's docstring: the idea."""
-    return prose(ast.get_docstring(source("cabins.py").tree))[1]
-
-
-def fill_notation(attributes: dict, body: str) -> str:
-    """What cabins.py's docstring says below the glossary."""
-    paragraphs = prose(ast.get_docstring(source("cabins.py").tree))
-    start = next(i for i, text in enumerate(paragraphs) if re.search("code +paper +shape", text))
-    return "".join(paragraphs[start + 1 :])
-
-
-def fill_ledger(attributes: dict, body: str) -> str:
-    head, *rows = table_of("paper", "released code", "where")
-    rows = [[inline(cell) for cell in row] for row in rows]
-    return table(head, rows, "Paper, released code, and here")
-
-
-def fill(template: str) -> str:
-    """The template with each of its elements replaced by what fill_NAME makes of it."""
+def fill(page: str) -> str:
+    """The template with its elements, numbers and TeX replaced."""
+    names = "|".join(name[5:] for name in globals() if name.startswith("fill_"))
 
     def replace(match: re.Match) -> str:
         attributes = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
         return globals()[f"fill_{match[1]}"](attributes, match[3].strip())
 
-    names = "|".join(name[5:] for name in globals() if name.startswith("fill_"))
-    for _ in range(2):  # an equation stands inside a row
-        template = re.sub(rf"<x-({names})([^>]*)>(.*?)</x-\1>", replace, template, flags=re.DOTALL)
-    return re.sub(r"\$([^$\n]+)\$", lambda m: tex(m[1]), template)
+    page = re.sub(rf"<x-({names})\b([^>]*)>(.*?)</x-\1>", replace, page, flags=re.DOTALL)
+    page = re.sub(r"\{\{([^}:]+):?([^}]*)\}\}", value, page)
+    page = re.sub(r"(?<=\d)\s(?=(?:m|mm|cm|rad|%)(?![\w\"=]))", "\u00a0", page)
+    return re.sub(r"\$([^$\n]+)\$", lambda m: tex(m[1]), page)
+
+
+def inlined(path: Path) -> str:
+    if not path.exists():
+        raise BuildError(f"docs/{path.relative_to(DOCS)} is missing: {REMEDY}.")
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'url(data:font/woff2;base64,{data}) format("woff2")'
+
+
+# A font of KaTeX, and a class in its HTML that needs it
+USES = {"Main-Regular": "katex", "Math-Italic": "mathnormal", "Main-Bold": "mathbf"}
+USES |= {"Caligraphic-Regular": "mathcal", "Main-Italic": "mathit", "Size1-Regular": "size1"}
+USES |= {"Size2-Regular": "size2", "Size3-Regular": "size3", "Size4-Regular": "size4"}
+# Fonts of the page: family, folder, weight, style
+FACES = [("Source Serif", "source-serif-4", weight, "normal") for weight in (400, 600)]
+FACES += [("Source Serif", "source-serif-4", 400, "italic")]
+FACES += [("Source Sans", "source-sans-3", weight, "normal") for weight in (400, 600)]
+FACES += [("Source Code", "source-code-pro", 400, "normal")]
+RANGES = {"latin": "U+0000-02FF,U+0304,U+2000-22FF", "greek": "U+0370-03FF"}
+
+
+def fonts(page: str) -> str:
+    """KaTeX's style sheet with the fonts that the page uses, and the page's own fonts."""
+    css = (KATEX / "katex.min.css").read_text(encoding="utf-8")
+
+    def keep(face: re.Match) -> str:
+        name = re.search(r"fonts/KaTeX_([\w-]+)\.woff2", face[0])[1]
+        if USES.get(name, "\x00") not in page:
+            return ""
+        source = inlined(KATEX / f"fonts/KaTeX_{name}.woff2")
+        return re.sub(r"src:[^;}]*", lambda _: f"src:{source}", face[0])
+
+    css = "/* KaTeX, MIT licence */\n" + re.sub(r"@font-face\{[^}]*\}", keep, css)
+    for family, folder, weight, style in FACES:
+        for subset, span in RANGES.items():
+            path = MODULES / f"@fontsource/{folder}/files/{folder}-{subset}-{weight}-{style}.woff2"
+            css += f'@font-face{{font-family:"{family}";font-weight:{weight};font-style:{style};'
+            css += f"src:{inlined(path)};unicode-range:{span}}}\n"
+    return css
 
 
 def build() -> str:
-    parts = {name: (DOCS / name).read_text(encoding="utf-8") for name in PARTS}
-    page = fill(parts["page.html"]).replace("{{figure2}}", figure2.draw(demo(), architectures()))
-    page = page.replace("{{about}}", inline(demo()["about"]))
-    for name in ("picture", "depth_png", "truth_png", "shown_depth"):
-        page = page.replace(f"{{{{{name}}}}}", html.escape(str(demo()[name])))
-    page = page.replace("{{colors}}", ", ".join(demo()["colors"]))
-    page = typeset(page)
-    css = styles(page) + parts["page.css"] + parts["widgets.css"]
-    data = parts["demo.json"].replace("</", "<\\/")
-    for name, text in {"css": css, "demo": data, "page.js": parts["page.js"]}.items():
-        page = page.replace(f"{{{{{name}}}}}", text)
-    page = page.replace("{{widgets.js}}", parts["widgets.js"])
-    if left := re.search(r"\{\{[\w.]+\}\}|<x-[^>]*>", page):
+    parts = {p: (DOCS / f"page.{p}").read_text(encoding="utf-8") for p in ("html", "css", "js")}
+    page = typeset(fill(parts["html"]))
+    data = json.dumps(demo(), ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    parts |= {"css": fonts(page) + parts["css"], "demo": data}
+    for name in ("css", "demo", "js"):
+        page = page.replace(f"[[{name}]]", parts[name])
+    if left := re.search(r"\[\[\w+\]\]|<x-[^>]*>", page):
         raise BuildError(f"docs/page.html has {left[0]}, which nothing fills.")
     return page
 
@@ -256,20 +410,15 @@ def build() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the companion page, docs/index.html.")
     parser.add_argument("--check", action="store_true", help="fail if the page is stale")
-    parser.add_argument("--demo", metavar="CKPT", help="first compute docs/demo.json anew")
     args = parser.parse_args()
     try:
-        if args.demo:
-            from docs import demo as network
-
-            network.write(network.make(args.demo))
         page = build()
         if not args.check:
             PAGE.write_text(page, encoding="utf-8")
             print(f"{PAGE.name}: {len(page.encode()) / 1000:.0f} kB")
         elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:
             raise BuildError("docs/index.html is stale: run python -m docs.build.")
-    except (BuildError, OSError, ValueError) as error:
+    except (BuildError, OSError) as error:
         sys.exit(f"docs.build: {error}")
 
 

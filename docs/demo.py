@@ -1,47 +1,35 @@
-"""What the widgets of the companion page show: numbers of the demo's network, in docs/demo.json.
+"""The numbers that the companion page shows: one room in the demo's network, in docs/demo.json.
 
     python train.py                            trains the demo, in about two minutes
     python -m docs.demo runs/toy/last.pt       writes docs/demo.json
 
-One room of the toy test set goes through the trained network. H x W = 96 x 128 is its size, and
-H/2 x W/2 = 48 x 64 that of the decoder. Lengths are in metres unless a name says otherwise. Fields:
+The room is one of the toy test set. It is H x W = 96 x 128, so x4 and z are 3 x 4, and the decoder
+works at 48 x 64. Lengths are in metres. Values between the layers are read by forward hooks.
 
-    about              one sentence: which network, trained on what
-    room               number of the room in data.DepthDataset("toy")
-    size               [H, W]
-    min_depth, max_depth
-    widths             b of Eq. 1, 256 numbers of sum 1
-    centers            c(b) of Eq. 1, 256, increasing
-    means              m_k of Eq. 2, 8
-    cabins             e_k of Eq. 2, 8
-    texts              e_k as the prompts have them, 8 strings
-    tokens             their ids, 8 lists, from start to end token, without the padding
-    similarity         s of Eq. 4: {"size": [h, w], "values": 8 lists of h w numbers}
-    depth              d of Eq. 5 at H/2 x W/2: {"size", "unit", "data"}. "data" is base64 of little-
-                       endian uint16, row by row, and value * unit is metres
-    truth              ground truth at H x W, in the same form; 0 is none
-    silenced           what s = 0 changes:
-        difference     depth with s = 0, minus depth: {"size", "unit", "data"}, of int16
-        mean_mm        mean and greatest absolute difference in this room, in millimetres
-        max_mm
-        all_mean_mm    the same over all rooms of the test set
-        all_max_mm
-        n_rooms        how many these are
-        metrics        rows of `eval.evaluate` and `eval.ablate` over all of them: {row: {metric:
-                       mean}}. The row "whole" is the network as it is
-    p                  probabilities of the bins, at every second row and column of H/2 x W/2:
-        size           [24, 32]
-        step           2
-        data           base64 of one byte q for each place and bin, row by row, bins innermost:
-                       p_k = q_k² / Σ q². `quantise` says how q is chosen
-        p_error        greatest error of such a p_k against the network's
-        depth_error    greatest error of Eq. 5 with them, and of the spread (standard deviation)
-        spread_error
-    colors             nine colours from 0 to `shown_depth`, linear between (viridis' own)
-    shown_depth        depth of the last colour: the greatest true depth, rounded up
-    picture            PNG of the room, as a data URI
-    depth_png          PNG of the predicted depth at H x W, in these colours
-    truth_png          PNG of the true depth
+    room, n_rooms      number of the room in data.DepthDataset("toy"), and how many there are
+    size, min_depth, max_depth
+    widths, centers    b and c(b) of Eq. 1, 256 each
+    n_least            how many of the widths are the least that ReLU + 0.1 allows
+    means, cabins      m_k and e_k of Eq. 2, 8 each
+    texts, tokens      e_k as the prompts have them, and their ids from start to end token
+    t, v_post, gamma   of Eq. 3: t (8, D) before the image is looked at, v_post (8, D), and γ (D,)
+    attention          (8, 1 + hw), of the last cross-attention, averaged over its heads
+    similarity         s of Eq. 4, (8, hw)
+    depth, truth       {"size", "data"}: base64 of little-endian uint16, value * `unit` is metres
+    p                  p at every second row and column, {"size", "data"}: one byte q for each
+                       location and bin, bins innermost, and p_k = q_k² / Σ q²; `quantise` says how
+                       q is chosen. depth_error: the greatest error of Eq. 5 with them
+    pixel              row and column of p at which the page starts: its p has two hills
+    nudge              angles in rad between t of e_3 and t of e_3 + i / 10 mm, i from -20 to 20
+    metre              the same angle, for one metre
+    gradients          norms of the gradients of Σ s² and of the loss, by part; null: no path
+    rms, step_share    by part: RMS of the clipped gradients, out of Adam's second moments in the
+                       checkpoint, and what share of a full step ε leaves: the mean of r / (r + ε)
+    loss               Eq. 6, 7 and 8 in this room, and the mean and variance of g
+    ablation           rows of metrics over all rooms, the network whole and with less of its text
+    silenced           mean and greatest change of depth, in mm over all rooms, where s is set to 0
+    picture            PNG of the room as a data URI
+    told               what the text tells of these values
 """
 
 import argparse
@@ -59,35 +47,39 @@ from torch import Tensor
 import cabins
 import data
 from clip_tokenizer import number_tokens
-from eval import ablate, evaluate_windows, predictor
+from eval import predictor
+from train import parameter_groups
 
-ROOM = 22  # a near box before a far wall: its edge shows p with two hills
-STEP = 2  # between the places whose p is stored
+ROOM, PIXEL, GROUP = 22, (10, 16), 2  # the pixel at a box's edge, and the third CaBin
+STEP = 2  # between the rows and the columns whose p is stored
 JSON = Path(__file__).with_name("demo.json")
-COLORS = ["#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c"]
-COLORS += ["#28ae80", "#5ec962", "#addc30", "#fde725"]
+PARTS = {  # of the network, by how the names of their parameters begin
+    "image encoder": "clip.visual.",
+    "bins": "bins.",
+    "depth decoder": "depth_decoder.",
+    "prompts p": "prompts",
+    "γ": "trans_decoder.gamma",
+    "TransDecoder": "trans_decoder.",
+}
+
+
+def part_of(name: str) -> str:
+    return next(part for part, beginning in PARTS.items() if name.startswith(beginning))
+
+
+def rounded(values: Tensor, decimals: int) -> list:
+    return np.round(values.detach().double().numpy(), decimals).tolist()
 
 
 def encode(values: np.ndarray) -> str:
     return base64.b64encode(values.tobytes()).decode()
 
 
-def pack(values: Tensor, unit: float, dtype: str) -> dict:
-    """A map (h, w) in metres as integers that count `unit` metres."""
-    whole = (values.double() / unit).round().numpy().astype(dtype)
-    return {"size": list(values.shape), "unit": unit, "data": encode(whole)}
-
-
-def rounded(values: Tensor, decimals: int) -> list:
-    """Nested lists of numbers with so many decimals."""
-    return np.round(values.double().numpy(), decimals).tolist()
-
-
 def quantise(p: np.ndarray) -> np.ndarray:
     """Bytes q (n, n_bins) whose squares, divided by their sum, are nearly p (n, n_bins).
 
-    Square roots give the small probabilities more of the 256 steps. What rounding takes from a bin
-    is carried to the next one, so that the sums Σ_{j<i} p_j stay true, and with them Eq. 5.
+    Square roots give the small probabilities more of the 256 steps. The error of a bin is carried
+    to the next one, so that the cumulative sums stay true, and Eq. 5 with them.
     """
     share = p / p.max(1, keepdims=True)
     q, carried = np.zeros(p.shape, np.uint8), np.zeros(len(p))
@@ -98,134 +90,204 @@ def quantise(p: np.ndarray) -> np.ndarray:
     return q
 
 
-def mean_and_std(c: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eq. 5 and the standard deviation, (n,) metres each, of centres (n_bins,) under p (n, n_bins)."""
-    mean = p @ c
-    return mean, np.sqrt((p * (c - mean[:, None]) ** 2).sum(1))
-
-
 def pack_probabilities(c: Tensor, p: Tensor) -> dict:
-    """Every STEP-th row and column of p (n_bins, h, w), and how far its bytes are from it."""
+    """Every STEP-th row and column of p (n_bins, h, w), in bytes."""
     p = p[:, ::STEP, ::STEP]
     flat, c = p.flatten(1).T.double().numpy(), c.double().numpy()
     q = quantise(flat)
     found = q.astype(float) ** 2
-    found /= found.sum(1, keepdims=True)
-    depth, std = mean_and_std(c, flat)
-    found_depth, found_std = mean_and_std(c, found)
-    errors = found - flat, found_depth - depth, found_std - std
-    errors = (float(f"{abs(error).max():.2g}") for error in errors)
-    names = ("p_error", "depth_error", "spread_error")
-    return {"size": list(p.shape[1:]), "step": STEP, "data": encode(q)} | dict(zip(names, errors))
+    error = (found / found.sum(1, keepdims=True) - flat) @ c
+    return {"size": list(p.shape[1:]), "data": encode(q), "depth_error": round(abs(error).max(), 5)}
 
 
-def png(image: np.ndarray) -> str:
-    """A data URI of uint8 colours (H, W, 3)."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "png", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+def watch(model: cabins.CaBins, image: Tensor) -> dict:
+    """One forward pass: the prediction, and what its layers took and gave, by their names."""
+    last = list(model.trans_decoder.layers)[-1].cross_attn
+    modules = {"visual": model.clip.visual, "bins": model.bins, "p": model.depth_decoder}
+    modules |= {"eq3": model.trans_decoder, "q": last.q_proj, "k": last.k_proj}
+    seen, hooks = {}, []
+    for name, module in modules.items():
+
+        def keep(_, inputs, output, name=name):
+            seen[name], seen[f"{name} in"] = output, inputs
+
+        hooks.append(module.register_forward_hook(keep))
+    with cabins.eval_mode(model):
+        seen["prediction"] = model(image)
+    for hook in hooks:
+        hook.remove()
+    q, k = (seen[x][0].unflatten(-1, (last.n_heads, -1)).transpose(0, 1) for x in "qk")
+    seen["attention"] = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(0)  # (K, 1 + hw)
+    return seen
 
 
-def paint(depth: np.ndarray, top: float) -> np.ndarray:
-    """Metres (H, W) from 0 to `top` in COLORS, as uint8 (H, W, 3)."""
-    stops = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in COLORS])
-    at = np.linspace(0, top, len(COLORS))
-    painted = [np.interp(depth, at, stops[:, channel]) for channel in range(3)]
-    return np.rint(np.stack(painted, axis=-1)).astype(np.uint8)
+def gradients(model: cabins.CaBins, seen: dict, target: Tensor) -> dict:
+    """Norms of the gradients of Σ s² and of the loss at each part and at z. None: no path."""
+    prediction, parameters = seen["prediction"], dict(model.named_parameters())
+    trained = {n: p for n, p in parameters.items() if p.requires_grad}
+    tensors = [seen["visual"][2], *trained.values()]
+    names = ["z", *map(part_of, trained)]
+    loss = cabins.total_loss(prediction, target, model.config.min_depth)
+    found = {}
+    for what, scalar in (("s", prediction.similarity.square().sum()), ("loss", loss)):
+        squares = dict.fromkeys(["z", *PARTS])
+        grads = torch.autograd.grad(scalar, tensors, retain_graph=True, allow_unused=True)
+        for name, grad in zip(names, grads):
+            if grad is not None:
+                squares[name] = (squares[name] or 0) + grad.square().sum().item()
+        found[what] = {n: s and float(f"{s**0.5:.3g}") for n, s in squares.items()}
+    return found
+
+
+def learning(model: cabins.CaBins, optimizer: dict) -> tuple[dict, dict]:
+    """RMS of each part's clipped gradients, and the share of a full step that Adam's ε leaves."""
+    names = {id(p): part_of(n) for n, p in model.named_parameters() if p.requires_grad}
+    parameters = [p for group in parameter_groups(model) for p in group["params"]]
+    (_, beta), eps = optimizer["param_groups"][0]["betas"], optimizer["param_groups"][0]["eps"]
+    roots = {part: [] for part in PARTS}
+    for i, parameter in enumerate(parameters):
+        state = optimizer["state"][i]
+        mean = state["exp_avg_sq"].double() / (1 - beta ** float(state["step"]))
+        roots[names[id(parameter)]].append(mean.sqrt().flatten())
+    roots = {part: torch.cat(found) for part, found in roots.items()}
+    rms = {part: float(f"{r.square().mean().sqrt():.2g}") for part, r in roots.items()}
+    return rms, {part: float(f"{(r / (r + eps)).mean():.2g}") for part, r in roots.items()}
+
+
+def angle(a: Tensor, b: Tensor) -> Tensor:
+    """The angle in rad between vectors (…, D)."""
+    return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).clamp(-1, 1).acos()
+
+
+@torch.no_grad()
+def nudges(model: cabins.CaBins, e: Tensor) -> tuple[list, float]:
+    """How far the text embedding turns when its distance moves by tenths of mm, and by a metre."""
+    middle = (e.double() * 1e4).round() / 1e4
+    moved = torch.cat([middle + torch.arange(-20, 21) / 1e4, middle[None] + 1])
+    ids = number_tokens(moved, len(f"{model.config.max_depth:.0f}"))
+    t = model.clip.encode_text(ids, model.prompts)
+    turned = angle(t, t[20])
+    return rounded(turned[:-1], 4), round(turned[-1].item(), 3)
 
 
 @torch.inference_mode()
-def both_depths(model: cabins.CaBins, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Depth (H/2, W/2) of one image (3, H, W) as the network gives it, and with s = 0."""
-    depths = []
-    for factor in (1, 0):
-        hook = model.depth_decoder.register_forward_pre_hook(
-            lambda _, inputs, factor=factor: (inputs[0], factor * inputs[1])
-        )
-        depths.append(model(image[None], upsample=False).depth[0, 0])
-        hook.remove()
-    return depths[0], depths[1]
+def silence(model: cabins.CaBins, dataset: data.DepthDataset) -> list[float]:
+    """Mean and greatest change of depth in mm, over all rooms, where s is set to 0."""
+    changes = []
+    with cabins.eval_mode(model):
+        for i in range(len(dataset)):
+            image, decoder = dataset[i]["image"][None], model.depth_decoder
+            depth = model(image).depth
+            hook = decoder.register_forward_pre_hook(lambda _, inputs: (inputs[0], 0 * inputs[1]))
+            changes.append(1000 * (model(image).depth - depth).abs())
+            hook.remove()
+    changes = torch.cat(changes)
+    return [round(changes.mean().item(), 3), round(changes.max().item(), 3)]
 
 
-def silence(model: cabins.CaBins, dataset: data.DepthDataset) -> dict:
-    """What s = 0 changes, in the room shown and over the whole test set, in millimetres."""
-    differences = []
-    for i in range(len(dataset)):
-        depth, silenced = both_depths(model, dataset[i]["image"])
-        differences.append((silenced - depth).double())
-    predict = predictor(model)
-    rows = {"whole": next(iter(evaluate_windows(predict, dataset).values()))}
-    rows |= {name.rpartition(",")[0]: row for name, row in ablate(model, predict, dataset).items()}
-    here, everywhere = differences[ROOM].abs(), torch.stack(differences).abs()
-    unit = max(1e-5, float(f"{here.max().item() / 30_000:.1g}"))
+def told(demo: dict, c: Tensor, p: Tensor, target: Tensor) -> dict:
+    """What the page's text says of the room: small sums of the values that `make` gives."""
+    flat = p[:, ::STEP, ::STEP].flatten(1).T  # (n, n_bins)
+    mean, likeliest = flat @ c, c[flat.argmax(1)]
+    truth = target[0, 0, :: 2 * STEP, :: 2 * STEP].flatten()
+    t, v, gamma = (torch.tensor(demo[name]) for name in ("t", "v_post", "gamma"))
+    s = torch.tensor(demo["similarity"]["values"])
+    abs_rel = [((d - truth).abs() / truth).mean().item() for d in (mean, likeliest)]
     return {
-        "difference": pack(differences[ROOM], unit, "<i2"),
-        "mean_mm": round(1000 * here.mean().item(), 3),
-        "max_mm": round(1000 * here.max().item(), 3),
-        "all_mean_mm": round(1000 * everywhere.mean().item(), 3),
-        "all_max_mm": round(1000 * everywhere.max().item(), 3),
-        "n_rooms": len(dataset),
-        "metrics": {
-            name: {metric: round(value, 5) for metric, value in row.items()}
-            for name, row in rows.items()
-        },
+        "least_mm": 1000 * min(demo["widths"]) * (demo["max_depth"] - demo["min_depth"]),
+        "n_wide": len(demo["widths"]) - demo["n_least"],
+        "n_keys": len(demo["attention"][0]),
+        "gamma_rms": gamma.square().mean().sqrt().item(),
+        "turn": math.degrees(angle(t, t + gamma * v).mean().item()),
+        "s_within": (s.amax(1) - s.amin(1)).max().item(),
+        "s_between": (s.mean(1).max() - s.mean(1).min()).item(),
+        "n_pixels": len(flat),
+        "n_values": len(likeliest.unique()),
+        "abs_rel": abs_rel[0],
+        "abs_rel_likeliest": abs_rel[1],
+        "bins_share": 10 * demo["loss"]["bins"] / demo["loss"]["total"],
+        "step_share": 100 * demo["step_share"]["TransDecoder"],
     }
 
 
-@torch.inference_mode()
 def make(checkpoint: str | Path) -> dict:
-    """All that demo.json holds, from a checkpoint of the demo. The module's docstring has the fields.
+    """All that demo.json holds, from the demo's last.pt."""
+    from extras.ablate import ablate
 
-    Raises FileNotFoundError or ValueError for a file that is no such checkpoint.
-    """
-    model, dataset = cabins.load_checkpoint(checkpoint), data.DepthDataset("toy")
+    content = cabins.read_checkpoint(checkpoint)
+    model, dataset = cabins.restore(content, checkpoint), data.DepthDataset("toy")
     sample, config = dataset[ROOM], model.config
-    image, truth = sample["image"], sample["depth"][0]
-    b, c, e, s, p = (x[0] for x in model.distribution(image[None]))
-    depth = cabins.expected_depth(c[None], p[None])
-    whole = cabins.resize(depth, truth.shape)[0, 0]
-    ids = number_tokens(e, model.integer_digits)
-    top = math.ceil(truth.max().item())
+    image, target = sample["image"][None], sample["depth"][None]
+    seen = watch(model, image)
+    depth, c, e, s = seen["prediction"]
+    (t, *_), after, gamma = seen["eq3 in"], seen["eq3"], model.trans_decoder.gamma
+    g = (depth.log() - target.log())[target > config.min_depth].double()
+    mask = target > config.min_depth
+    pixel = cabins.silog_loss(depth, target, mask).item()
+    chamfer = cabins.chamfer_loss(c, target, mask).item()
+    rms, share = learning(model, content["optimizer"])
+    turned, metre = nudges(model, e[0, GROUP])
     unit = config.max_depth / 65_535
-    picture = (255 * data.denormalize(image)).round().byte().permute(1, 2, 0).numpy()
-    return {
-        "about": f"A network of backbone {config.backbone!r}, from random weights, its text encoder "
-        "too, trained by `python train.py` on 640 drawn rooms; room "
-        f"{ROOM} of the {len(dataset)} it is tested on.",
+    b, p = seen["bins"][0].detach(), seen["p"][0].detach()
+    half = cabins.expected_depth(c, p[None])[0, 0].detach()
+    rows = ablate(model, predictor(model), dataset)
+    picture, file = (255 * data.denormalize(image[0])).round().byte(), io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "png", optimize=True)
+
+    def pack(depths: Tensor) -> dict:
+        whole = (depths.double() / unit).round().numpy().astype("<u2")
+        return {"size": list(depths.shape), "data": encode(whole)}
+
+    demo = {
         "room": ROOM,
-        "size": list(truth.shape),
+        "n_rooms": len(dataset),
+        "size": list(target.shape[2:]),
         "min_depth": config.min_depth,
         "max_depth": config.max_depth,
-        "widths": rounded(b, 8),
-        "centers": rounded(c, 6),
-        "means": rounded(c.view(config.n_cabins, -1).mean(1), 6),
-        "cabins": rounded(e, 6),
-        "texts": [str(round(value, 4)) for value in e.tolist()],
-        "tokens": [[i for i in row if i] for row in ids.tolist()],
-        "similarity": {"size": list(s.shape[1:]), "values": rounded(s.flatten(1), 5)},
-        "depth": pack(depth[0, 0], unit, "<u2"),
-        "truth": pack(truth, unit, "<u2"),
-        "silenced": silence(model, dataset),
-        "p": pack_probabilities(c, p),
-        "colors": COLORS,
-        "shown_depth": top,
-        "picture": png(picture),
-        "depth_png": png(paint(whole.numpy(), top)),
-        "truth_png": png(paint(truth.numpy(), top)),
+        "unit": unit,
+        "widths": rounded(b, 7),
+        "n_least": int((b < b.min() * 1.001).sum()),
+        "centers": rounded(c[0], 6),
+        "means": rounded(c[0].view(config.n_cabins, -1).mean(1), 6),
+        "cabins": rounded(e[0], 6),
+        "texts": [str(round(value, 4)) for value in e[0].tolist()],
+        "tokens": [[i for i in row if i] for row in number_tokens(e[0].detach(), 2).tolist()],
+        "t": rounded(t[0], 4),
+        "v_post": rounded((after - t)[0] / gamma, 4),
+        "gamma": rounded(gamma, 7),
+        "attention": rounded(seen["attention"], 7),
+        "similarity": {"size": list(s.shape[2:]), "values": rounded(s[0].flatten(1), 4)},
+        "depth": pack(half),
+        "truth": pack(target[0, 0]),
+        "p": pack_probabilities(c[0].detach(), p),
+        "pixel": list(PIXEL),
+        "nudge": turned,
+        "metre": metre,
+        "gradients": gradients(model, seen, target),
+        "rms": rms,
+        "step_share": share,
+        "loss": {
+            "pixel": round(pixel, 4),
+            "bins": round(chamfer, 4),
+            "total": round(pixel + cabins.BETA * chamfer, 4),
+            "mean_g": round(g.mean().item(), 5),
+            "var_g": round(g.var(unbiased=False).item(), 5),
+        },
+        "ablation": {n: {k: round(v, 5) for k, v in row.items()} for n, row in rows.items()},
+        "silenced": dict(zip(("mean", "max"), silence(model, dataset))),
+        "shown_depth": math.ceil(target.max().item()),
+        "picture": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),
     }
-
-
-def write(demo: dict, path: Path = JSON) -> None:
-    """A line for each field, so that a difference can be read."""
-    lines = (f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in demo.items())
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    demo["told"] = told(demo, c[0].detach(), p, target)
+    return demo
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write docs/demo.json from the demo's network.")
     parser.add_argument("checkpoint", help="of the demo: runs/toy/last.pt")
     demo = make(parser.parse_args().checkpoint)
-    write(demo)
+    lines = (f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in demo.items())
+    JSON.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     print(f"{JSON.name}: {JSON.stat().st_size / 1000:.0f} kB")
 
 
