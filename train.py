@@ -25,8 +25,7 @@ from tqdm import tqdm
 
 import cabins
 import data
-from eval import draw_samples, evaluate_windows, format_table, open_folder, predictor, protocol
-from eval import save_figure, side_for
+import eval as evaluation
 
 DEFAULTS = {"data": "toy", "backbone": "RN101", "distance_class": "cabins", "epochs": 25}
 DEFAULTS |= {"batch_size": 8, "lr": 3.57e-5, "seed": 0, "as_released": False, "compile": False}
@@ -155,8 +154,8 @@ class Run:
             dist.barrier()
         options = {k: getattr(args, k) for k in ("lr", "amp", "seed", "as_released", "compile")}
         self.learner = Learner(model, self.dataset.recipe, self.n_steps, self.device, **options)
-        self.side = side_for(model, self.test_set)
-        self.predict = predictor(model, longer_side=self.side)
+        self.side = evaluation.side_for(model, self.test_set)
+        self.predict = evaluation.predictor(model, longer_side=self.side)
         if saved:
             self.restore_progress(saved)
 
@@ -283,11 +282,11 @@ class Run:
         """Measure on the test set, draw, and keep the network if it is the best so far."""
         if self.rank == 0:
             data.use_tf32(False)
-            workers, epoch = self.args.workers, self.step // self.per_epoch
-            self.windows = evaluate_windows(self.predict, self.test_set, workers, progress=True)
+            measure, epoch = evaluation.evaluate_windows, self.step // self.per_epoch
+            self.windows = measure(self.predict, self.test_set, self.args.workers, progress=True)
             row = next(iter(self.windows.values()))
             data.append_row(self.out / "metrics.csv", {"step": self.step, "epoch": epoch, **row})
-            draw_samples(self.out, self.learner.model, self.test_set, 1)
+            evaluation.draw_samples(self.out, self.learner.model, self.test_set, 1)
             draw_curves(self.out)
             metrics = ", ".join(f"{name} {value:.3f}" for name, value in row.items())
             tqdm.write(f"epoch {epoch}/{self.args.epochs}: {metrics}")
@@ -311,8 +310,8 @@ class Run:
         for best in table[table["abs_rel"] == self.best][:1]:
             rows[f"best.pt, {next(iter(rows))[9:]}"] = best
         for name in self.windows:
-            print(protocol(self.test_set, name, flip=True, longer_side=self.side))
-        print(format_table(self.args.data, rows))
+            print(evaluation.protocol(self.test_set, name, flip=True, longer_side=self.side))
+        print(evaluation.format_table(self.args.data, rows))
         print(f"{self.out} has last.pt, and best.pt: the lowest AbsRel on these test images")
 
 
@@ -383,7 +382,7 @@ def agreed_stop(device: torch.device) -> int:
 
 def claim(folder: Path) -> None:
     """Lock a folder for this process. The system releases the lock when the process ends."""
-    file = os.open(open_folder(folder) / ".claim", os.O_RDWR | os.O_CREAT)
+    file = os.open(evaluation.open_folder(folder) / ".claim", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -413,7 +412,7 @@ def draw_curves(out: Path) -> None:
             axis.plot(curves["epoch"], curves[name], marker=".")
             xlim = (0, np.ceil(curves["epoch"].max()))
             axis.set(title=name, xlabel="epoch", xlim=xlim, ylim=(0, None))
-    save_figure(out / "curves.png", figure)
+    evaluation.save_figure(out / "curves.png", figure)
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
