@@ -123,13 +123,12 @@ class DepthDataset(Dataset):
     ):
         if name not in DATASETS:
             raise ValueError(f"data is {name!r}; it must be one of {', '.join(DATASETS)}")
-        self.name, self.train, self.recipe = name, train, DATASETS[name]
-        for field, value in (("depth_scale", depth_scale), ("max_depth", max_depth)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{field} is {value}; it must be positive")
-            if value is not None:
-                self.recipe = self.recipe._replace(**{field: value})
-        part = "train" if train else "test"
+        given = {"depth_scale": depth_scale, "max_depth": max_depth}
+        given = {field: value for field, value in given.items() if value is not None}
+        if not all(0 < value < math.inf for value in given.values()):
+            raise ValueError(f"{given}: both must be positive")
+        self.recipe = DATASETS[name]._replace(**given)
+        self.name, self.train, part = name, train, "train" if train else "test"
         self.n_left_out = 0  # lines without ground truth
         self.size_to_train = None  # of own pairs: all must have the size of the first
         if name == "toy":
@@ -374,6 +373,54 @@ def draw_room(seed: int, height: int = 96, width: int = 128) -> tuple[np.ndarray
     return image, depth.astype(np.float32).reshape(height, width)
 
 
+# ---- Checking a data set -------------------------------------------------------------------------
+
+
+def spread(n: int) -> list[int]:
+    """Up to eight numbers from all over range(n)."""
+    return torch.linspace(0, n - 1, 8).long().unique().tolist()
+
+
+def describe(dataset: DepthDataset) -> str:
+    """One line about the depth in eight pairs, which shows whether scale and range are right."""
+    depth = np.concatenate([dataset.read(i)[1].ravel() for i in spread(len(dataset))])
+    known, top = depth[depth > 0], dataset.recipe.max_depth
+    if not len(known):
+        raise ValueError(f"there is no depth at all in {dataset.read(0)[2]} and others")
+    median = np.median(known)
+    line = f"{len(dataset)} pairs ({dataset.n_left_out} lines without ground truth left out); "
+    line += f"{len(known) / len(depth):.0%} of the pixels have a depth, where 1 m is "
+    line += f"{dataset.recipe.depth_scale:g}: median {median:.2f} m, deepest {known.max():.2f} m, "
+    line += f"{(known > top).mean():.1%} above {top:g} m"
+    is_odd = not 0.05 * top < median < 0.9 * top
+    return line + "; that is odd: wrong --depth-scale or --max-depth?" * is_odd
+
+
+def has_truth(dataset: DepthDataset) -> bool:
+    """Whether any pair has a depth inside the range, so that it can be evaluated."""
+    low, high = Config.min_depth, dataset.recipe.max_depth
+    depths = (dataset[i]["depth"] for i in range(len(dataset)))
+    return any(((depth > low) & (depth < high)).any() for depth in depths)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Print what there is of a data set, and draw eight test pairs. Raises for what is broken."""
+    for part in ("test",) if str(args.root).endswith(".mat") else ("train", "test"):
+        split, scale = getattr(args, f"{part}_split"), (args.depth_scale, args.max_depth)
+        dataset = DepthDataset(args.data, args.root, split, part == "train", *scale)
+        print(f"{part}: {describe(dataset)}")
+        for i in range(len(dataset)) if len(dataset) <= 1000 else spread(len(dataset)):
+            dataset[i]  # raises what training would meet, perhaps only after hours
+    samples, top = [dataset[i] for i in spread(len(dataset))], dataset.recipe.max_depth
+    cells = [denormalize(sample["image"]) for sample in samples]
+    cells += [sample["depth"].expand(3, -1, -1) / top for sample in samples]
+    cells = [F.interpolate(cell[None], (192, 256))[0] for cell in cells]
+    path = Path(args.out) / f"check_{args.data}_0_to_{top:g}_m.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda partial: save_image(cells, partial, nrow=len(samples), format="png"))
+    print(f"{path} shows test images above their depths, black to white: do they belong together?")
+
+
 # ---- What all scripts share ----------------------------------------------------------------------
 
 
@@ -397,7 +444,7 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 
 
 def use_tf32(enabled: bool) -> None:
-    """On GPUs, run what is float32 in TF32, with the kernels that are fastest for images of one size."""
+    """On GPUs: compute float32 in TF32, with the kernels that are fastest for images of one size."""
     torch.set_float32_matmul_precision("high" if enabled else "highest")
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = enabled
 
@@ -483,6 +530,9 @@ def refuse(args: argparse.Namespace, names: str, why: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {why}")
 
 
+OUT_OF_MEMORY = "out of memory|allocate|enough memory|ALLOC_FAILED|DataLoader worker"
+
+
 def run_command(main: Callable[[], object]) -> None:
     """Run a script's `main`; what is wrong with its input is one sentence on standard error."""
     try:
@@ -497,72 +547,19 @@ def run_command(main: Callable[[], object]) -> None:
         text = re.sub(r"(?s)^Caught .*\n\w+Error: ", "", str(error)).strip()
         if re.search("Bus error|shared memory|shm|/torch_", text):
             text = f"{text.splitlines()[0]} In Docker, use --ipc=host or --shm-size=8g"
-        elif isinstance(error, MemoryError) or re.search("memory|DataLoader worker", text):
+        elif isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, text):
             text = f"{text.splitlines()[0]}; smaller batches or images, or fewer --workers, may fit"
         elif isinstance(error, RuntimeError):
             raise
         sys.exit(f"error: {text}")
 
 
-# ---- Checking a data set -------------------------------------------------------------------------
-
-
-def spread(n: int) -> list[int]:
-    """Up to eight numbers from all over range(n)."""
-    return torch.linspace(0, n - 1, 8).long().unique().tolist()
-
-
-def describe(dataset: DepthDataset) -> str:
-    """One line about the depth in eight pairs, which shows whether scale and range are right."""
-    depth = np.concatenate([dataset.read(i)[1].ravel() for i in spread(len(dataset))])
-    known, top = depth[depth > 0], dataset.recipe.max_depth
-    if not len(known):
-        raise ValueError(f"there is no depth at all in {dataset.read(0)[2]} and others")
-    median = np.median(known)
-    line = f"{len(dataset)} pairs ({dataset.n_left_out} lines without ground truth left out); "
-    line += f"{len(known) / len(depth):.0%} of the pixels have a depth, where 1 m is "
-    line += f"{dataset.recipe.depth_scale:g}: median {median:.2f} m, deepest {known.max():.2f} m, "
-    line += f"{(known > top).mean():.1%} above {top:g} m"
-    is_odd = not 0.05 * top < median < 0.9 * top
-    return line + "; that is odd: wrong --depth-scale or --max-depth?" * is_odd
-
-
-def has_truth(dataset: DepthDataset) -> bool:
-    """Whether any pair has a depth inside the range, so that it can be evaluated."""
-    low, high = Config.min_depth, dataset.recipe.max_depth
-    depths = (dataset[i]["depth"] for i in range(len(dataset)))
-    return any(((depth > low) & (depth < high)).any() for depth in depths)
-
-
-def parse_args(description: str) -> argparse.Namespace:
-    """The options of `check`."""
-    parser = Parser(description=description)
-    parser.add_argument("data", choices=DATASETS)
-    add = add_data_options(parser).add_argument
-    add("--out", metavar="DIR", default="runs", help="where check_DATA_….png goes; default: runs")
-    return parser.parse_args()
-
-
-def check(args: argparse.Namespace) -> None:
-    """Print what there is of a data set, and draw eight test pairs. Raises for what is broken."""
-    for part in ("test",) if str(args.root).endswith(".mat") else ("train", "test"):
-        split, scale = getattr(args, f"{part}_split"), (args.depth_scale, args.max_depth)
-        dataset = DepthDataset(args.data, args.root, split, part == "train", *scale)
-        print(f"{part}: {describe(dataset)}")
-        for i in range(len(dataset)) if len(dataset) <= 1000 else spread(len(dataset)):
-            dataset[i]  # raises what training would meet, perhaps only after hours
-    samples, top = [dataset[i] for i in spread(len(dataset))], dataset.recipe.max_depth
-    cells = [denormalize(sample["image"]) for sample in samples]
-    cells += [sample["depth"].expand(3, -1, -1) / top for sample in samples]
-    cells = [F.interpolate(cell[None], (192, 256))[0] for cell in cells]
-    path = Path(args.out) / f"check_{args.data}_0_to_{top:g}_m.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda partial: save_image(cells, partial, nrow=len(samples), format="png"))
-    print(f"{path} shows test images above their depths, black to white: do they belong together?")
-
-
 def main() -> None:
-    check(parse_args("Check a data set, and show eight test pairs."))
+    parser = Parser(description="Check a data set, and show eight test pairs.")
+    parser.add_argument("data", choices=DATASETS)
+    group = add_data_options(parser)
+    group.add_argument("--out", metavar="DIR", default="runs", help="folder of the picture")
+    check(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,337 @@
+from common import *
+
+# ---- Sec. 4.2  Data: recipes, crops and windows --------------------------------------------------
+
+
+def test_recipes_crops_and_windows_are_the_papers():
+    nyu, kitti, own, toy = (data.DATASETS[name] for name in ("nyu", "kitti", "list", "toy"))
+    assert (nyu.max_depth, nyu.depth_scale, nyu.crop, nyu.focal) == (10, 1000, (416, 544), 518.86)
+    assert (kitti.max_depth, kitti.depth_scale) == (80, 256)
+    assert (kitti.crop, kitti.focal) == ((352, 704), 721.54)
+    assert (own.max_depth, own.depth_scale, own.crop, own.focal) == (10, 1000, None, 518.86)
+    assert (toy.max_depth, toy.crop, toy.focal) == (10, (96, 128), 100)
+    assert data.fixed_crop("nyu", 480, 640, True) == (45, 472, 43, 608)
+    assert data.fixed_crop("nyu", 480, 640, False) == (0, 480, 0, 640)
+    for train_or_test in (True, False):
+        assert data.fixed_crop("kitti", 375, 1242, train_or_test) == (23, 375, 13, 1229)
+        assert data.fixed_crop("kitti", 352, 1216, train_or_test) == (0, 352, 0, 1216)
+        assert data.fixed_crop("list", 64, 100, train_or_test) == (0, 64, 0, 100)
+    for name, size in (("nyu", (480, 641)), ("kitti", (351, 1242)), ("list", (63, 100))):
+        with pytest.raises(ValueError, match=f"{size[0]} x {size[1]}"):
+            data.fixed_crop(name, *size, True)
+    windows = data.evaluation_windows("kitti", 375, 1242)
+    assert list(windows) == ["nested", "full"]  # the paper's comes first
+    assert windows["nested"] == (slice(143, 349), slice(43, 1172))
+    assert windows["full"] == (slice(130, 348), slice(31, 1184))
+    assert data.evaluation_windows("nyu", 480, 640) == {"eigen": (slice(45, 471), slice(41, 601))}
+    assert data.evaluation_windows("toy", 96, 128) == {"whole": (slice(0, 96), slice(0, 128))}
+    hashes = [sha256[:8] for _, sha256 in data.LISTS.values()]
+    assert hashes == ["66e2beb7", "e92c191d", "dd5e51c2", "1a631c1b"]
+    assert [n for n, _ in data.LISTS.values()] == [24_231, 654, 23_158, 697]
+
+
+# ---- Sec. 4.1  Augmentation ----------------------------------------------------------------------
+
+
+def augmented(image, depth, crop, degrees, brightness, draws):
+    """What the recipe makes of one sample and its ten random numbers, pixel by pixel."""
+    (rows, columns), (h, w) = crop, depth.shape
+    angle = math.radians(degrees) * (2 * draws[0] - 1)
+    top, left = int(draws[1] * (h - rows + 1)), int(draws[2] * (w - columns + 1))
+    new_image, new_depth = np.zeros((3, rows, columns)), np.zeros((rows, columns))
+    padded = np.pad(image / 255, ((0, 0), (1, 2), (1, 2)))  # black outside
+    for v, u in np.ndindex(rows, columns):
+        x = left + (columns - 1 - u if draws[3] < 0.5 else u) - (w - 1) / 2
+        y = top + v - (h - 1) / 2
+        x, y = math.cos(angle) * x - math.sin(angle) * y, math.sin(angle) * x + math.cos(angle) * y
+        x, y = min(max(x + (w - 1) / 2, -1), w), min(max(y + (h - 1) / 2, -1), h)
+        if 0 <= round(y) < h and 0 <= round(x) < w:
+            new_depth[v, u] = depth[round(y), round(x)]
+        i, j, b, a = int(y + 1), int(x + 1), (y + 1) % 1, (x + 1) % 1
+        upper = (1 - a) * padded[:, i, j] + a * padded[:, i, j + 1]
+        lower = (1 - a) * padded[:, i + 1, j] + a * padded[:, i + 1, j + 1]
+        new_image[:, v, u] = (1 - b) * upper + b * lower
+    if draws[4] < 0.5:
+        gamma = 1 + 0.1 * (2 * draws[5] - 1)
+        factor = (1 + brightness * (2 * draws[6] - 1)) * (1 + 0.1 * (2 * draws[7:] - 1))
+        new_image = (new_image**gamma * factor[:, None, None]).clip(0, 1)
+    mean, std = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    return (new_image - mean) / std, new_depth
+
+
+@pytest.mark.parametrize(
+    "name, degrees, brightness", [("nyu", 2.5, 0.25), ("kitti", 1, 0.1), ("list", 2.5, 0.1)]
+)
+def test_augmentation_is_one_rotation_crop_flip_and_colour(name, degrees, brightness):
+    n, (h, w), crop = 8, (41, 64), (32, 48)
+    image = torch.randint(0, 256, (n, 3, h, w), dtype=torch.uint8, generator=generator(1))
+    depth = torch.rand(n, 1, h, w, generator=generator(2)) * 10
+    recipe = data.DATASETS[name]._replace(crop=crop)
+    new_image, new_depth = data.augment(image, depth, recipe, generator(7))
+    draws = torch.rand(n, 10, generator=generator(7)).numpy()
+    assert {d < 0.5 for d in draws[:, 3]} == {d < 0.5 for d in draws[:, 4]} == {True, False}
+    for i in range(n):
+        expected = augmented(
+            image[i].numpy(), depth[i, 0].numpy(), crop, degrees, brightness, draws[i]
+        )
+        close(new_image[i], torch.from_numpy(expected[0]).float(), 2e-4)
+        assert (new_depth[i, 0].numpy() != expected[1].astype(np.float32)).sum() <= 2  # ties
+    parts = [data.augment(image[i::2], depth[i::2], recipe, generator(7), (i, 2)) for i in (0, 1)]
+    for i, part in enumerate(parts):  # each of two processes has every second sample
+        assert torch.equal(part[0], new_image[i::2]) and torch.equal(part[1], new_depth[i::2])
+
+
+@pytest.mark.parametrize(
+    "name, size, crop",
+    [
+        ("nyu", (427, 565), (416, 544)),
+        ("kitti", (352, 1216), (352, 704)),
+        ("toy", (96, 128), (96, 128)),
+        ("list", (240, 320), (192, 256)),  # 7/8 of each side, in multiples of 32
+        ("list", (64, 70), (64, 64)),
+    ],
+)
+def test_augmentation_keeps_image_and_depth_together(name, size, crop):
+    h, w = size
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    # red and green of a pixel tell its column and row, and its depth tells both
+    image = torch.stack([x * 255 / (w - 1), y * 255 / (h - 1), torch.full((h, w), 255)])
+    image, depth = image.round().byte().expand(4, -1, -1, -1), (y * w + x + 1.0).expand(4, 1, h, w)
+    recipe = data.DATASETS[name]._replace(gamma=0.0, brightness=0.0, colour=0.0)
+    image, depth = data.augment(image, depth, recipe, generator(3))
+    assert image.shape == (4, 3, *crop) and depth.shape == (4, 1, *crop)
+    colours = data.denormalize(image)
+    inside = (depth[:, 0] > 0) & (colours[:, 2] > 0.999)  # blue fades where black comes in
+    assert inside.float().mean() > 0.95
+    number = depth[:, 0].long() - 1
+    assert (colours[:, 0] * (w - 1) - number % w)[inside].abs().max() < 0.7 + (w - 1) / 510
+    assert (colours[:, 1] * (h - 1) - number // w)[inside].abs().max() < 0.7 + (h - 1) / 510
+    if name != "list":  # by its name, the recipe is that of DATASETS
+        assert data.augment(torch.zeros(1, 3, h, w).byte(), depth[:1], name)[0].shape[2:] == crop
+
+
+# ---- Sec. 4.2  Data sets -------------------------------------------------------------------------
+
+
+def test_toy_rooms_are_exact_and_reproducible():
+    image, depth = data.draw_room(5)
+    assert image.shape == (96, 128, 3) and image.dtype == np.uint8 and depth.shape == (96, 128)
+    close(depth[[0, 0, 48, 95, 95], [0, 127, 64, 0, 127]], [2.639, 2.6675, 1.0717, 0.9598, 2.1194])
+    close(image.mean((0, 1)), np.array([139.385, 139.15, 101.939]))
+    far = data.draw_room(1_000_003)[1]
+    close(np.array([far.mean(), far.std()]), np.array([3.394707, 2.210337]))
+    # walls are planes, on which 1 / depth is linear in the pixel: the second difference is zero
+    flat = np.abs(np.diff(1 / depth.astype(np.float64), n=2, axis=1)) < 1e-5
+    assert flat.mean() > 0.7
+    train_set, test_set = data.DepthDataset("toy", train=True), data.DepthDataset("toy")
+    assert (len(train_set), len(test_set)) == (640, 64)
+    assert not set(train_set.pairs) & set(test_set.pairs)
+    assert torch.equal(train_set[5]["image"], torch.from_numpy(image).permute(2, 0, 1))
+    assert test_set[0]["image"].dtype == torch.float32
+    assert (train_set.checksum, test_set.checksum) == (1003203007, 1206272431)  # as in old runs
+
+
+def test_files_are_found_in_any_folder_with_few_looks(tmp_path, monkeypatch):
+    looks, is_file = [], os.path.isfile
+    monkeypatch.setattr(os.path, "isfile", lambda path: looks.append(path) or is_file(path))
+    image, depth = "2011_09_26/{0}_sync/image_02/data/{1}", "{0}_sync/groundtruth/image_02/{1}.png"
+    lines = []
+    for i in range(60):
+        drive, part = f"2011_09_26_drive_{i // 10:04}", "val" if i // 10 == 5 else "train"
+        found = [tmp_path / "raw" / f"{image.format(drive, i)}.png"]
+        found += [tmp_path / "data_depth_annotated" / part / depth.format(drive, i)]
+        for path in found:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        lines.append(f"{image.format(drive, i)}.jpg {depth.format(drive, i)} 721.5\n")
+    (tmp_path / "list.txt").write_text("".join([*lines, "a.jpg None 721.5\n"]))
+    kitti = data.DepthDataset("kitti", tmp_path, tmp_path / "list.txt")
+    assert len(kitti) == 60 and kitti.n_left_out == 1
+    assert kitti.pairs[-1] == tuple(map(str, found))
+    assert len(looks) < 3 * 60  # there are 28 folders and 4 suffixes
+
+
+def test_a_pair_of_nyu(tmp_path):
+    write_pair(tmp_path / "sync" / "kitchen", "1")
+    split = tmp_path / "list.txt"
+    split.write_text("/kitchen/rgb_1.png /kitchen/sync_depth_1.png 518.8579\r\n\r\n")
+    pixels = np.asarray(Image.open(tmp_path / "sync" / "kitchen" / "rgb_1.jpg"))
+    pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    pair = data.DepthDataset("nyu", tmp_path, split, train=True)[0]
+    assert torch.equal(pair["image"], pixels[:, 45:472, 43:608])
+    assert pair["depth"].shape == (1, 427, 565) and pair["depth"].unique().tolist() == [1.5]
+    pair = data.DepthDataset("nyu", tmp_path, split)[0]
+    close(data.denormalize(pair["image"]), pixels / 255)
+    assert pair["depth"].shape == (1, 480, 640) and pair["size"].tolist() == [480, 640]
+
+
+@pytest.mark.parametrize("is_real", [False, True])
+def test_nyus_test_pairs_come_from_the_mat(is_real, tmp_path, monkeypatch):
+    arrays = {"images": np.random.default_rng(0).integers(1, 256, (3, 3, 640, 480), np.uint8)}
+    arrays["rawDepths"] = np.random.default_rng(1).random((3, 640, 480), np.float32) + 1
+    mat = tmp_path / data.NYU_MAT
+    if is_real:
+        h5py = pytest.importorskip("h5py", reason="h5py, which is optional, is not installed")
+        with h5py.File(mat, "w") as file:
+            file.update(arrays)
+    else:
+        mat.touch()
+        fake = {"File": staticmethod(lambda path: contextlib.nullcontext(arrays))}
+        monkeypatch.setitem(sys.modules, "h5py", type("h5py", (), fake))
+    split = tmp_path / "list.txt"
+    split.write_text("bath/rgb_00002.jpg bath/sync_depth_00002.png 518.8579\n")
+    for root in (mat, tmp_path):
+        sample = data.DepthDataset("nyu", root, split)[0]
+        assert torch.equal(sample["depth"][0], torch.from_numpy(arrays["rawDepths"][2].T))
+        image = (data.denormalize(sample["image"]) * 255).round()
+        assert torch.equal(
+            image[:, 7:474, 7:632], torch.tensor(arrays["images"][2]).mT[:, 7:474, 7:632]
+        )
+        assert (image > 0).sum() == 3 * 467 * 625  # the border is black
+    split.write_text("bath/rgb_00003.jpg bath/sync_depth_00003.png 518.8579\n")
+    with pytest.raises(ValueError, match=r"labeled\.mat.* 3"):
+        data.DepthDataset("nyu", mat, split)[0]
+    for root in (mat, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            data.DepthDataset("nyu", root, split, train=True)
+    split.write_text("bath/rgb.jpg bath/depth.png 518.8579\n")  # no number
+    with pytest.raises(FileNotFoundError, match=r"bath/rgb\.jpg"):
+        data.DepthDataset("nyu", tmp_path, split)
+
+
+@needs_samples
+def test_real_kitti_pairs():
+    split = SAMPLES / "kitti" / "split.txt"
+    kitti = data.DepthDataset("kitti", SAMPLES / "kitti", split)
+    assert len(kitti) == 3 and kitti.n_left_out == 1
+    sample, truth = kitti[0], kitti[0]["depth"]
+    assert sample["image"].shape == (3, 352, 1216) and sample["size"].tolist() == [375, 1242]
+    assert truth.shape == (1, 352, 1216) and 60 < truth.max() < 85
+    assert (truth > 0).float().mean() > 0.1 and (truth[:, 200:] > 0).float().mean() > 0.15
+
+
+# ---- Your own lists ------------------------------------------------------------------------------
+
+
+def test_own_pairs_have_a_scale_a_range_and_one_size(own_pairs):
+    root, split = own_pairs, own_pairs / "train.txt"
+    own = data.DepthDataset("list", root, split, True, depth_scale=500, max_depth=4.5)
+    assert own.size_to_train == (96, 128) and own.recipe.focal == 518.8579
+    assert [own[i]["depth"].max() for i in range(4)] == [2, 3, 4, 0]  # 5 m lies above the range
+    nothing_left = data.DepthDataset("list", root, split, depth_scale=500, max_depth=1)
+    assert data.has_truth(own) and not data.has_truth(nothing_left)
+    about = data.describe(own)
+    assert "500" in about and "4.5" in about and "25.0%" in about and "odd" not in about
+    assert "odd" in data.describe(nothing_left)
+    # an absolute path below the root works, and a list without focal lengths gets NYU's camera
+    split.write_text(f"{root}/rooms/rgb_0.jpg {root}/rooms/sync_depth_0.png\n")
+    own = data.DepthDataset("list", root, split, train=True)
+    assert own[0]["depth"].unique().tolist() == [1] and own.recipe.focal == 518.86 * 128 / 640
+    write_pair(root / "rooms", "small", 80, 128)
+    split.write_text(split.read_text() + "rooms/rgb_small.jpg rooms/sync_depth_small.png\n")
+    with pytest.raises(ValueError, match=r"rgb_small\.jpg has 80 x 128 .* 96 x 128"):
+        data.DepthDataset("list", root, split, train=True)[1]
+    assert data.DepthDataset("list", root, split)[1]["depth"].shape == (1, 80, 128)
+
+
+def test_what_is_missing_of_a_list_is_named(own_pairs):
+    split, rgb = own_pairs / "test.txt", own_pairs / "rooms" / "rgb_5.jpg"
+    rgb.unlink()
+    with pytest.raises(FileNotFoundError, match=r"rooms/rgb_5\.jpg") as one:
+        data.DepthDataset("list", own_pairs, split)
+    assert "…" not in str(one.value) and "fetch" not in str(one.value)
+    (own_pairs / "rooms" / "sync_depth_4.png").unlink()
+    with pytest.raises(FileNotFoundError, match="4 files"):
+        data.DepthDataset("list", own_pairs, split)
+    with pytest.raises(FileNotFoundError, match=r"--test-split .*none\.txt"):
+        data.DepthDataset("list", own_pairs, own_pairs / "none.txt")
+    with pytest.raises(FileNotFoundError, match="--root .*none"):
+        data.DepthDataset("list", own_pairs / "none", split)
+    with pytest.raises(ValueError, match="--train-split"):
+        data.DepthDataset("list", own_pairs, train=True)
+
+
+def test_images_of_own_lists_are_upright(own_pairs):
+    image = np.random.default_rng(0).integers(0, 255, (128, 96, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    Image.fromarray(image).save(own_pairs / "rooms" / "rgb_4.png", exif=exif)
+    (own_pairs / "rooms" / "rgb_4.jpg").unlink()
+    own = data.DepthDataset("list", own_pairs, own_pairs / "test.txt")
+    found, _, path = own.read(0)
+    assert path.endswith("rgb_4.png") and np.array_equal(found, np.rot90(image, -1))
+
+
+@pytest.mark.parametrize("kind", ["float.tif", "8bit.png", "colours.png", "depth.npy"])
+def test_depth_of_another_kind_is_refused_with_what_to_save(kind, own_pairs):
+    path, values = own_pairs / "rooms" / kind, np.ones((96, 128))
+    if kind == "depth.npy":
+        np.save(path, values)
+    else:
+        mode = {"float.tif": "F", "8bit.png": "L", "colours.png": "RGB"}[kind]
+        Image.fromarray(values.astype(np.float32)).convert(mode).save(path)
+    (own_pairs / "test.txt").write_text(f"rooms/rgb_0.jpg rooms/{kind}\n")
+    with pytest.raises(ValueError, match=rf"{kind}.*16-bit.*1000"):
+        data.DepthDataset("list", own_pairs, own_pairs / "test.txt")[0]
+
+
+def test_the_check_reads_every_pair_and_draws_some(own_pairs, monkeypatch):
+    monkeypatch.chdir(own_pairs)
+    lists = ["--train-split", "train.txt", "--test-split", "test.txt", "--out", "checks"]
+    ran = run_script("data.py", "list", "--root", ".", *lists)
+    assert ran.status == 0 and "train: 4 pairs" in ran.out and "test: 2 pairs" in ran.out
+    (picture,) = (own_pairs / "checks").iterdir()
+    assert cabins.open_picture(picture).size == (2 * 258 + 2, 2 * 194 + 2)
+    (own_pairs / "rooms" / "rgb_2.jpg").write_bytes(b"broken")
+    ran = run_script("data.py", "list", "--root", ".", *lists)
+    assert ran.status == 1 and ran.err.count("\n") == 1 and "rgb_2.jpg" in ran.err
+
+
+# ---- What all scripts share ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, remedy",
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--ipc=host"),
+        (RuntimeError("unable to write to file </torch_7>: No space left"), "--shm-size"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--workers"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 12 bytes\nat x"), "smaller"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "smaller"),
+        (MemoryError("Unable to allocate 3. GiB for an array"), "smaller"),
+        (
+            ValueError("Caught ValueError in worker 0.\nTraceback\nValueError: a.png is broken"),
+            "a.png",
+        ),
+    ],
+)
+def test_an_error_of_the_machine_is_one_sentence_with_the_remedy(error, remedy):
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        data.run_command(fail)
+    sentence = stop.value.code
+    assert sentence.startswith("error: ") and "\n" not in sentence and remedy in sentence
+    assert ("ipc" in sentence) == ("Bus" in sentence or "/torch_" in sentence)
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal"):  # a bug keeps its traceback
+        data.run_command(fail)
+
+
+def test_batches_are_pinned_for_gpus_only_and_read_by_as_many_as_asked():
+    rooms = data.DepthDataset("toy")
+    for device, is_pinned in (("cpu", False), ("cuda", True)):
+        loader = data.load(rooms, torch.device(device), workers=1, batch_size=2)
+        assert (loader.pin_memory, loader.num_workers, loader.batch_size) == (is_pinned, 1, 2)
+    assert data.load(rooms).num_workers == min(8, os.cpu_count() - 1)
+
+
+def test_rows_of_other_columns_are_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    data.append_row(path, {"a": 1, "b": "x, y"})
+    data.append_row(path, {"a": 2, "b": None})
+    assert path.read_text() == 'a,b\n1,"x, y"\n2,\n'
+    data.check_columns(path, ["a", "b"])
+    with pytest.raises(ValueError, match=r"rows\.csv"):
+        data.check_columns(path, ["a", "c"])
