@@ -1,4 +1,4 @@
-"""python -m pytest -q docs"""
+"""python -m pytest -q extras"""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import cabins
 import clip_tokenizer
-from docs.depthclip import depthclip
+from extras.depthclip import depthclip
 
 
 def test_depthclip_is_the_softmax_of_cosines():
