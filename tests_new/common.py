@@ -8,6 +8,7 @@ them, and six real pictures, are used where they lie in ../shared.
 """
 
 import contextlib
+import csv
 import dataclasses
 import functools
 import hashlib
