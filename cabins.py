@@ -1,29 +1,30 @@
 """CaBins: CLIP-based Adaptive Bins for Monocular Depth Estimation, in PyTorch.
 
-How far away is each pixel of one photograph? CaBins predicts 256 depth bins for the image from
-CLIP's image embedding (Eq. 1) and condenses them to eight distances, the CaBins (Eq. 2). Each
-distance is written into a text prompt, as a number, and encoded by CLIP's frozen text encoder. The
-text embeddings attend to the image (Eq. 3) and are compared with every location in it (Eq. 4). A
-decoder turns these similarities and the image features into a probability over the bins at each
-pixel. Depth is the expected bin centre (Eq. 5).
+How many metres away is what each pixel of one photograph shows? CaBins predicts 256 depth bins for
+the image from CLIP's image embedding (Eq. 1) and condenses them to eight distances, the CaBins
+(Eq. 2). Each distance is written into a text prompt, as a number, and CLIP's frozen text encoder
+encodes it. The text embeddings attend to the image (Eq. 3) and are compared with every location in
+it (Eq. 4). A decoder turns these similarities and the image features into a probability over the
+bins at each pixel. Depth is the expected bin centre (Eq. 5).
 
 Read downwards, with the paper beside it. The method comes first, in the paper's order. CLIP
-follows, with the paper's two changes to it. Loading and checkpoints come last.
+follows, with the paper's changes to it. Loading and checkpoints come last. Sec. 4.1 is in train.py,
+and Sec. 4.2 in data.py.
 
 What the equations do not say:
 
-- The bins learn nothing from the text. A distance becomes digits, digits become token ids, and no
-  gradient passes through a look-up. The bins learn through Eq. 5, by the pixel loss, and from the
+- The text does not train the bins. A distance becomes digits, digits become token ids, and no
+  gradient passes through a look-up. The bins learn from the pixel loss, through Eq. 5, and from the
   bins loss (Eq. 7).
-- No loss asks the similarity s to mean anything. It enters the decoder as 8 of 2,056 channels,
-  beside x4, from which it was computed.
-- TransDecoder hardly learns. Its gradient passes through γ, which starts at 1e-4. In our runs what
-  is left is far below the ε of Adam, so Adam takes about 2 % of its usual step.
+- No loss gives the similarity s a meaning. It enters the decoder as 8 of 2,056 channels, beside x4,
+  from which it was computed.
+- TransDecoder hardly learns. Its gradient is scaled by γ, which starts at 1e-4, and is far below
+  the ε of Adam. γ itself learns.
 - Eq. 2 depends on the unit of depth. In metres e_k is almost the bin centre nearest to the mean of
-  its group; in centimetres it would be almost that mean.
+  its group. In centimetres it would be almost that mean.
 
-The symbols, and their sizes for one image of 416 x 544 pixels and RN101. All but the prompts and γ
-also have a batch axis B in front.
+Sizes are for one image of 416 x 544 pixels and RN101. A batch adds an axis B in front, except to the
+prompts and γ, which all images share.
 
     code       paper    size             what                                             section
     image      I        3 x 416 x 544    colours, normalised; H x W pixels
@@ -36,7 +37,7 @@ also have a batch axis B in front.
     b          b′, b    256              bin widths, before and after normalisation       3.2.1
     c          c(b)     256              bin centres, metres; n_bins of them              3.2.1
     m          m_k      8                mean of each group of n_g = 32 centres, metres   3.2.2
-    w          w_i      8 x 32           weights inside each group                        3.2.2
+    w          w_i      8 x 32           weights inside each group (only in Eq. 2)        3.2.2
     e          e_k      8                CaBins, metres; K = n_cabins of them             3.2.2
     prompts    p        8 x 512          N = n_prompts learnable tokens                   3.2.3
     ids        -        8 x 9            L texts of T tokens each                         3.2.3
@@ -47,15 +48,15 @@ also have a batch axis B in front.
     p          p        256 x 208 x 272  probability of each bin, at H/2 x W/2            3.2.4
     d          d        1 x 208 x 272    depth, metres; resized to H x W at the end       3.2.4
     target     d*       1 x 416 x 544    true depth, metres                               3.3
-    mask       -        1 x 416 x 544    which of the pixels have a true depth            3.3
+    mask       -        1 x 416 x 544    which pixels have a true depth                   3.3
     g          g_i      1 x 416 x 544    log d - log d*                                   3.3
     X          X        226,304          the true depths of an image                      3.3
 
 The public API says centers, cabins, similarity and depth for c, e, s and d. The paper writes p for
-the prompts and for the probability. CLIP's text encoder is frozen; all else is trained.
+the prompts and for the probability. The text encoder is frozen, and everything else is trained.
 
-NOTE(differs) marks where the paper, the released code and this code do not all agree, NOTE(paper
-silent) a choice that the paper leaves open. README's ledger lists both.
+NOTE(differs): the paper, the released code (github.com/EunjinSon1/CaBins at 4e9c9a0) and this code
+do not all agree. NOTE(paper silent): the paper leaves a choice open. README's ledger lists both.
 """
 
 from __future__ import annotations
@@ -82,14 +83,14 @@ from clip_tokenizer import EOT, number_tokens, tokenize
 
 # ---- Configuration -------------------------------------------------------------------------------
 
-DISTANCE_CLASSES = ("cabins", "median", "mean", "semantic")  # the rows of Table 3; "cabins": ours
+DISTANCE_CLASSES = ("cabins", "median", "mean", "semantic")  # rows of Table 3; "Ours" is "cabins"
 SEMANTIC_BINS = ["giant", "extremely close", "close", "not in distance", "a little remote"]
 SEMANTIC_BINS += ["far", "farthest", "unseen"]  # Sec. 4.6
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of a network, kept in its checkpoint. Raises ValueError, naming the setting."""
+    """The settings of a network, kept in its checkpoint. ValueError names a wrong one."""
 
     backbone: str = "RN101"  # a key of BACKBONES
     distance_class: str = "cabins"
@@ -100,8 +101,8 @@ class Config:
     max_depth: float = 10.0  # d_max, metres; 80 for KITTI
     longer_side: int = 640  # of the training images, in pixels
     focal: float = 518.86  # focal length of their camera, in the same pixels; NYU's
-    # NOTE(paper silent): the normalisation of images. The released code takes ImageNet's mean and
-    # standard deviation, not CLIP's. We follow it. They are the same for every network.
+    # NOTE(paper silent): The released code normalises images with the statistics of ImageNet, not
+    # of CLIP's training. We follow it. They are the same for every network.
     image_mean: ClassVar = (0.485, 0.456, 0.406)  # red, green, blue, in [0, 1]
     image_std: ClassVar = (0.229, 0.224, 0.225)
 
@@ -110,17 +111,16 @@ class Config:
 
 
 # ---- Sec. 3.1 and 3.2.1  Image encoder -----------------------------------------------------------
-# CLIP stands below the method. Its image encoder, `CLIP.visual`, turns an image into the pyramid
-# [x1, x2, x3, x4], z_bar and z. Its text encoder, `CLIP.encode_text`, turns token ids into t.
+# CLIP stands below the network. `CLIP.visual` turns an image into the pyramid [x1, x2, x3, x4],
+# z_bar and z (see `ResNet` and `AttentionPool`). `CLIP.encode_text` turns token ids into t.
 
 
 class AdaptiveBins(nn.Module):
     """The MLP of Sec. 3.2.1: bin widths b (B, n_bins), which sum to 1, from z_bar (B, D).
 
-    NOTE(differs): The paper says "MLP with ReLU". We follow the released code: LeakyReLU between
-    the layers, ReLU + 0.1 after the last. The 0.1 keeps every bin open: with ReLU alone, a row of
-    negative outputs would be divided by zero.
-    NOTE(paper silent): the widths of the hidden layers, 512 and 256, are the released code's.
+    NOTE(differs): The paper says "MLP with ReLU". We follow the released code: layers of 512, 256
+    and n_bins, LeakyReLU between them, ReLU + 0.1 after the last. The 0.1 keeps every width above
+    0. With ReLU alone, a row of negative outputs would be divided by 0.
     """
 
     def __init__(self, embed_dim: int, n_bins: int):
@@ -129,15 +129,15 @@ class AdaptiveBins(nn.Module):
         self.mlp = nn.Sequential(*layers, nn.Linear(256, n_bins))
 
     def forward(self, z_bar: Tensor) -> Tensor:
-        # Under autocast we leave bfloat16 here: at 10 m its steps are 6 cm wide.
+        # We go on in float32, also under autocast: near 10 m, bfloat16 has steps of 6 cm.
         b = F.relu(self.mlp(z_bar).float()) + 0.1  # b′: (B, n_bins)
         return b / b.sum(1, keepdim=True)
 
 
 def bin_centers(widths: Tensor, min_depth: float, max_depth: float) -> Tensor:
-    """Centres (B, n_bins) of adjacent bins that fill the depth range, in metres (Eq. 1).
+    """Centres (B, n_bins) of adjacent bins that fill the range from d_min to d_max, in metres.
 
-    The widths (B, n_bins) sum to 1. The first bin begins at d_min and the last one ends at d_max.
+    The widths b (B, n_bins) are shares of this range and sum to 1.
     """
     b = widths
     # Eq. 1:  c(b_i) = d_min + (d_max - d_min) (b_i / 2 + Σ_{j<i} b_j)
@@ -154,14 +154,17 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
         8 groups of 32   mean m_1      mean m_2       …    mean m_8
         8 distances      e_1           e_2            …    e_8              K = 8
 
-    e_k is a weighted mean of group k. The nearer a centre is to m_k, the more it weighs. How much
-    more depends on the unit, since 1 / |c - m| has one. Take random bins over 10 m. In metres, the
-    largest weight in a group is 0.99 on average, and e_k lies 0.4 mm from the centre nearest to m_k.
-    In centimetres, the largest weight is 0.22, and e_k lies 0.6 mm from m_k itself.
+    e_k is a weighted mean of group k. The nearer a centre is to m_k, the more it weighs.
 
-    `kind` is a row of Table 3. "median" and "mean" replace Eq. 2. "semantic" puts phrases in the
-    place of the distances, which then only describe the image.
-    NOTE(paper silent): which median. For an even group we take the lower one, a real bin centre.
+    The softmax depends on the unit of depth, because 1 / |c - m| has one. Take 256 widths uniform
+    on [0.1, 1.1], normalised, over 10 m. In metres, the largest weight in a group is 0.99 on
+    average, and e_k lies 0.4 mm from the centre nearest to m_k. In centimetres, the largest weight
+    is 0.21, and e_k lies 0.6 mm from m_k itself.
+
+    `kind` is a row of Table 3. "median" and "mean" replace Eq. 2. "semantic" encodes phrases, and
+    the distances of Eq. 2 are then only reported.
+    NOTE(paper silent): The paper does not say which median. We take the lower of the two middle
+    centres, so e_k is one of the bin centres.
     """
     c = centers.unflatten(1, (n_groups, -1))  # (B, K, n_g)
     m = c.mean(2, keepdim=True)  # (B, K, 1)
@@ -177,13 +180,13 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
 
 
 # ---- Sec. 3.2.3  Text encoder --------------------------------------------------------------------
-# A distance of 2.498 m becomes this text. `number_tokens` makes the ids of its last seven tokens,
-# and the eight vectors p1 … p8 are the learnable prompts. Then `CLIP.encode_text` encodes it.
+# A distance of 2.498 m becomes this text. `number_tokens` makes the ids of [SOT], the number and
+# [EOT] (the paper's [SOS] and [EOS]). p1 … p8 are the prompts. `CLIP.encode_text` encodes it all.
 #
 #     [SOT]  p1  p2  p3  p4  p5  p6  p7  p8  "2"  "."  "4"  "9"  "8"  [EOT]
 #
-# The digits say less than the number. "2.9999" and "3.0" share only the point. With a text encoder
-# of random weights at CLIP's initial scale, 0.1 mm turns t by 0.14 rad and 1 m by 0.21 rad.
+# Close distances need not have close texts: "2.9999" and "3.0" share only the point. With a random
+# text encoder, a change of 0.1 mm turns t about as far as a change of 1 m does.
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, is_causal: bool = False) -> Tensor:
@@ -194,7 +197,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, is_causal: bool = Fals
 
 
 class Attention(nn.Module):
-    """DenseCLIP's attention. The projections to queries, keys and values have no bias."""
+    """DenseCLIP's attention: the projections to queries, keys and values have no bias."""
 
     def __init__(self, width: int, n_heads: int, dropout: float):
         super().__init__()
@@ -233,13 +236,13 @@ class TransDecoderLayer(nn.Module):
 
 
 class TransDecoder(nn.Module):
-    """Add to the text embeddings t (B, K, D) what they find in z_bar and z (B, D, h, w) (Eq. 3).
+    """Update the text embeddings t (B, K, D) with the image, z_bar (B, D) and z (B, D, h, w).
 
-    γ starts so small that Eq. 3 is the identity at first, and training starts from CLIP's own text
-    embeddings. The gradient of all the layers passes through γ, so they hardly learn.
+    The same distance can look different in two rooms: Eq. 3 lets its text know which. γ starts so
+    small that Eq. 3 is almost the identity, so training starts from CLIP's own text embeddings.
 
-    NOTE(paper silent): the layers. Like the released code, we take the sizes and the initialisation
-    of DenseCLIP: width 256, 4 heads, 6 layers, dropout 0.1, weights of standard deviation 0.02.
+    NOTE(paper silent): The paper does not give the layers. Like the released code, we take the
+    sizes and the initialisation of DenseCLIP.
     """
 
     def __init__(self, embed_dim: int, width: int = 256, n_heads: int = 4, n_layers: int = 6):
@@ -258,8 +261,8 @@ class TransDecoder(nn.Module):
         self.gamma = nn.Parameter(torch.full((embed_dim,), 1e-4))
 
     def forward(self, t: Tensor, z_bar: Tensor, z: Tensor) -> Tensor:
-        image = torch.cat([z_bar[:, :, None], z.flatten(2)], dim=2).mT  # [z̄, z]: (B, 1 + hw, D)
-        memory = self.memory_proj(image)  # (B, 1 + hw, width)
+        memory = torch.cat([z_bar[:, :, None], z.flatten(2)], dim=2).mT  # [z̄, z]: (B, 1 + hw, D)
+        memory = self.memory_proj(memory)  # (B, 1 + hw, width)
         x = self.text_proj(t)  # (B, K, width)
         for layer in self.layers:
             x = layer(x, memory)
@@ -281,18 +284,18 @@ def cosine_similarity(z: Tensor, t: Tensor) -> Tensor:
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, with aligned corners: (B, C, h, w) -> (B, C, *size)."""
+    """Resize (B, C, h, w) to (B, C, *size), bilinearly, with aligned corners."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
 class DepthDecoder(nn.Module):
     """Probability p (B, n_bins, H/2, W/2) over the bins, from the pyramid and s (B, K, h, w).
 
-    NOTE(paper silent): the convolutions and their channels are the released code's. `fuse` mixes
-    x4 and s, 2,056 channels, into 2,048. It is a 1 x 1 convolution with a padding of 1, so x4 grows
-    by one location on each side. The resize with aligned corners then puts its first row at row 1.8
-    of x3, not at row 0. Near the border, x4 and the skip connections disagree by 29 image pixels.
-    NOTE(differs): The features have n_bins channels in the paper, 256 in the released code.
+    NOTE(paper silent): The convolutions and their channels are the released code's. `fuse` is a
+    1 x 1 convolution with a padding of 1, so x4 grows by one location on each side. The resize with
+    aligned corners then puts its first row at row 1.8 of x3, not at row 0: at the border, the
+    padding moves x4 inwards by 29 image pixels.
+    NOTE(differs): `features` has n_bins channels in the paper, 256 in the released code.
     """
 
     def __init__(self, channels: list[int], n_cabins: int, n_bins: int):
@@ -307,7 +310,7 @@ class DepthDecoder(nn.Module):
                 layers += [nn.LeakyReLU(inplace=True)]
             self.up.append(nn.Sequential(*layers))
             n = n // 2
-        # Nothing stands between these two convolutions: together they are one linear map.
+        # Nothing stands between these two, so together they are one 3 x 3 convolution.
         self.features = nn.Conv2d(n, n_bins, 3, padding=1)
         self.logits = nn.Conv2d(n_bins, n_bins, 1)
 
@@ -324,13 +327,12 @@ class DepthDecoder(nn.Module):
 
 
 def expected_depth(centers: Tensor, p: Tensor) -> Tensor:
-    """Depth (B, 1, H/2, W/2) in metres: the mean of the centres (B, n_bins) under p (Eq. 5).
+    """Depth (B, 1, H/2, W/2) in metres: the mean of the centres (B, n_bins) under p.
 
-    A mean is smooth where the argmax would jump from bin to bin. It never leaves [c_1, c_256].
+    A mean is smooth where the argmax would jump from bin to bin. It lies in [c_1, c_256].
     """
-    c = centers[:, :, None, None]  # (B, n_bins, 1, 1)
     # Eq. 5:  d_i = Σ_k c(b_k) p_ik
-    return (c * p).sum(1, keepdim=True)
+    return (centers[:, :, None, None] * p).sum(1, keepdim=True)
 
 
 # ---- Figure 2: the network -----------------------------------------------------------------------
@@ -346,45 +348,44 @@ class Prediction(NamedTuple):
 
 
 class CaBins(nn.Module):
-    """The network of Figure 2. `clip` is what `load_clip` returns; None gives random weights.
+    """The network of Figure 2. `clip` comes from `load_clip`; None gives random weights.
 
     Raises ValueError if `clip` is not the backbone that the config names.
     """
 
     def __init__(self, config: Config, clip: CLIP | None = None):
         super().__init__()
-        a = BACKBONES[config.backbone]
+        sizes = BACKBONES[config.backbone]
         if clip is None:
-            clip = CLIP(a)
+            clip = CLIP(sizes)
             if config.backbone != "tiny":
                 warnings.warn("CLIP has random weights: give clip=load_clip(…)", stacklevel=2)
-        if clip.architecture._replace(context_length=77) != a:  # the authors' keep 30 of 77
+        if clip.architecture._replace(context_length=77) != sizes:  # the authors keep 30 of the 77
             raise ValueError(f"backbone is {config.backbone}; the given CLIP is another one")
         self.config = config
-        self.integer_digits = len(f"{config.max_depth:.0f}")  # of a distance, before the point
+        self.integer_digits = len(f"{config.max_depth:.0f}")  # of the largest distance
         self.clip = clip
-        self.reassemble = dpt_reassembly(a.width) if a.is_vit else None
-        self.bins = AdaptiveBins(a.embed_dim, config.n_bins)
-        # NOTE(differs): CoOp, which the paper cites, starts its prompts with a standard deviation
-        # of 0.02, and so do we. The released code starts them with 1.
-        self.prompts = nn.Parameter(torch.empty(config.n_prompts, a.text_width))
+        self.reassemble = dpt_reassembly(sizes.width) if sizes.is_vit else None
+        self.bins = AdaptiveBins(sizes.embed_dim, config.n_bins)
+        # NOTE(differs): the standard deviation is CoOp's 0.02; in the released code it is 1
+        self.prompts = nn.Parameter(torch.empty(config.n_prompts, sizes.text_width))
         nn.init.trunc_normal_(self.prompts, std=0.02)
-        sizes = {"width": 64, "n_layers": 2} if config.backbone == "tiny" else {}
-        self.trans_decoder = TransDecoder(a.embed_dim, **sizes)
-        self.depth_decoder = DepthDecoder(a.channels, config.n_cabins, config.n_bins)
+        small = {"width": 64, "n_layers": 2} if config.backbone == "tiny" else {}
+        self.trans_decoder = TransDecoder(sizes.embed_dim, **small)
+        self.depth_decoder = DepthDecoder(sizes.channels, config.n_cabins, config.n_bins)
         if config.distance_class == "semantic":
-            phrases = tokenize(SEMANTIC_BINS, length=5)  # at most three tokens, and the two ends
+            phrases = tokenize(SEMANTIC_BINS, length=5)  # at most 3 tokens, [SOT] and [EOT]
             self.register_buffer("phrases", phrases, persistent=False)
         self.to(memory_format=torch.channels_last)
 
     def encode_prompts(self, e: Tensor) -> Tensor:
         """Text embeddings t (B, K, D) of the distances e (B, K), or of the phrases of Sec. 4.6.
 
-        No gradient passes through the digits: `number_tokens` detaches e. What learns through the
-        text is the prompts, γ, TransDecoder and the image encoder, through z.
+        `number_tokens` detaches e, since no gradient passes through digits. The text still trains
+        the prompts, γ, TransDecoder and, through Eq. 3 and 4, the image encoder.
 
-        NOTE(paper silent): how e_k is written. Like the released code, we write the bare number,
-        rounded to 4 decimals. The phrases come without the "This object is" of DepthCLIP.
+        NOTE(paper silent): The paper does not say how e_k is written. Like the released code, we
+        write the number with up to 4 decimals, and leave out DepthCLIP's "This object is".
         """
         if self.config.distance_class == "semantic":
             t = self.clip.encode_text(self.phrases, self.prompts)  # (K, D)
@@ -396,14 +397,13 @@ class CaBins(nn.Module):
     def forward(self, image: Tensor, upsample: bool = True) -> Prediction:
         """Figure 2, for normalised images (B, 3, H, W) of at least 64 x 64 pixels.
 
-        From 64 pixels on, x4 has at least 2 x 2 locations. A single one would give BatchNorm one
-        value per channel, on which it cannot be trained. Without `upsample` depth stays at H/2 x
-        W/2, where `eval.predictor` averages it with the depth of the mirror image.
+        Below that x4 may have a single location, and BatchNorm cannot train on one such image.
+        Without `upsample` depth stays at H/2 x W/2, where `eval.predictor` averages it with the
+        depth of the mirror image.
         """
-        if image.ndim != 4 or image.shape[1] != 3 or min(image.shape[2:]) < 64:
-            found = tuple(image.shape)
-            raise ValueError(f"image is {found}; it must be (B, 3, H, W), H and W at least 64")
-        config = self.config
+        shape, config = tuple(image.shape), self.config
+        if image.ndim != 4 or shape[1] != 3 or min(shape[2:]) < 64:
+            raise ValueError(f"image is {shape}; it must be (B, 3, H, W), H and W at least 64")
         # Sec. 3.2.1: the image encoder, and the bins of this image
         pyramid, z_bar, z = self.clip.visual(image)
         if self.reassemble:  # ViT's four feature maps all have stride 16
@@ -411,7 +411,7 @@ class CaBins(nn.Module):
         c = bin_centers(self.bins(z_bar), config.min_depth, config.max_depth)  # (B, n_bins)
         # Sec. 3.2.2: CaBins
         e = distance_classes(c, config.n_cabins, config.distance_class)  # (B, K)
-        # Sec. 3.2.3: the text encoder, and what the texts find in the image
+        # Sec. 3.2.3: the text encoder, and the update of its embeddings with the image
         t = self.encode_prompts(e)  # (B, K, D)
         t = self.trans_decoder(t, z_bar, z)  # (B, K, D)
         # Sec. 3.2.4: similarity, probability, depth
@@ -423,14 +423,13 @@ class CaBins(nn.Module):
         return Prediction(d, c, e, s.float())
 
 
-# What spares time or memory, and changes no result:
-# - The text encoder is causal, so it encodes the tokens up to the longest [EOT] and no further.
-# - `number_tokens` computes ids on the device of e. No string is made, and a GPU never waits.
-# - Images and features are in channels_last, in which convolutions are faster on CPUs. There the
-#   bins of one pixel are neighbours in memory, so the softmax over them needs no copy.
-# - On CUDA, autocast resizes in float32. `to(skip.dtype)` halves what the decoder concatenates.
-# - Eq. 5 is a product and a sum, because autocast would run an einsum in bfloat16.
-# - In one dimension sorting finds nearest neighbours, so Eq. 7 needs no table of pixels x centres.
+# What saves time or memory, and changes no result:
+# - The text encoder is causal, so it encodes nothing after the longest possible number.
+# - `number_tokens` makes ids on the device of e, so a GPU never waits for a string.
+# - Features are in channels_last, which makes convolutions faster. The bins of a pixel are then
+#   neighbours in memory, and the softmax over them needs no copy.
+# - CUDA's autocast resizes in float32. `to(skip.dtype)` keeps the concatenation in bfloat16.
+# - Depths are one-dimensional, so Eq. 7 finds nearest neighbours by sorting.
 
 
 # ---- Sec. 3.3  Training loss ---------------------------------------------------------------------
@@ -441,13 +440,13 @@ LAMBDA, ALPHA, BETA = 0.85, 10.0, 0.1  # λ, α, β
 def silog_loss(depth: Tensor, target: Tensor, mask: Tensor, unbiased: bool = False) -> Tensor:
     """Scale-invariant logarithmic loss over the valid pixels of the batch (Eq. 6).
 
-    depth, target (B, 1, H, W) in metres, mask (B, 1, H, W). Without a valid pixel it is about 0.
+    depth, target and mask are (B, 1, H, W). Without a valid pixel the loss is 1e-5.
 
-    The term under the root is Var(g) + (1 - λ) mean(g)². With λ = 1 a depth that is wrong by one
-    factor everywhere would cost nothing. λ = 0.85 forgives 85 % of the square of its logarithm.
+    The term under the root is Var(g) + (1 - λ) mean(g)². So λ = 0.85 forgives 85 % of the squared
+    mean. With λ = 1, a depth that is wrong by one factor everywhere would cost nothing.
 
-    NOTE(paper silent): the sums run over the batch, as in the released code, not over each image.
-    NOTE(differs): Eq. 6 has the biased variance; the released code has the unbiased (`unbiased`).
+    NOTE(paper silent): As in the released code, the sums run over the batch, not over each image.
+    NOTE(differs): Eq. 6 has the biased variance; `unbiased` takes that of the released code.
     """
     n = mask.sum().clamp(min=1)
     g = torch.where(mask, depth, 1).log() - torch.where(mask, target, 1).log()  # 0 outside mask
@@ -461,24 +460,25 @@ def silog_loss(depth: Tensor, target: Tensor, mask: Tensor, unbiased: bool = Fal
 
 def nearest(values: Tensor, queries: Tensor) -> Tensor:
     """The nearest value to each query (B, Q), among values (B, V) in increasing order."""
-    with torch.no_grad():
+    with torch.no_grad():  # a search has no gradient
         midpoints = (values[:, 1:] + values[:, :-1]) / 2  # (B, V - 1)
         index = torch.searchsorted(midpoints, queries)  # (B, Q): how many lie below the query
     return values.gather(1, index)
 
 
 def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Bi-directional chamfer distance between bin centres (B, n_bins) and true depths (Eq. 7), m².
+    """Bi-directional chamfer loss of bin centres (B, n_bins) and true depths, in square metres.
 
     Each true depth pulls the nearest centre, and each centre is pulled to the nearest true depth.
-    X is a multiset: a depth counts as often as pixels have it. An image without truth adds 0.
+    An image without true depth adds 0.
 
-    NOTE(paper silent): what chamfer(·, ·) is. We follow the released code: the squared distance to
-    the nearest element of the second set, averaged over the first. The loss is the batch's mean.
+    NOTE(paper silent): The paper does not define chamfer(·, ·). Like the released code, we take the
+    squared distance to the nearest element of the second set, averaged over the first set, where a
+    depth counts once for each pixel that has it. The losses of the images are averaged.
     """
     c, valid = centers, mask.flatten(1)  # (B, n_bins), (B, HW)
     X = target.flatten(1).masked_fill(~valid, 0)  # (B, HW)
-    # A pixel without truth gets the largest true depth, so that it is nobody's nearer neighbour.
+    # Pixels without truth get the largest true depth, which adds no new value to X.
     X = torch.where(valid, X, X.amax(1, keepdim=True))
     # Eq. 7:  L_bins = chamfer(X, c(b)) + chamfer(c(b), X)
     X_to_c = (X - nearest(c, X)).square() * valid  # (B, HW)
@@ -490,12 +490,9 @@ def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def total_loss(
     prediction: Prediction, target: Tensor, min_depth: float, unbiased: bool = False
 ) -> Tensor:
-    """The training loss against true depth (B, 1, H, W) in metres; above min_depth it is valid.
-
-    A prediction made with upsample=False is brought to the size of the truth first.
-    """
+    """The training loss. The true depth (B, 1, H, W), in metres, is valid above min_depth."""
     mask = target > min_depth
-    d = resize(prediction.depth, target.shape[-2:])  # a no-op in training
+    d = resize(prediction.depth, target.shape[-2:])  # a no-op, unless it was made at H/2 x W/2
     pixel_loss = silog_loss(d, target, mask, unbiased)
     # Eq. 8:  L_total = L_pixel + β L_bins
     return pixel_loss + BETA * chamfer_loss(prediction.centers, target, mask)
@@ -507,8 +504,8 @@ def total_loss(
 def depth_metrics(depth: Tensor, target: Tensor) -> dict[str, Tensor]:
     """The metrics of one image, from the predicted and the true depths (n,) of its valid pixels.
 
-    Depths are in metres. `eval.evaluate` averages each metric over the images. Raises ValueError
-    for an empty image, or for two different numbers of depths.
+    Depths are in metres. `eval.evaluate` averages each metric over the images. Raises ValueError if
+    there are no depths, or if the shapes differ.
     """
     if depth.shape != target.shape or depth.ndim != 1 or not len(depth):
         shapes = f"{tuple(depth.shape)} and {tuple(target.shape)}"
