@@ -125,8 +125,6 @@ class DepthDataset(Dataset):
             raise ValueError(f"data is {name!r}; it must be one of {', '.join(DATASETS)}")
         given = {"depth_scale": depth_scale, "max_depth": max_depth}
         given = {field: value for field, value in given.items() if value is not None}
-        if not all(0 < value < math.inf for value in given.values()):
-            raise ValueError(f"{given}: both must be positive")
         self.recipe = DATASETS[name]._replace(**given)
         self.name, self.train, part = name, train, "train" if train else "test"
         self.n_left_out = 0  # lines without ground truth
@@ -166,12 +164,10 @@ class DepthDataset(Dataset):
         if missing and is_nyu_test and mat.is_file() and all(numbers):
             self.pairs, self.read = [(mat, int(n)) for n in numbers], self.read_labelled
         elif missing:
-            n = f" and {len(missing) - 1} more of {2 * len(names)} files" * (len(missing) > 1)
-            remedy = f"see docs/data.md, or run python -m extras.fetch {self.name}"
-            remedy = "paths in a list start there" if self.name == "list" else remedy
-            raise FileNotFoundError(
-                f"{missing[0]}{n} of the list: not found below {root}; {remedy}"
-            )
+            n = f"{len(missing)} of the {2 * len(names)} files in the list"
+            remedy = f"docs/data.md has the folders, and python -m extras.fetch {self.name} helps"
+            remedy = "paths in a list start at --root" if self.name == "list" else remedy
+            raise FileNotFoundError(f"{missing[0]} is not below {root} (missing: {n}); {remedy}")
 
     def read_room(self, i: int) -> tuple[np.ndarray, np.ndarray, str]:
         return *draw_room(self.pairs[i]), f"room {self.pairs[i]}"
@@ -373,25 +369,17 @@ def draw_room(seed: int, height: int = 96, width: int = 128) -> tuple[np.ndarray
     return image, depth.astype(np.float32).reshape(height, width)
 
 
-# ---- Checking a data set -------------------------------------------------------------------------
-
-
-def spread(n: int) -> list[int]:
-    """Up to eight numbers from all over range(n)."""
-    return torch.linspace(0, n - 1, 8).long().unique().tolist()
-
-
 def describe(dataset: DepthDataset) -> str:
-    """One line about the depth in eight pairs, which shows whether scale and range are right."""
-    depth = np.concatenate([dataset.read(i)[1].ravel() for i in spread(len(dataset))])
-    known, top = depth[depth > 0], dataset.recipe.max_depth
+    """One line about the depth of up to eight pairs, which shows whether scale and range fit."""
+    n, (top, scale, *_) = len(dataset), dataset.recipe
+    depth = np.concatenate([dataset.read(i)[1].ravel() for i in range(0, n, -(-n // 8))])
+    known = depth[depth > 0]
     if not len(known):
         raise ValueError(f"there is no depth at all in {dataset.read(0)[2]} and others")
-    median = np.median(known)
-    line = f"{len(dataset)} pairs ({dataset.n_left_out} lines without ground truth left out); "
-    line += f"{len(known) / len(depth):.0%} of the pixels have a depth, where 1 m is "
-    line += f"{dataset.recipe.depth_scale:g}: median {median:.2f} m, deepest {known.max():.2f} m, "
-    line += f"{(known > top).mean():.1%} above {top:g} m"
+    median, above = np.median(known), (known > top).mean()
+    line = f"{n} pairs, {dataset.n_left_out} lines left out that have no ground truth; "
+    line += f"{len(known) / len(depth):.0%} of the pixels have a depth, with {scale:g} for 1 m: "
+    line += f"median {median:.2f} m, deepest {known.max():.2f} m, {above:.1%} above {top:g} m"
     is_odd = not 0.05 * top < median < 0.9 * top
     return line + "; that is odd: wrong --depth-scale or --max-depth?" * is_odd
 
@@ -409,9 +397,10 @@ def check(args: argparse.Namespace) -> None:
         split, scale = getattr(args, f"{part}_split"), (args.depth_scale, args.max_depth)
         dataset = DepthDataset(args.data, args.root, split, part == "train", *scale)
         print(f"{part}: {describe(dataset)}")
-        for i in range(len(dataset)) if len(dataset) <= 1000 else spread(len(dataset)):
+        n, top = len(dataset), dataset.recipe.max_depth
+        for i in range(0, n, 1 if n <= 1000 else n // 8):
             dataset[i]  # raises what training would meet, perhaps only after hours
-    samples, top = [dataset[i] for i in spread(len(dataset))], dataset.recipe.max_depth
+    samples = [dataset[i] for i in range(0, n, -(-n // 8))]
     cells = [denormalize(sample["image"]) for sample in samples]
     cells += [sample["depth"].expand(3, -1, -1) / top for sample in samples]
     cells = [F.interpolate(cell[None], (192, 256))[0] for cell in cells]
@@ -517,10 +506,8 @@ def add_device_options(group: argparse._ArgumentGroup, amp: str) -> None:
     add, default = group.add_argument, "off" if amp == "off" else None
     about = "default: cuda where there is one, else cpu; mps has not been tried"
     add("--device", choices=("cuda", "cpu", "mps"), help=about)
-    about = f"bf16, or off: float32; default: {amp}"
-    add("--amp", choices=("off", "bf16"), default=default, help=about)
-    about = "processes that read data; default: all cores but one, at most 8"
-    add("--workers", type=int, metavar="N", help=about)
+    add("--amp", choices=("off", "bf16"), default=default, help=f"off: float32; default: {amp}")
+    add("--workers", type=int, metavar="N", help="processes that read data; default: up to 8")
 
 
 def refuse(args: argparse.Namespace, names: str, why: str) -> None:
@@ -530,11 +517,9 @@ def refuse(args: argparse.Namespace, names: str, why: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {why}")
 
 
-OUT_OF_MEMORY = "out of memory|allocate|enough memory|ALLOC_FAILED|DataLoader worker"
-
-
 def run_command(main: Callable[[], object]) -> None:
     """Run a script's `main`; what is wrong with its input is one sentence on standard error."""
+    inside_worker = r"(?s)^Caught .*\n\w+Error: "  # what a loader's worker puts before its error
     try:
         main()
     except KeyboardInterrupt:
@@ -542,16 +527,17 @@ def run_command(main: Callable[[], object]) -> None:
         sys.exit(130)
     except (FileExistsError, NotADirectoryError) as error:
         sys.exit(f"error: {error.filename} must be a folder, but a file is there")
-    except (OSError, ValueError, MemoryError, RuntimeError) as error:
-        # an error in a loader's worker comes with a traceback, and ends with the error itself
-        text = re.sub(r"(?s)^Caught .*\n\w+Error: ", "", str(error)).strip()
-        if re.search("Bus error|shared memory|shm|/torch_", text):
-            text = f"{text.splitlines()[0]} In Docker, use --ipc=host or --shm-size=8g"
-        elif isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, text):
-            text = f"{text.splitlines()[0]}; smaller batches or images, or fewer --workers, may fit"
-        elif isinstance(error, RuntimeError):
+    except (OSError, ValueError) as error:
+        sys.exit("error: " + re.sub(inside_worker, "", str(error)).strip())
+    except (RuntimeError, MemoryError) as error:
+        text = re.sub(inside_worker, "", str(error)).strip().split("\n")[0] or "out of memory"
+        if re.search("Bus error|shared memory|/torch_", text):
+            remedy = "in Docker, use --ipc=host or --shm-size=8g"
+        elif re.search("(out of|enough) memory|allocate|ALLOC_FAILED|DataLoader worker", text):
+            remedy = "smaller batches or images, or fewer --workers, may fit in memory"
+        else:
             raise
-        sys.exit(f"error: {text}")
+        sys.exit(f"error: {text.rstrip('.')}; {remedy}")
 
 
 def main() -> None:

@@ -253,7 +253,11 @@ def raise_for(failures: dict[str, tuple[int, str]], n_files: int) -> None:
 
 
 def main() -> None:
-    args = data.parse_args("Fetch what is missing of NYU-Depth V2 or KITTI, and check it.")
+    parser = data.Parser(description="Fetch what is missing of a data set, and check it.")
+    parser.add_argument("data", choices=LICENCES)
+    group = data.add_data_options(parser)
+    group.add_argument("--out", metavar="DIR", default="runs", help="folder of the check's picture")
+    args = parser.parse_args()
     fetch(args.data, args.root, args.train_split, args.test_split)
     data.check(args)
 

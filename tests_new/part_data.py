@@ -152,14 +152,14 @@ def test_files_are_found_in_any_folder_with_few_looks(tmp_path, monkeypatch):
 
 
 def test_a_pair_of_nyu(tmp_path):
-    write_pair(tmp_path / "sync" / "kitchen", "1")
+    write_pair(tmp_path / "sync" / "kitchen", "1", depth=12_000)  # truth beyond 10 m counts
     split = tmp_path / "list.txt"
     split.write_text("/kitchen/rgb_1.png /kitchen/sync_depth_1.png 518.8579\r\n\r\n")
     pixels = np.asarray(Image.open(tmp_path / "sync" / "kitchen" / "rgb_1.jpg"))
     pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
     pair = data.DepthDataset("nyu", tmp_path, split, train=True)[0]
     assert torch.equal(pair["image"], pixels[:, 45:472, 43:608])
-    assert pair["depth"].shape == (1, 427, 565) and pair["depth"].unique().tolist() == [1.5]
+    assert pair["depth"].shape == (1, 427, 565) and pair["depth"].unique().tolist() == [12]
     pair = data.DepthDataset("nyu", tmp_path, split)[0]
     close(data.denormalize(pair["image"]), pixels / 255)
     assert pair["depth"].shape == (1, 480, 640) and pair["size"].tolist() == [480, 640]
@@ -215,13 +215,13 @@ def test_real_kitti_pairs():
 
 def test_own_pairs_have_a_scale_a_range_and_one_size(own_pairs):
     root, split = own_pairs, own_pairs / "train.txt"
-    own = data.DepthDataset("list", root, split, True, depth_scale=500, max_depth=4.5)
+    own = data.DepthDataset("list", root, split, True, depth_scale=500, max_depth=4)
     assert own.size_to_train == (96, 128) and own.recipe.focal == 518.8579
-    assert [own[i]["depth"].max() for i in range(4)] == [2, 3, 4, 0]  # 5 m lies above the range
+    assert [own[i]["depth"].max() for i in range(4)] == [2, 3, 4, 0]  # 5 m is above the range
     nothing_left = data.DepthDataset("list", root, split, depth_scale=500, max_depth=1)
     assert data.has_truth(own) and not data.has_truth(nothing_left)
     about = data.describe(own)
-    assert "500" in about and "4.5" in about and "25.0%" in about and "odd" not in about
+    assert "500" in about and "4 m" in about and "25.0%" in about and "odd" not in about
     assert "odd" in data.describe(nothing_left)
     # an absolute path below the root works, and a list without focal lengths gets NYU's camera
     split.write_text(f"{root}/rooms/rgb_0.jpg {root}/rooms/sync_depth_0.png\n")
@@ -319,12 +319,15 @@ def test_an_error_of_the_machine_is_one_sentence_with_the_remedy(error, remedy):
         data.run_command(fail)
 
 
-def test_batches_are_pinned_for_gpus_only_and_read_by_as_many_as_asked():
-    rooms = data.DepthDataset("toy")
-    for device, is_pinned in (("cpu", False), ("cuda", True)):
-        loader = data.load(rooms, torch.device(device), workers=1, batch_size=2)
-        assert (loader.pin_memory, loader.num_workers, loader.batch_size) == (is_pinned, 1, 2)
-    assert data.load(rooms).num_workers == min(8, os.cpu_count() - 1)
+@pytest.mark.parametrize("cores, processes, workers", [(64, 1, 8), (4, 1, 3), (8, 2, 3), (1, 1, 0)])
+def test_batches_are_read_by_the_cores_and_pinned_for_gpus(cores, processes, workers, monkeypatch):
+    monkeypatch.setattr(data, "DataLoader", lambda dataset, **options: options)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    options = data.load("rooms", torch.device("cuda"), batch_size=2)
+    assert options["num_workers"] == workers and options["batch_size"] == 2
+    assert options["pin_memory"] and not data.load("rooms", torch.device("cpu"))["pin_memory"]
+    assert data.load("rooms", workers=5)["num_workers"] == 5
 
 
 def test_rows_of_other_columns_are_refused(tmp_path):
