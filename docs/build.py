@@ -94,7 +94,9 @@ def draw_line(file: str, number: int, dedent: int, terms: dict[str, str]) -> str
             run = html.escape("".join(text[at] for at in run), quote=False)
             part += f'<i class="{style}">{run}</i>' if style else run
         shown += f'<span data-t="{term}">{part}</span>' if term else part
-    return f'<span class="l" data-n="{number}" style="--i:{max(indent - dedent, 0)}">{shown}\n</span>'
+    return (
+        f'<span class="l" data-n="{number}" style="--i:{max(indent - dedent, 0)}">{shown}\n</span>'
+    )
 
 
 def spans(file: str, name: str, show: str) -> list[tuple[int, int]]:
@@ -197,7 +199,9 @@ def fill_eq(attributes: dict, body: str) -> str:
     number, (equation, *rows) = attributes["n"], re.split(r"\n(?=\w+ \| )", body)
     items = ""
     for name, shown, meaning in (row.split(" | ", 2) for row in rows):
-        label = f'<button type="button" data-t="{name}">${shown.strip()}$</button>'
+        spoken = html.escape(re.sub(r"<[^>]+>|[$\\{}]|textstyle", "", meaning.strip()))
+        label = f'<button type="button" data-t="{name}" aria-label="{spoken}">'
+        label += f"${shown.strip()}$</button>"
         items += f"<li>{label} <span>{meaning.strip()}</span></li>"
     display = tex(" ".join(equation.split()), True)
     return (
@@ -274,16 +278,19 @@ def fill_quoted(attributes: dict, body: str) -> str:
     if body:
         columns = [column for column in headings if column != "rmse_log"]
     rows = [line.strip().rsplit(maxsplit=len(columns)) for line in lines.splitlines()]
-    heads = ["", *(headings[c].replace("d<", "δ&lt;") for c in columns)]
-    return table(heads, rows, attributes["label"])
+    return table(["", *(heading(headings[c]) for c in columns)], rows, attributes["label"])
+
+
+def heading(text: str) -> str:
+    """A metric's name as the paper writes it, which may break on a phone."""
+    return text.replace("RMSElog", "RMSE log").replace("d<", "δ&nbsp;&lt; ")
 
 
 def fill_ablation(attributes: dict, body: str) -> str:
     headings, rows = constant("HEADINGS"), demo()["ablation"]
     shown = ["abs_rel", "rmse", "d1"]
     rows = [[name, *(f"{row[c]:.4f}" for c in shown)] for name, row in rows.items()]
-    heads = ["", *(headings[c].replace("d<", "δ&lt;") for c in shown)]
-    return table(heads, rows, attributes["label"])
+    return table(["", *(heading(headings[c]) for c in shown)], rows, attributes["label"])
 
 
 def fill_gradients(attributes: dict, body: str) -> str:
@@ -345,6 +352,7 @@ def value(match: re.Match) -> str:
 def fill(page: str) -> str:
     """The template with its elements, numbers and TeX replaced."""
     names = "|".join(name[5:] for name in globals() if name.startswith("fill_"))
+    page = re.sub(r"(?<=[\d}])\s(?=(?:m|mm|cm|rad|%)(?![\w\"=]))", "\u00a0", page)  # "10 m"
 
     def replace(match: re.Match) -> str:
         attributes = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
@@ -352,7 +360,6 @@ def fill(page: str) -> str:
 
     page = re.sub(rf"<x-({names})\b([^>]*)>(.*?)</x-\1>", replace, page, flags=re.DOTALL)
     page = re.sub(r"\{\{([^}:]+):?([^}]*)\}\}", value, page)
-    page = re.sub(r"(?<=\d)\s(?=(?:m|mm|cm|rad|%)(?![\w\"=]))", "\u00a0", page)
     return re.sub(r"\$([^$\n]+)\$", lambda m: tex(m[1]), page)
 
 
