@@ -1,11 +1,11 @@
 """CaBins: CLIP-based Adaptive Bins for Monocular Depth Estimation, in PyTorch.
 
-How many metres away is what each pixel of one photograph shows? CaBins predicts 256 depth bins for
-the image from CLIP's image embedding (Eq. 1) and condenses them to eight distances, the CaBins
-(Eq. 2). Each distance is written into a text prompt, as a number, and CLIP's frozen text encoder
-encodes it. The text embeddings attend to the image (Eq. 3) and are compared with every location in
-it (Eq. 4). A decoder turns these similarities and the image features into a probability over the
-bins at each pixel. Depth is the expected bin centre (Eq. 5).
+How far away is each pixel of one photograph? CaBins predicts 256 depth bins for the image from
+CLIP's image embedding (Eq. 1) and condenses them to eight distances, the CaBins (Eq. 2). Each
+distance is written into a text prompt, as a number, and CLIP's frozen text encoder encodes it. The
+text embeddings attend to the image (Eq. 3) and are compared with every location in it (Eq. 4). A
+decoder turns these similarities and the image features into a probability over the bins at each
+pixel. Depth is the expected bin centre (Eq. 5).
 
 Read downwards, with the paper beside it. The method comes first, in the paper's order. CLIP
 follows, with the paper's changes to it. Loading and checkpoints come last. Sec. 4.1 is in train.py,
@@ -23,8 +23,8 @@ What the equations do not say:
 - Eq. 2 depends on the unit of depth. In metres e_k is almost the bin centre nearest to the mean of
   its group. In centimetres it would be almost that mean.
 
-Sizes are for one image of 416 x 544 pixels and RN101. A batch adds an axis B in front, except to the
-prompts and γ, which all images share.
+Sizes are for one image of 416 x 544 pixels and RN101. A batch adds an axis B in front, but not to
+the prompts and γ, which all images share.
 
     code       paper    size             what                                             section
     image      I        3 x 416 x 544    colours, normalised; H x W pixels
@@ -526,8 +526,7 @@ def depth_metrics(depth: Tensor, target: Tensor) -> dict[str, Tensor]:
 
 
 # ==== CLIP (Sec. 3.1) =============================================================================
-# Parameters have the names that they have in OpenAI's files. The paper changes CLIP in two places of
-# Sec. 3.2.1: `ResNet` returns all four stages, and in `AttentionPool` every token is a query.
+# Parameters have the names that they have in OpenAI's files.
 
 
 class Architecture(NamedTuple):
@@ -536,7 +535,7 @@ class Architecture(NamedTuple):
     embed_dim: int  # D
     layers: tuple[int, ...]  # ResNet: the blocks of each stage; ViT: the number of blocks
     width: int  # ResNet: channels after the stem; ViT: channels of a token
-    grid: int  # positions along each side of CLIP's own training images
+    grid: int  # locations along each side of an image in CLIP's own training
     text_width: int  # channels of a text token, and therefore of a prompt
     text_layers: int
     is_vit: bool = False
@@ -544,9 +543,8 @@ class Architecture(NamedTuple):
 
     @property
     def channels(self) -> list[int]:
-        """The channels of x1, x2, x3 and x4."""
-        first = self.width // 8 if self.is_vit else self.width * 4
-        return [first * 2**i for i in range(4)]
+        """Those of x1, x2, x3 and x4."""
+        return [(self.width // 8 if self.is_vit else 4 * self.width) * 2**i for i in range(4)]
 
 
 BACKBONES = {
@@ -558,7 +556,7 @@ BACKBONES = {
 
 
 class Bottleneck(nn.Module):
-    """CLIP's residual block. An average pool does the striding, not a convolution."""
+    """CLIP's residual block. Its stride comes from an average pool, not from a convolution."""
 
     def __init__(self, in_channels: int, width: int, stride: int):
         super().__init__()
@@ -582,13 +580,12 @@ class Bottleneck(nn.Module):
 
 
 def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
-    """Resize the grid in positions (1 + n², C), of a global token and n x n others: (1 + hw, C).
+    """Resize positional embeddings, of a global token and a square grid, to (1 + hw, C).
 
-    NOTE(paper silent): Interpolates without aligned corners, as the released code does. The
-    decoder's `resize` aligns them.
+    NOTE(paper silent): Like the released code, we do not align the corners. `resize` aligns them.
     """
     side = math.isqrt(len(positions) - 1)
-    grid = positions[1:].T.unflatten(1, (side, side))[None]  # (1, C, n, n)
+    grid = positions[1:].T.unflatten(1, (side, side))[None]  # (1, C, side, side)
     grid = F.interpolate(grid, size=(h, w), mode="bilinear")  # (1, C, h, w)
     return torch.cat([positions[:1], grid[0].flatten(1).T])  # (1 + hw, C)
 
@@ -596,9 +593,8 @@ def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
 class AttentionPool(nn.Module):
     """CLIP's MHA module (Sec. 3.1): z_bar (B, D) and z (B, D, h, w) from x4 (B, C, h, w).
 
-    CLIP pools: only the mean token x̄ is a query. The paper lets every token be one (Sec. 3.2.1),
-    which gives an embedding to each location. x̄ does not see the other queries, so z_bar is still
-    CLIP's image embedding.
+    CLIP takes only the global token x̄ as a query. In the paper every token is one (Sec. 3.2.1), so
+    each location gets an embedding. Queries do not see each other, and z_bar stays CLIP's own.
     """
 
     def __init__(self, channels: int, embed_dim: int, grid: int):
@@ -621,14 +617,14 @@ class AttentionPool(nn.Module):
 
 
 class ResNet(nn.Module):
-    """CLIP's modified ResNet: (B, 3, H, W) -> pyramid [x1, x2, x3, x4], z_bar (B, D), z (B, D, h, w).
+    """CLIP's modified ResNet: image (B, 3, H, W) to pyramid, z_bar (B, D) and z (B, D, h, w).
 
-    CLIP uses only the last stage. The paper takes all four, for the depth decoder (Sec. 3.2.1).
+    CLIP uses only x4. The paper takes all four stages, for the depth decoder (Sec. 3.2.1).
     """
 
     def __init__(self, layers: tuple[int, ...], width: int, embed_dim: int, grid: int):
         super().__init__()
-        # The stem has three convolutions and an average pool, where ResNet has one and a max pool.
+        # Three convolutions and an average pool; a standard ResNet has one and a max pool.
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
@@ -702,8 +698,8 @@ class CLIP(nn.Module):
         a = self.architecture = architecture
         image_encoder = VisionTransformer if a.is_vit else ResNet
         self.visual = image_encoder(a.layers, a.width, a.embed_dim, a.grid)
-        # Random weights serve the demo and the tests. The tokens keep torch's standard deviation of
-        # 1, where CLIP's own initialisation has 0.02.
+        # Its random weights, of the demo and the tests, keep torch's standard deviation of 1. CLIP's
+        # own initialisation has 0.02.
         self.token_embedding = nn.Embedding(EOT + 1, a.text_width)
         self.positional_embedding = nn.Parameter(torch.randn(a.context_length, a.text_width) * 0.01)
         self.transformer = transformer(a.text_width, a.text_layers, is_causal=True)
@@ -711,23 +707,21 @@ class CLIP(nn.Module):
         projection = torch.randn(a.text_width, a.embed_dim) / a.text_width**0.5
         self.text_projection = nn.Parameter(projection)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's own; Eq. 4 has none
-        # NOTE(differs): The paper freezes the text encoder, and so do we. The released code trains
-        # its token embedding.
+        # NOTE(differs): the text encoder is frozen; the released code trains its token embedding
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith("visual."))
 
     def encode_text(self, ids: Tensor, prompts: Tensor | None = None) -> Tensor:
-        """Text embeddings (L, D) of token ids (L, T), from the start to the end token of each text.
+        """Text embeddings (L, D) of token ids (L, T), each text from [SOT] to [EOT].
 
-        The prompts (N, text_width), if given, stand between the start token and the text, as in
-        CoOp. The encoder is frozen, but gradients pass through it to the prompts.
+            The prompts (N, text_width) stand after [SOT], as in CoOp. Gradients pass through the frozen
+        encoder to them.
 
-        NOTE(differs): Sec. 3.1 encodes 77 positions and the released code 30. We encode the 8 + 9
-        of 8 prompts and a number. An embedding is read at the end token, and the encoder is causal,
-        so the positions after it change nothing.
+        NOTE(differs): Sec. 3.1 encodes 77 positions and the released code 30. We encode 17: 8 prompts,
+        and 9 for a number. The encoder is causal, so positions after [EOT] change nothing.
         """
         x = self.token_embedding(ids)  # (L, T, text_width)
-        end = ids.argmax(-1)  # (L,): the end token has the highest id
+        end = ids.argmax(-1)  # (L,): [EOT] has the highest id
         if prompts is not None:
             prompts = prompts.expand(x.shape[0], -1, -1)  # (L, N, text_width)
             x = torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1)  # (L, N + T, text_width)
@@ -741,12 +735,10 @@ class CLIP(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's ViT: four feature maps and z, all at stride 16, and z_bar, from the class token.
+    """CLIP's ViT. Its four feature maps and z have stride 16; z_bar is the class token's embedding.
 
-    Images are resized to whole patches of 16 x 16 pixels first.
-    NOTE(differs): The paper follows DPT, which takes its features after blocks 3, 6, 9 and 12, and
-    so do we. The released ViT runs by itself, but the network cannot use it: it returns four maps,
-    and the network reads a fifth, [z̄, z]. It also adds the class embedding twice.
+    NOTE(differs): The paper follows DPT, which takes its features after blocks 3, 6, 9 and 12. The
+    released ViT runs, but its network cannot use it: it reads a fifth output, [z̄, z].
     """
 
     def __init__(self, layers: tuple[int], width: int, embed_dim: int, grid: int):
@@ -762,7 +754,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         h, w = (math.ceil(size / 16) for size in image.shape[-2:])
-        image = resize(image, (16 * h, 16 * w))
+        image = resize(image, (16 * h, 16 * w))  # whole patches
         x = self.conv1(image).flatten(2).mT  # (B, hw, width)
         class_token = self.class_embedding.expand(x.shape[0], 1, -1)
         x = torch.cat([class_token, x], dim=1)  # (B, 1 + hw, width)
@@ -777,9 +769,9 @@ class VisionTransformer(nn.Module):
 
 
 def dpt_reassembly(width: int) -> nn.ModuleList:
-    """DPT's stages that bring ViT's four feature maps from stride 16 to 4, 8, 16 and 32.
+    """DPT's stages, which bring ViT's four feature maps from stride 16 to 4, 8, 16 and 32.
 
-    NOTE(paper silent): the channels are those of DPT for ViT-B, 96, 192, 384 and 768.
+    NOTE(paper silent): The channels are those of DPT for ViT-B: 96, 192, 384 and 768.
     """
     c1, c2, c3, c4 = width // 8, width // 4, width // 2, width
     stages = [
@@ -795,7 +787,7 @@ def dpt_reassembly(width: int) -> nn.ModuleList:
 
 
 def check_config(config: Config) -> None:
-    """Raise ValueError, which names the setting, for a config that no network can have."""
+    """Raise ValueError for an invalid config. The message names the setting."""
     for name, choices in (("backbone", BACKBONES), ("distance_class", DISTANCE_CLASSES)):
         if (value := getattr(config, name)) not in choices:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
@@ -804,14 +796,14 @@ def check_config(config: Config) -> None:
             raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
     for name, limit in (("focal", 0), ("min_depth", 0), ("max_depth", config.min_depth)):
         value = getattr(config, name)
-        if not isinstance(value, (int, float)) or not limit < value < math.inf:
-            raise ValueError(f"{name} is {value!r}; it must be a number above {limit}")
-    k, most = config.n_cabins, 77 - 7 - len(f"{config.max_depth:.0f}")  # CLIP's positions
-    if config.n_bins % k or (config.distance_class == "semantic" and k != len(SEMANTIC_BINS)):
-        must = f"divide n_bins, {config.n_bins}, and be 8 for the 8 semantic bins"
-        raise ValueError(f"n_cabins is {k}; it must {must}")
-    if config.n_prompts > most:
-        raise ValueError(f"n_prompts is {config.n_prompts}; at most {most} fit before a number")
+        if not isinstance(value, (int, float)) or not limit < value < 1e6:
+            raise ValueError(f"{name} is {value!r}; it must be a number above {limit}, below 1e6")
+    if config.n_bins % config.n_cabins:
+        raise ValueError(f"n_cabins is {config.n_cabins}; it must divide n_bins, {config.n_bins}")
+    if config.distance_class == "semantic" and config.n_cabins != len(SEMANTIC_BINS):
+        raise ValueError(f"n_cabins is {config.n_cabins}; the semantic bins are 8")
+    if config.n_prompts > 60:  # CLIP has 77 positions
+        raise ValueError(f"n_prompts is {config.n_prompts}; at most 60 leave room for a number")
 
 
 CLIP_URL = "https://openaipublic.azureedge.net/clip/models/{sha256}/{name}.pt"
@@ -823,7 +815,7 @@ CLIP_SHA256 = {
 
 
 def download(url: str, file: str, sha256: str) -> Path:
-    """The path of `file` in torch.hub's cache. It is fetched if it is not there, and checked."""
+    """The path of `file` in torch.hub's cache, downloaded if missing. Its SHA-256 is checked."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / file
     try:
         if not path.exists():
@@ -852,7 +844,7 @@ def load_clip(name_or_path: str | Path) -> CLIP:
     other = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # not weights
     state = {k: v.float() for k, v in state.items() if torch.is_tensor(v) and not k.endswith(other)}
     if missing := {"positional_embedding", "text_projection"} - state.keys():
-        raise ValueError(f"{path} is no CLIP with its two encoders: it has no {min(missing)}")
+        raise ValueError(f"{path} is not a whole CLIP: it has no {min(missing)}")
     kind = ("visual.proj" in state, *state["text_projection"].shape)
     for a in BACKBONES.values():  # `load_strictly` compares all other sizes
         if kind == (a.is_vit, a.text_width, a.embed_dim):
@@ -869,7 +861,7 @@ def read_tensors(path: Path, expected: str) -> dict:
     try:
         if is_zip := zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # torch does not check the sums of the parts
+                if damaged := archive.testzip():  # torch does not check these checksums
                     raise ValueError(damaged)
                 is_zip = any(name.endswith("/constants.pkl") for name in archive.namelist())
         content = read_torchscript(path) if is_zip else torch.load(path, "cpu", weights_only=True)
@@ -882,12 +874,14 @@ def read_tensors(path: Path, expected: str) -> dict:
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """The tensors of a TorchScript archive, by name. Its code is left alone."""
+    """The tensors of a TorchScript archive, by name. No code of the archive runs."""
     dtypes = {"HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long}
-    Module = type("Module", (), {})  # stands for every class of the archive
+    Module = type("Module", (), {})  # replaces every class of the archive
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
+            if module == "torch.jit._pickle":  # builds lists of numbers
+                return list
             others = {"OrderedDict": dict, "_rebuild_tensor_v2": rebuild}
             return Module if module.startswith("__torch__") else (dtypes | others)[name]
 
@@ -921,8 +915,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -
         raise ValueError(f"{source} does not fit the network: {what} …") from None
 
 
-RENAMED = {  # how names begin in the authors' checkpoints and in our earlier ones, and here
-    "module.": "",
+RENAMED = {  # how names begin in the authors' checkpoints or in our earlier ones, and how here
     "contexts": "prompts",
     "gamma": "trans_decoder.gamma",
     "clip_model.": "clip.",
@@ -966,24 +959,23 @@ def read_checkpoint(path: str | Path) -> dict:
     state = content.get("model")
     if not (state and isinstance(state, dict) and all(map(torch.is_tensor, state.values()))):
         raise ValueError(f"{path} is no checkpoint of CaBins: it has no 'model' of tensors")
-    state = content["model"] = dict(state)
+    if "contexts" in (state := {k.removeprefix("module."): v for k, v in state.items()}):
+        state["contexts"] = state["contexts"].squeeze(0)  # the authors' prompts are (1, N, 512)
     for old, new in RENAMED.items():
         for name in [name for name in state if name.startswith(old)]:
             state[new + name.removeprefix(old)] = state.pop(name)
-    return content
+    return content | {"model": state}
 
 
 def restore(content: dict, source: object, max_depth: float | None = None) -> CaBins:
-    """The network in what `read_checkpoint` gave for `source`, in eval mode."""
+    """Build the network from what `read_checkpoint` gave, in eval mode. Errors name the `source`."""
     state, settings = content["model"], content.get("config")
     if settings is None:  # the authors'
         if max_depth is None:
             raise ValueError(f"{source} is the authors': give max_depth, 10 for NYU, 80 for KITTI")
-        settings = {"max_depth": max_depth}
-        settings |= {"longer_side": 1216, "focal": 721.54} if max_depth > 10 else {}  # KITTI's
-        if "prompts" in state:
-            state["prompts"] = state["prompts"].squeeze(0)  # theirs is (1, N, 512)
-    settings = {{"image_width": "longer_side"}.get(k, k): v for k, v in settings.items()}
+        kitti = {"longer_side": 1216, "focal": 721.54}
+        settings = {"max_depth": max_depth} | (kitti if max_depth > 10 else {})
+    settings = {k.replace("image_width", "longer_side"): v for k, v in settings.items()}
     try:
         config = Config(**settings)
     except TypeError as error:
@@ -997,9 +989,8 @@ def restore(content: dict, source: object, max_depth: float | None = None) -> Ca
 
 
 def load_checkpoint(path: str | Path, max_depth: float | None = None, map_location="cpu") -> CaBins:
-    """The network of a checkpoint, ours or the authors', in eval mode; its `config` describes it.
+    """The network of a checkpoint, in eval mode. `max_depth` is needed for those of the authors.
 
-    The authors' checkpoints do not store their depth range, so `max_depth` must be given for them.
     Raises FileNotFoundError or ValueError, which names the file.
     """
     return restore(read_checkpoint(path), path, max_depth).to(map_location)
@@ -1015,7 +1006,7 @@ class Inference(NamedTuple):
 
 
 def open_picture(path: str | Path, what: str = "a picture") -> Image.Image:
-    """Decode an image file. Raises ValueError, which names the file and says `what` it is not."""
+    """Decode an image file. Raises ValueError, which names the file and `what` was expected."""
     try:
         image = Image.open(path)
         image.load()
@@ -1025,7 +1016,7 @@ def open_picture(path: str | Path, what: str = "a picture") -> Image.Image:
 
 
 def read_picture(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-    """The picture as uint8 (H, W, 3), upright. Raises ValueError for what is no such picture."""
+    """The picture as uint8 (H, W, 3), upright by EXIF. Raises ValueError for anything else."""
     if isinstance(picture, (str, Path)):
         picture = open_picture(picture)
     if isinstance(picture, Image.Image):
@@ -1049,7 +1040,7 @@ def mean_and_std(image: Tensor) -> Tensor:
 
 
 def to_training_size(image: Tensor, longer_side: int) -> Tensor:
-    """Resize (B, 3, H, W) to the longer side of the training images, and to at least 64 pixels."""
+    """Resize (B, 3, H, W) to this longer side. A shorter side becomes at least 64."""
     factor = longer_side / max(image.shape[-2:])
     size = [max(64, round(side * factor)) for side in image.shape[-2:]]
     return F.interpolate(image, size, mode="bilinear", antialias=True)
@@ -1057,7 +1048,7 @@ def to_training_size(image: Tensor, longer_side: int) -> Tensor:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the network in eval mode inside, and back into its earlier mode after."""
+    """Put the network in eval mode, and then back into the mode that it had."""
     was_training = model.training
     model.eval()
     try:
@@ -1069,7 +1060,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 @torch.inference_mode()
 def predict_one(model: CaBins, image: Tensor, size: tuple) -> tuple[Inference, np.ndarray]:
     """`Inference` with maps of this size, and s (K, h, w), for one normalised image (1, 3, H, W)."""
-    kept = []  # a Prediction leaves out p, which is large, so a hook keeps it
+    kept = []  # a Prediction has no p, which is large; a hook keeps it here
     hook = model.depth_decoder.register_forward_hook(lambda module, inputs, p: kept.append(p))
     with hook, eval_mode(model):
         d, c, e, s = model(image.to(next(model.parameters()).device), upsample=False)
@@ -1090,8 +1081,7 @@ def to_input(model: CaBins, picture: np.ndarray) -> Tensor:
 def infer(model: CaBins, picture: str | Path | Image.Image | np.ndarray) -> Inference:
     """Depth of a picture of any size: a path, a PIL image, or a uint8 array (H, W, 3).
 
-    The network sees it at the size of its training images. An enclosing `torch.autocast` sets the
-    precision. Raises ValueError for what is no picture.
+    The network sees it at the size of its training images. Raises ValueError for anything else.
     """
     picture = read_picture(picture)
     inference, _ = predict_one(model, to_input(model, picture), picture.shape[:2])
