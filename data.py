@@ -25,9 +25,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.utils import save_image
 
-from cabins import Config, download, mean_and_std, open_picture, read_picture, write_whole
+from cabins import Config, download, mean_and_std, open_picture, read_picture
 
 
 class Recipe(NamedTuple):
@@ -42,6 +41,7 @@ class Recipe(NamedTuple):
     gamma: float = 0.1
     colour: float = 0.1
     focal: float = 518.86  # focal length of the camera in pixels; the default is NYU's
+    frame: tuple[int, int] = (64, 64)  # least rows and columns of an image
     folders: tuple[str, ...] = ("",)  # folders below the root in which a list's paths may begin
 
 
@@ -52,8 +52,10 @@ KITTI_FOLDERS = ("", "raw", "raw_data", "kitti_raw") + tuple(
     for part in ("train", "val", "total", "")
 )
 DATASETS = {
-    "nyu": Recipe(10.0, 1000.0, (416, 544), 2.5, 0.25, folders=NYU_FOLDERS),
-    "kitti": Recipe(80.0, 256.0, (352, 704), 1.0, focal=721.54, folders=KITTI_FOLDERS),
+    "nyu": Recipe(crop=(416, 544), brightness=0.25, frame=(480, 640), folders=NYU_FOLDERS),
+    "kitti": Recipe(
+        80.0, 256.0, (352, 704), 1.0, focal=721.54, frame=(352, 1216), folders=KITTI_FOLDERS
+    ),
     "toy": Recipe(crop=(96, 128), rotation=0.0, focal=100.0),  # rooms drawn on the fly
     "list": Recipe(),  # your own pairs
 }
@@ -71,18 +73,12 @@ TOY_ROOMS = {"train": range(640), "test": range(1_000_000, 1_000_064)}
 
 
 def fixed_crop(name: str, height: int, width: int, train: bool) -> tuple[int, int, int, int]:
-    """The part of a frame that is used: top, bottom, left, right. ValueError for a wrong size."""
-    if name == "nyu":
-        if (height, width) != (480, 640):
-            raise ValueError(f"{height} x {width} pixels; NYU's images have 480 x 640")
-        return (45, 472, 43, 608) if train else (0, 480, 0, 640)  # without the white border
+    """The part of a frame that is used: top, bottom, left, right."""
+    if name == "nyu" and train:
+        return 45, 472, 43, 608  # without the white border
     if name == "kitti":  # the "KB" crop: the lower, middle part of the frame
-        if height < 352 or width < 1216:
-            raise ValueError(f"{height} x {width} pixels; KITTI's images have at least 352 x 1216")
         top, left = height - 352, (width - 1216) // 2
         return top, top + 352, left, left + 1216
-    if min(height, width) < 64:
-        raise ValueError(f"{height} x {width} pixels; the network needs at least 64 x 64")
     return 0, height, 0, width
 
 
@@ -113,13 +109,7 @@ class DepthDataset(Dataset):
     """
 
     def __init__(
-        self,
-        name: str,
-        root: str | Path | None = None,
-        split: str | Path | None = None,
-        train: bool = False,
-        depth_scale: float | None = None,
-        max_depth: float | None = None,
+        self, name: str, root=None, split=None, train=False, depth_scale=None, max_depth=None
     ):
         if name not in DATASETS:
             raise ValueError(f"data is {name!r}; it must be one of {', '.join(DATASETS)}")
@@ -128,7 +118,7 @@ class DepthDataset(Dataset):
         self.recipe = DATASETS[name]._replace(**given)
         self.name, self.train, part = name, train, "train" if train else "test"
         self.n_left_out = 0  # lines without ground truth
-        self.size_to_train = None  # of own pairs: all must have the size of the first
+        self.size_to_train = (480, 640) if name == "nyu" else None  # all must have this size
         if name == "toy":
             if root or split or depth_scale:
                 raise ValueError("toy rooms take no --root, list or --depth-scale: add --data")
@@ -176,7 +166,8 @@ class DepthDataset(Dataset):
         path, depth_path = self.pairs[i]
         image, depth = read_image(path), read_depth(depth_path, self.recipe.depth_scale)
         if image.shape[:2] != depth.shape:
-            raise ValueError(f"{path} has {image.shape[:2]} pixels, {depth_path} {depth.shape}")
+            sizes = f"has {image.shape[:2]} rows and columns, but {depth_path} {depth.shape}"
+            raise ValueError(f"{path} {sizes}")
         return image, depth, path
 
     def read_labelled(self, i: int) -> tuple[np.ndarray, np.ndarray, str]:
@@ -197,14 +188,14 @@ class DepthDataset(Dataset):
 
     def __getitem__(self, i: int) -> dict:
         image, depth, path = self.read(i)
-        height, width = depth.shape
-        if self.size_to_train not in (None, (height, width)):
-            first = "but the first of the list {} x {}".format(*self.size_to_train)
-            raise ValueError(f"{path} has {height} x {width} pixels, {first}: train on one size")
-        try:
-            top, bottom, left, right = fixed_crop(self.name, height, width, self.train)
-        except ValueError as error:
-            raise ValueError(f"{path} has {error}") from None
+        size, least = depth.shape, self.recipe.frame
+        is_small = size[0] < least[0] or size[1] < least[1]
+        if is_small or size != (self.size_to_train or size):
+            must = (
+                f"at least {least}" if is_small else f"{self.size_to_train}, to train on one size"
+            )
+            raise ValueError(f"{path} has {size} rows and columns; it needs {must}")
+        top, bottom, left, right = fixed_crop(self.name, *size, self.train)
         image = torch.from_numpy(image[top:bottom, left:right].copy()).permute(2, 0, 1)  # (3, h, w)
         depth = torch.from_numpy(depth[top:bottom, left:right].copy())[None]  # (1, h, w)
         if self.name == "list":  # values above the range, such as 65535, often stand for none
@@ -212,7 +203,7 @@ class DepthDataset(Dataset):
         if not self.train:
             mean, std = mean_and_std(image)
             image = (image / 255 - mean) / std
-        return {"image": image, "depth": depth, "path": path, "size": torch.tensor([height, width])}
+        return {"image": image, "depth": depth, "path": path, "size": torch.tensor(size)}
 
 
 def read_list(name: str, part: str, split: str | Path | None) -> list[list[str]]:
@@ -284,11 +275,7 @@ def denormalize(image: Tensor) -> Tensor:
 
 
 def augment(
-    image: Tensor,
-    depth: Tensor,
-    recipe: Recipe | str,
-    generator: torch.Generator | None = None,
-    share: tuple[int, int] = (0, 1),
+    image: Tensor, depth: Tensor, recipe: Recipe | str, generator=None, share=(0, 1)
 ) -> tuple[Tensor, Tensor]:
     """Random rotation, crop, flip and colour of a batch, by a Recipe or the name of one.
 
@@ -389,25 +376,6 @@ def has_truth(dataset: DepthDataset) -> bool:
     low, high = Config.min_depth, dataset.recipe.max_depth
     depths = (dataset[i]["depth"] for i in range(len(dataset)))
     return any(((depth > low) & (depth < high)).any() for depth in depths)
-
-
-def check(args: argparse.Namespace) -> None:
-    """Print what there is of a data set, and draw eight test pairs. Raises for what is broken."""
-    for part in ("test",) if str(args.root).endswith(".mat") else ("train", "test"):
-        split, scale = getattr(args, f"{part}_split"), (args.depth_scale, args.max_depth)
-        dataset = DepthDataset(args.data, args.root, split, part == "train", *scale)
-        print(f"{part}: {describe(dataset)}")
-        n, top = len(dataset), dataset.recipe.max_depth
-        for i in range(0, n, 1 if n <= 1000 else n // 8):
-            dataset[i]  # raises what training would meet, perhaps only after hours
-    samples = [dataset[i] for i in range(0, n, -(-n // 8))]
-    cells = [denormalize(sample["image"]) for sample in samples]
-    cells += [sample["depth"].expand(3, -1, -1) / top for sample in samples]
-    cells = [F.interpolate(cell[None], (192, 256))[0] for cell in cells]
-    path = Path(args.out) / f"check_{args.data}_0_to_{top:g}_m.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda partial: save_image(cells, partial, nrow=len(samples), format="png"))
-    print(f"{path} shows test images above their depths, black to white: do they belong together?")
 
 
 # ---- What all scripts share ----------------------------------------------------------------------
@@ -541,11 +509,17 @@ def run_command(main: Callable[[], object]) -> None:
 
 
 def main() -> None:
-    parser = Parser(description="Check a data set, and show eight test pairs.")
+    parser = Parser(description="Check a data set: its files, scale and range.")
     parser.add_argument("data", choices=DATASETS)
-    group = add_data_options(parser)
-    group.add_argument("--out", metavar="DIR", default="runs", help="folder of the picture")
-    check(parser.parse_args())
+    add_data_options(parser)
+    args = parser.parse_args()
+    for part in ("test",) if str(args.root).endswith(".mat") else ("train", "test"):
+        split, scale = getattr(args, f"{part}_split"), (args.depth_scale, args.max_depth)
+        dataset = DepthDataset(args.data, args.root, split, part == "train", *scale)
+        print(f"{part}: {describe(dataset)}")
+        n = len(dataset)
+        for i in range(0, n, 1 if n <= 1000 else n // 8):
+            dataset[i]  # raises what training would meet, perhaps only after hours
 
 
 if __name__ == "__main__":

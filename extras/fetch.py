@@ -16,7 +16,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch.nn.functional as F
 from torchvision.datasets.utils import calculate_md5
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 import data
@@ -252,14 +254,27 @@ def raise_for(failures: dict[str, tuple[int, str]], n_files: int) -> None:
         raise ValueError(f"{n_missing} of {n_files} files could not be had ({text}); {remedy}")
 
 
+def draw_pairs(path: Path, dataset: data.DepthDataset) -> None:
+    """Draw eight images above their depths, which go from black, 0 m, to white, the range's end."""
+    n = len(dataset)
+    samples = [dataset[i] for i in range(0, n, -(-n // 8))]
+    cells = [data.denormalize(sample["image"]) for sample in samples]
+    cells += [sample["depth"].expand(3, -1, -1) / dataset.recipe.max_depth for sample in samples]
+    cells = [F.interpolate(cell[None], (192, 256))[0] for cell in cells]
+    write_whole(path, lambda partial: save_image(cells, partial, nrow=len(samples), format="png"))
+    print(f"{path} shows test images above their depths: do they belong together?")
+
+
 def main() -> None:
     parser = data.Parser(description="Fetch what is missing of a data set, and check it.")
     parser.add_argument("data", choices=LICENCES)
-    group = data.add_data_options(parser)
-    group.add_argument("--out", metavar="DIR", default="runs", help="folder of the check's picture")
+    data.add_data_options(parser)
     args = parser.parse_args()
     fetch(args.data, args.root, args.train_split, args.test_split)
-    data.check(args)
+    data.main()  # the same options
+    scale = (args.depth_scale, args.max_depth)
+    test_set = data.DepthDataset(args.data, args.root, args.test_split, False, *scale)
+    draw_pairs(Path(args.root) / f"check_{args.data}.png", test_set)
 
 
 if __name__ == "__main__":
