@@ -296,10 +296,12 @@ def find_pictures(arguments: list[str]) -> tuple[list[Path], int]:
         found = path.glob("*") if path.is_dir() else map(Path, glob.iglob(argument, recursive=True))
         chosen = [path] if path.is_file() else []
         for path in [] if chosen else sorted(found):
-            if path.is_dir() or path.name[0] == "." or path.suffix.lower() not in PICTURES:
-                left_out["folder" if path.is_dir() else path.suffix or path.name] += 1
-            else:
+            kind = "folder" if path.is_dir() else path.suffix.lower() or "without suffix"
+            kind = "hidden" if path.name.startswith(".") else kind
+            if kind in PICTURES:
                 chosen.append(path)
+            else:
+                left_out[kind] += 1
         if left_out:
             kinds = ", ".join(f"{n} {kind}" for kind, n in left_out.items())
             print(f"{argument}: {left_out.total()} are no pictures and are left out: {kinds}")
@@ -336,8 +338,8 @@ def write_picture(path: Path, start: Path, model: cabins.CaBins, args) -> str:
     """Write the files of a picture, whose names begin with `start`; return a line about it."""
     from matplotlib.figure import Figure
 
-    image, top = cabins.open_picture(path), model.config.max_depth
-    picture = cabins.read_picture(image)
+    with cabins.open_picture(path) as image:  # it closes files of several frames
+        picture, n_frames = cabins.read_picture(image), getattr(image, "n_frames", 1)
     with data.autocast(next(model.parameters()).device, args.amp):
         found, s = cabins.predict_one(model, cabins.to_input(model, picture), picture.shape[:2])
     depth, files = found.depth, [f"{start}_depth.png", f"{start}_colour.png"]
@@ -350,15 +352,15 @@ def write_picture(path: Path, start: Path, model: cabins.CaBins, args) -> str:
     cabins.write_whole(files[1], lambda partial: colours.save(partial, "png"))
     for name, values in (("depth", depth), ("std", found.std)):
         about = f"{name} by CaBins, {args.checkpoint}, "
-        files.append(write_depth(f"{start}_{name}", values, top, 1000, about))
+        files.append(write_depth(f"{start}_{name}", values, model.config.max_depth, 1000, about))
     if args.explain is not None:
         files.append(f"{start}_explained.png")
         draw_explained(files[-1], picture, model.config, found, s)
     line = f"{depth.min():.2f} to {depth.max():.2f} m, median {np.median(depth):.2f} m"
     if image.mode.startswith("I"):
         line += f"; its greatest grey value, {np.max(image)}, is white"
-    if (n := getattr(image, "n_frames", 1)) > 1:
-        line += f"; only the first of its {n} frames or pages is read"
+    if n_frames > 1:
+        line += f"; only the first of its {n_frames} frames or pages is read"
     return f"{line}; {', '.join(Path(file).name for file in files)}"
 
 
