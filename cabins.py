@@ -698,8 +698,7 @@ class CLIP(nn.Module):
         a = self.architecture = architecture
         image_encoder = VisionTransformer if a.is_vit else ResNet
         self.visual = image_encoder(a.layers, a.width, a.embed_dim, a.grid)
-        # Its random weights, of the demo and the tests, keep torch's standard deviation of 1. CLIP's
-        # own initialisation has 0.02.
+        # Where no weights are loaded (demo, tests), tokens keep torch's standard deviation of 1.
         self.token_embedding = nn.Embedding(EOT + 1, a.text_width)
         self.positional_embedding = nn.Parameter(torch.randn(a.context_length, a.text_width) * 0.01)
         self.transformer = transformer(a.text_width, a.text_layers, is_causal=True)
@@ -714,10 +713,9 @@ class CLIP(nn.Module):
     def encode_text(self, ids: Tensor, prompts: Tensor | None = None) -> Tensor:
         """Text embeddings (L, D) of token ids (L, T), each text from [SOT] to [EOT].
 
-            The prompts (N, text_width) stand after [SOT], as in CoOp. Gradients pass through the frozen
-        encoder to them.
-
-        NOTE(differs): Sec. 3.1 encodes 77 positions and the released code 30. We encode 17: 8 prompts,
+            The prompts (N, text_width) stand after [SOT], as in CoOp. Gradients pass to them through
+        the frozen encoder.
+        NOTE(differs): Sec. 3.1 encodes 77 positions, the released code 30. We encode 17: 8 prompts,
         and 9 for a number. The encoder is causal, so positions after [EOT] change nothing.
         """
         x = self.token_embedding(ids)  # (L, T, text_width)
@@ -968,7 +966,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def restore(content: dict, source: object, max_depth: float | None = None) -> CaBins:
-    """Build the network from what `read_checkpoint` gave, in eval mode. Errors name the `source`."""
+    """Build the network, in eval mode, from what `read_checkpoint` gave for `source`."""
     state, settings = content["model"], content.get("config")
     if settings is None:  # the authors'
         if max_depth is None:
@@ -1059,7 +1057,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @torch.inference_mode()
 def predict_one(model: CaBins, image: Tensor, size: tuple) -> tuple[Inference, np.ndarray]:
-    """`Inference` with maps of this size, and s (K, h, w), for one normalised image (1, 3, H, W)."""
+    """`Inference` with maps of this size, and s (K, h, w), of one normalised image."""
     kept = []  # a Prediction has no p, which is large; a hook keeps it here
     hook = model.depth_decoder.register_forward_hook(lambda module, inputs, p: kept.append(p))
     with hook, eval_mode(model):
