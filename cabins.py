@@ -713,7 +713,7 @@ class CLIP(nn.Module):
     def encode_text(self, ids: Tensor, prompts: Tensor | None = None) -> Tensor:
         """Text embeddings (L, D) of token ids (L, T), each text from [SOT] to [EOT].
 
-            The prompts (N, text_width) stand after [SOT], as in CoOp. Gradients pass to them through
+        The prompts (N, text_width) stand after [SOT], as in CoOp. Gradients pass to them through
         the frozen encoder.
         NOTE(differs): Sec. 3.1 encodes 77 positions, the released code 30. We encode 17: 8 prompts,
         and 9 for a number. The encoder is causal, so positions after [EOT] change nothing.
