@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -117,13 +118,6 @@ def tiny_checkpoint(tiny, tmp_path_factory) -> Path:
 def few_rooms(monkeypatch):
     rooms = {"train": range(8), "test": range(1_000_000, 1_000_002)}
     monkeypatch.setattr(data, "TOY_ROOMS", rooms)
-
-
-@pytest.fixture
-def no_figures(monkeypatch):
-    """Drawing figures takes longer than a short run. Other tests draw them."""
-    for name in ("draw_samples", "draw_curves"):
-        monkeypatch.setattr(train, name, lambda *_, **__: None, raising=False)
 
 
 class Ran(NamedTuple):

@@ -1,8 +1,14 @@
 # ruff: noqa: F403, F405
 from common import *
-from part_paper import Evil
 
 # ---- Wrong commands: one sentence, which names the file or the option ----------------------------
+
+
+class Evil:
+    """What pickle would build by running a command."""
+
+    def __reduce__(self):
+        return os.system, ("touch was_run",)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +78,9 @@ def broken(tmp_path_factory) -> Path:
     }
     for name, value in files.items():
         torch.save(value, root / f"{name}.pt")
+    with zipfile.ZipFile(root / "script.pt", "w") as archive:  # as TorchScript's are
+        archive.writestr("script/data.pkl", pickle.dumps(Evil()))
+        archive.writestr("script/constants.pkl", pickle.dumps(()))
     whole = bytearray((root / "tiny.pt").read_bytes())
     (root / "cut.pt").write_bytes(whole[:100_000])
     whole[len(whole) // 2] ^= 1
@@ -108,10 +117,10 @@ WRONG = {
     TRAIN: "[cut].txt | nothing.txt [] | [8bit].txt | sizes.txt [narrow] | two.txt [narrow] | [small].txt"
     " | good.txt --clip [none.pt] | good.txt --clip [a] | good.txt --clip [text.pt]"
     " | good.txt --clip [void.pt] | good.txt --clip [list.pt] | good.txt --clip [other.pt]"
-    " | good.txt --clip [less.pt] | good.txt --clip [noclip.pt] | good.txt --clip [evil.pt]",
+    " | good.txt --clip [less.pt] | good.txt --clip [noclip.pt] | good.txt --clip [evil.pt] | good.txt --clip [script.pt]",
     "eval.py": "[none.pt] | [a] | [cut.pt] | [bit.pt] | [text.pt] | [void.pt] | [list.pt]"
     " | [other.pt] | [numbers.pt] | [newer.pt] | [shapes.pt] | [setting.pt] | [noconfig.pt] | [nan.pt]"
-    " | [evil.pt] | [theirs.pt] | [tiny.pt] | [args.pt] | theirs.pt --released [moon]",
+    " | [evil.pt] | [script.pt] | [theirs.pt] | [tiny.pt] | [args.pt] | theirs.pt --released [moon]",
     "eval.py tiny.pt": "[--released] nyu | --data [nyu] | --data [moon] | --data toy [--root] ."
     " | --data toy [--train-split] good.txt | --data toy --device [cuda] | --data toy --amp [half]"
     " | --data list --root . --split [none.txt] | --data list --root . --split [cut].txt"
