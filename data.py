@@ -118,7 +118,7 @@ class DepthDataset(Dataset):
         self.recipe = DATASETS[name]._replace(**given)
         self.name, self.train, part = name, train, "train" if train else "test"
         self.n_left_out = 0  # lines without ground truth
-        self.size_to_train = (480, 640) if name == "nyu" else None  # all must have this size
+        self.size_to_train = (480, 640) if name == "nyu" else None  # which all images must have
         if name == "toy":
             if root or split or depth_scale:
                 raise ValueError("toy rooms take no --root, list or --depth-scale: add --data")
@@ -127,13 +127,16 @@ class DepthDataset(Dataset):
             return
         if root is None:
             raise ValueError(f"data {name!r} needs --root, the folder that holds it")
+        root, may_be_mat = Path(root), name == "nyu" and not train
+        if not (root.is_dir() or may_be_mat and root.suffix == ".mat" and root.is_file()):
+            raise FileNotFoundError(f"--root {root}: no such folder; {name} {part} must lie there")
         lines = read_list(name, part, split)
         self.checksum = zlib.crc32(str(lines).encode())  # tells lists apart
         names = [fields[:2] for fields in lines if fields[1] != "None"]
         self.n_left_out = len(lines) - len(names)
         if not names:
             raise ValueError(f"the {part} list for --data {name} names no pair of image and depth")
-        self.find_pairs(Path(root), names)
+        self.find_pairs(root, names)
         if name == "list" and train:
             self.size_to_train = self.read(0)[1].shape
             _, _, *focal = lines[0]  # a list without focal lengths gets NYU's camera, in proportion
@@ -142,16 +145,14 @@ class DepthDataset(Dataset):
 
     def find_pairs(self, root: Path, names: list[list[str]]) -> None:
         """Find the files of all pairs, or NYU's .mat in their stead, and choose `read`."""
-        is_nyu_test = self.name == "nyu" and not self.train
-        if not (root.is_dir() or is_nyu_test and root.suffix == ".mat" and root.is_file()):
-            raise FileNotFoundError(f"--root {root}: no such folder; {self.name} must lie there")
         find_image, find_depth = (Finder(root, self.recipe.folders) for _ in range(2))
         self.pairs = [(find_image(image), find_depth(depth)) for image, depth in names]
         self.read = self.read_files
         missing = [names[i][k] for i, pair in enumerate(self.pairs) for k in (0, 1) if not pair[k]]
         mat = root / NYU_MAT if root.is_dir() else root
+        has_mat = self.name == "nyu" and not self.train and mat.is_file()
         numbers = [re.sub(r"\D", "", Path(image).stem) for image, _ in names]  # they start at 0
-        if missing and is_nyu_test and mat.is_file() and all(numbers):
+        if missing and has_mat and all(numbers):
             self.pairs, self.read = [(mat, int(n)) for n in numbers], self.read_labelled
         elif missing:
             n = f"{len(missing)} of the {2 * len(names)} files in the list"
@@ -191,10 +192,8 @@ class DepthDataset(Dataset):
         size, least = depth.shape, self.recipe.frame
         is_small = size[0] < least[0] or size[1] < least[1]
         if is_small or size != (self.size_to_train or size):
-            must = (
-                f"at least {least}" if is_small else f"{self.size_to_train}, to train on one size"
-            )
-            raise ValueError(f"{path} has {size} rows and columns; it needs {must}")
+            must = f"at least {least}" if is_small else self.size_to_train
+            raise ValueError(f"{path} has {size} rows and columns; all must have {must}")
         top, bottom, left, right = fixed_crop(self.name, *size, self.train)
         image = torch.from_numpy(image[top:bottom, left:right].copy()).permute(2, 0, 1)  # (3, h, w)
         depth = torch.from_numpy(depth[top:bottom, left:right].copy())[None]  # (1, h, w)
@@ -207,7 +206,7 @@ class DepthDataset(Dataset):
 
 
 def read_list(name: str, part: str, split: str | Path | None) -> list[list[str]]:
-    """The fields of each line, `image depth focal`. Without `split`, of the authors' list."""
+    """The fields `image depth focal` of each line; without `split`, of the authors' own list."""
     if split is None:
         if name not in LIST_FILES:
             raise ValueError(f"data {name!r} needs --{part}-split, a list of its {part} pairs")
