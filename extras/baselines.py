@@ -1,0 +1,57 @@
+"""Two baselines that do not look at the image: python -m extras.baselines [--data list --root DIR …]
+
+The first predicts one depth for all pixels of all images, the best there is by AbsRel. The second
+predicts the mean depth map of the training set.
+"""
+
+import torch
+
+import cabins
+import data
+from eval import Predict, evaluate, format_table
+
+
+def best_constant(test_set: data.DepthDataset) -> float:
+    """The depth, in metres, that has the least AbsRel over all pixels of the test set.
+
+    Σ |c - d*| / d* is least at the median of the depths d*, weighted by 1 / d*. Every fourth row
+    and column is enough to find it.
+    """
+    depths = [test_set[i]["depth"][:, ::4, ::4] for i in range(len(test_set))]
+    depths = torch.cat([depth[depth > 0] for depth in depths]).sort().values
+    if not len(depths):
+        raise ValueError(f"none of the {len(test_set)} test images has ground truth")
+    weights = (1 / depths).cumsum(0)
+    return depths[torch.searchsorted(weights, weights[-1] / 2)].item()
+
+
+def mean_depth(dataset: data.DepthDataset, n: int = 256) -> torch.Tensor:
+    """The mean of the first n depth maps (1, 1, h, w), in metres; 0 where none has a depth."""
+    depths = torch.stack([dataset[i]["depth"] for i in range(min(n, len(dataset)))])
+    return depths.sum(0, keepdim=True) / (depths > 0).sum(0, keepdim=True).clamp(min=1)
+
+
+def constantly(depth: torch.Tensor) -> Predict:
+    """A function from images to depth that returns this map for every image, at its size."""
+    return lambda image: cabins.resize(depth, image.shape[-2:])
+
+
+def main() -> None:
+    parser = data.Parser(description=__doc__.split(":")[0])
+    group = data.add_data_options(parser)
+    group.add_argument("--data", choices=data.DATASETS, default="toy", help="default: toy")
+    args = parser.parse_args()
+    scale = (args.depth_scale, args.max_depth)
+    dataset = data.DepthDataset(args.data, args.root, args.train_split, True, *scale)
+    test_set = data.DepthDataset(args.data, args.root, args.test_split, False, *scale)
+    constant = best_constant(test_set)
+    maps = {
+        f"best constant, {constant:.2f} m": torch.full((1, 1, 1, 1), constant),
+        "mean of training depths": mean_depth(dataset),
+    }
+    rows = {name: evaluate(constantly(depth), test_set) for name, depth in maps.items()}
+    print(format_table(args.data, rows))
+
+
+if __name__ == "__main__":
+    data.run_command(main)
