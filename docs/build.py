@@ -217,11 +217,13 @@ def inline(text: str) -> str:
     """The little Markdown that README's tables use: code, bold and links."""
     text = html.escape(text.strip(), quote=False)
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+    text = re.sub(r"(?<=\w)([._])(?=\w+[\w.]*</code>)", r"\1<wbr>", text)  # long names may break
     text = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
     text = re.sub(r"\[([^\]]+)\]\((https?://[^)]+)\)", r'<a href="\2">\1</a>', text)
     text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)
     text = re.sub(r'(?<![\w"=])"([^"<>]+)"', r"“\1”", text)
-    return text.replace("'", "’")
+    text = re.sub(r"->|(?<=\w) - (?=\w)", lambda m: " − " if " " in m[0] else "→", text)
+    return "–" if text == "-" else text.replace("'", "’")
 
 
 def section_of_readme(heading: str) -> tuple[list[str], list[list[str]]]:
@@ -296,7 +298,7 @@ def fill_ablation(attributes: dict, body: str) -> str:
 def fill_gradients(attributes: dict, body: str) -> str:
     """Norms of gradients, by part, of Σ s² and of the loss."""
     rows = []
-    for part in ("bins", "depth decoder", "z", "prompts p", "γ", "TransDecoder"):
+    for part in ("bins", "prompts p", "γ", "TransDecoder", "z"):
         cells = [demo()["gradients"][what][part] for what in ("s", "loss")]
         rows.append([part, *("<b>none</b>" if c is None else number(c) for c in cells)])
     return table(["gradient at", "of Σ s²", "of the loss"], rows, attributes["label"])
@@ -322,12 +324,18 @@ def fill_glossary(attributes: dict, body: str) -> str:
     for line in itertools.takewhile(str.strip, lines[start + 1 :]):
         letters = re.findall(r".[\u0300-\u036f]*", line)  # z̄ is two characters in one column
         cells = ["".join(letters[a:b]).strip() for a, b in itertools.pairwise(cuts)]
+        if not cells[0] or any(
+            a.endswith(",") and b for a, b in zip(rows[-1] if rows else (), cells)
+        ):
+            goes_on = [not cells[0] or before.endswith(",") for before in rows[-1]]
+            rows[-1] = [f"{a} {b}".strip() if g else a for a, b, g in zip(rows[-1], cells, goes_on)]
+            cells = [cell * (not g) for cell, g in zip(cells, goes_on)]
         if cells[0]:
             rows.append(cells)
-        else:
-            rows[-1] = [f"{a} {b}".strip() for a, b in zip(rows[-1], cells)]
-    rows = [[html.escape(cell, quote=False) for cell in row] for row in rows]
-    rows = [[f"<code>{name}</code>", *cells] for name, *cells in rows]
+    rows = [[f"<code>{name}</code>", *map(inline, cells)] for name, *cells in rows]
+    for row in rows:
+        row[1] = re.sub(r"_(\w+)", r"<sub>\1</sub>", row[1])
+        row[2:] = [re.sub(r" x (?=[\dHWw])", " × ", cell) for cell in row[2:]]
     return table(heads, rows, "Glossary")
 
 
@@ -352,7 +360,7 @@ def value(match: re.Match) -> str:
 def fill(page: str) -> str:
     """The template with its elements, numbers and TeX replaced."""
     names = "|".join(name[5:] for name in globals() if name.startswith("fill_"))
-    page = re.sub(r"(?<=[\d}])\s(?=(?:m|mm|cm|rad|%)(?![\w\"=]))", "\u00a0", page)  # "10 m"
+    page = re.sub(r"(?<=[\d}])\s(?=(?:m|mm|cm|rad|%)(?![\w\"=]| \|))", "\u00a0", page)  # "10 m"
 
     def replace(match: re.Match) -> str:
         attributes = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))

@@ -47,7 +47,8 @@ from torch import Tensor
 import cabins
 import data
 from clip_tokenizer import number_tokens
-from eval import predictor
+from eval import evaluate_windows, predictor
+from extras.ablate import ablate, changed_inputs, without_s
 from train import parameter_groups
 
 ROOM, PIXEL, GROUP = 22, (10, 16), 2  # the pixel at a box's edge, and the third CaBin
@@ -178,9 +179,8 @@ def silence(model: cabins.CaBins, dataset: data.DepthDataset) -> list[float]:
         for i in range(len(dataset)):
             image, decoder = dataset[i]["image"][None], model.depth_decoder
             depth = model(image).depth
-            hook = decoder.register_forward_pre_hook(lambda _, inputs: (inputs[0], 0 * inputs[1]))
-            changes.append(1000 * (model(image).depth - depth).abs())
-            hook.remove()
+            with changed_inputs(decoder, without_s):
+                changes.append(1000 * (model(image).depth - depth).abs())
     changes = torch.cat(changes)
     return [round(changes.mean().item(), 3), round(changes.max().item(), 3)]
 
@@ -212,8 +212,6 @@ def told(demo: dict, c: Tensor, p: Tensor, target: Tensor) -> dict:
 
 def make(checkpoint: str | Path) -> dict:
     """All that demo.json holds, from the demo's last.pt."""
-    from extras.ablate import ablate
-
     content = cabins.read_checkpoint(checkpoint)
     model, dataset = cabins.restore(content, checkpoint), data.DepthDataset("toy")
     sample, config = dataset[ROOM], model.config
@@ -230,7 +228,8 @@ def make(checkpoint: str | Path) -> dict:
     unit = config.max_depth / 65_535
     b, p = seen["bins"][0].detach(), seen["p"][0].detach()
     half = cabins.expected_depth(c, p[None])[0, 0].detach()
-    rows = ablate(model, predictor(model), dataset)
+    rows = {"whole, ": next(iter(evaluate_windows(predictor(model), dataset, 0).values()))}
+    rows |= ablate(model, predictor(model), dataset, 0)
     picture, file = (255 * data.denormalize(image[0])).round().byte(), io.BytesIO()
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "png", optimize=True)
 
@@ -273,7 +272,10 @@ def make(checkpoint: str | Path) -> dict:
             "mean_g": round(g.mean().item(), 5),
             "var_g": round(g.var(unbiased=False).item(), 5),
         },
-        "ablation": {n: {k: round(v, 5) for k, v in row.items()} for n, row in rows.items()},
+        "ablation": {
+            name.rpartition(", ")[0]: {metric: round(v, 5) for metric, v in row.items()}
+            for name, row in rows.items()
+        },
         "silenced": dict(zip(("mean", "max"), silence(model, dataset))),
         "shown_depth": math.ceil(target.max().item()),
         "picture": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),

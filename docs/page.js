@@ -182,7 +182,7 @@ function start() {
     const inputs = Object.fromEntries(all("[data-in]", figure).map((e) => [e.dataset.in, e]));
     const values = Object.fromEntries(all("[data-value]", figure).map((e) => [e.dataset.value, e]));
     const says = figure.querySelector("[data-says]");
-    const say = (text) => says.innerHTML === text || (says.innerHTML = text);
+    const say = (text) => (says.innerHTML = text.replace(/(\d) (m|%)/g, "$1\u00a0$2"));
     const show = (input, text) => (input.parentElement.querySelector("output").textContent = text);
     const again = () => {
       const width = plot ? Math.round(plot.clientWidth) : 1;

@@ -328,7 +328,7 @@ def open_page(browser):
 
 
 def says(page, widget: str) -> str:
-    return page.locator(f'[data-says="{widget}"]').inner_text()
+    return page.locator(f'[data-says="{widget}"]').inner_text().replace("\u00a0", " ")
 
 
 def set_slider(page, widget: str, name: str, value: float) -> None:
@@ -412,14 +412,11 @@ def test_a_finger_taps_a_pixel_and_swipes_past_it(open_page):
 
 
 def test_widgets_compute_what_pytorch_computes(open_page):
-    page, value = (
-        open_page(),
-        lambda name: page.locator(f'#eq-2 [data-value="{name}"]').inner_text(),
-    )
-    group = CENTERS[None, 64:96]
-    assert value("e") == f"{cabins.distance_classes(group, 1).item():.4f} m"
+    page, group = open_page(), CENTERS[None, 64:96]
+    e = page.locator('#eq-2 [data-value="e"]')
+    assert e.inner_text() == f"{cabins.distance_classes(group, 1).item():.4f} m"
     set_slider(page, "group", "unit", 2)
-    assert value("e") == f"{cabins.distance_classes(100 * group, 1).item() / 100:.4f} m"
+    assert e.inner_text() == f"{cabins.distance_classes(100 * group, 1).item() / 100:.4f} m"
     b = torch.tensor([[0.6, 1.0, 0.3, 2.0, 0.1, 0.5, 1.6, 2.4]])
     set_slider(page, "bins", "width", 2.0)
     c = cabins.bin_centers(b / b.sum(), 1e-3, 10)
