@@ -75,8 +75,8 @@ def evaluate_windows(
 ) -> dict[str, dict[str, float]]:
     """Mean metrics in each of the data set's test windows, from one pass.
 
-    Ground truth counts strictly inside the depth range, to which predictions are clipped. Metrics
-    are means over images of each image's metrics. `keep(path, depth)` gets every prediction.
+    Ground truth counts strictly inside the depth range, to which predictions are clipped. A metric
+    is the mean over images of each image's own. `keep(path, depth)` gets every clipped prediction.
     """
     low, high = cabins.Config.min_depth, dataset.recipe.max_depth
     samples = data.load(dataset, workers=workers)
@@ -98,15 +98,16 @@ def evaluate_windows(
             if mask.any():
                 metrics = cabins.depth_metrics(d[mask].double(), d_star[mask].double())
                 images.append({k: v.item() for k, v in metrics.items()})
-    means = {}
     for window, images in found.items():
-        if images:
-            means[window] = {k: sum(m[k] for m in images) / len(images) for k in images[0]}
         if n := len(dataset) - len(images):
             print(f"{n} images have no ground truth in window {window} and are left out")
-    if not means:
+    if not any(found.values()):
         raise ValueError(f"none of the {len(dataset)} images has ground truth below {high} m")
-    return means
+    return {
+        window: {k: sum(m[k] for m in images) / len(images) for k in HEADINGS}
+        for window, images in found.items()
+        if images
+    }
 
 
 def evaluate(predict: Predict | cabins.CaBins, dataset: DepthDataset) -> dict[str, float]:
@@ -122,10 +123,10 @@ def side_for(model: cabins.CaBins, dataset: DepthDataset) -> int | None:
 
 
 def predictor(model: cabins.CaBins, flip=True, amp="off", longer_side=None) -> Predict:
-    """The function from images to depth that is measured.
+    """The function from images to depth that is measured, for `evaluate_windows`.
 
-    With `flip`, it averages the predictions for the image and its mirror image, at the decoder's
-    size. With `longer_side`, the network gets images of its training's size, as in `cabins.infer`.
+    With `flip`, the depths of the image and of its mirror image are averaged, at the decoder's
+    size. With `longer_side`, images are resized to that of the training images, as in `infer`.
     """
     low, high = model.config.min_depth, model.config.max_depth
 
@@ -153,9 +154,6 @@ def protocol(dataset: DepthDataset, window: str, flip: bool, amp="off", longer_s
     valid = f"{cabins.Config.min_depth} < depth < {dataset.recipe.max_depth} m"
     network = f"flip averaging {'on' if flip else 'off'}, {'fp32' if amp == 'off' else amp}"
     return f"{dataset.name}: {images}, window {window}, {valid}, {network}, mean over images"
-
-
-# ---- Files and figures ---------------------------------------------------------------------------
 
 
 def open_folder(folder: str | Path) -> Path:
@@ -194,10 +192,9 @@ def write_depth(path: str, depth: np.ndarray, max_depth: float, scale: float, ab
     """
     units = {1000: "_mm", 100: "_cm", 10: "_dm", 1: "_m"}
     scale = next((s for s in (scale, *units) if max_depth * s <= 65535), 1)
-    path = f"{path}{units.get(scale, '')}.png"
-    image = Image.fromarray((depth * scale).round().clip(0, 65535).astype(np.uint16))
-    info = PngImagePlugin.PngInfo()
+    path, info = f"{path}{units.get(scale, '')}.png", PngImagePlugin.PngInfo()
     info.add_text("Description", f"{about}in 1/{scale:g} m")
+    image = Image.fromarray((depth * scale).round().clip(0, 65535).astype(np.uint16))
     cabins.write_whole(path, lambda partial: image.save(partial, "png", pnginfo=info))
     return path
 
@@ -216,8 +213,8 @@ def show(axis, title: str, values: np.ndarray, low=0.0, high=1.0, cmap="viridis"
     if bar and values.ndim == 2:
         width = 0.03 * max(1, len(values) / values.shape[1])  # of the bar, in widths of the picture
         beside = axis.inset_axes([1 + width, 0, width, 1])  # as high as the picture
-        ticks, is_cut = sorted({low, (low + high) / 2, high}), np.nanmax(values) > high
-        extend = "max" if is_cut else "neither"
+        extend = "max" if np.nanmax(values) > high else "neither"  # a mark where values are cut off
+        ticks = sorted({low, (low + high) / 2, high})
         axis.figure.colorbar(shown, beside, ticks=ticks, format="%.3g", extend=extend)
     return shown
 
@@ -242,24 +239,20 @@ def show_bins(axis, found: cabins.Inference, texts: list[str], truth, top: float
 
 
 def draw_explained(path: str | Path, image: np.ndarray, config, found, s, truth=None) -> None:
-    """Draw depth, its spread, the bins, and where each prompt matches the image (H, W, 3).
-
-    `found` and `s` are what `cabins.predict_one` returns.
-    """
+    """Draw what `cabins.predict_one` gives: depth, its spread, the bins, and s of each prompt."""
     from matplotlib.figure import Figure
 
-    depth, std = found.depth, found.std
     truth = np.where(truth > 0, truth, np.nan) if truth is not None and truth.any() else None
-    known = depth if truth is None else np.stack([depth, truth])
+    known = found.depth if truth is None else np.stack([found.depth, truth])
     low, high = np.nanmin(known), np.nanmax(known)
-    maps = [("image", image), ("prediction (m)", depth, low, high)]
+    maps = [("image", image), ("prediction (m)", found.depth, low, high)]
     if truth is not None:
         maps.insert(1, ("ground truth (m)", truth, low, high))
-        maps.append(("error (m)", np.abs(depth - truth), 0, high / 10, "magma"))
-    maps.append(("spread of p (m)", std, 0, std.max(), "magma"))
+        maps.append(("error (m)", np.abs(found.depth - truth), 0, high / 10, "magma"))
+    maps.append(("spread of p (m)", found.std, 0, found.std.max(), "magma"))
     texts = [str(round(distance, 4)) for distance in found.cabins.tolist()]
     texts = cabins.SEMANTIC_BINS if config.distance_class == "semantic" else texts
-    n, shape = len(maps), min(depth.shape[0] / depth.shape[1], 2.5)  # taller pictures get margins
+    n, shape = len(maps), min(len(image) / image.shape[1], 2.5)  # taller pictures get margins
     heights = [0.6 + (13.6 / n - 0.75) * shape, 3.2, 0.8 + 12 / len(s) * shape]  # inches
     figure = Figure(figsize=(13, sum(heights)), layout="constrained")
     depths, bins, prompts = figure.subfigures(3, 1, height_ratios=heights)
@@ -274,8 +267,7 @@ def draw_explained(path: str | Path, image: np.ndarray, config, found, s, truth=
 
 
 def draw_samples(out: Path, model: cabins.CaBins, dataset: DepthDataset, n: int) -> None:
-    """Draw n samples from all over the data set, each explained."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Draw n samples from all over the data set into the folder `out`."""
     side = side_for(model, dataset)
     for i in torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long().tolist():
         image, truth = dataset[i]["image"][None], dataset[i]["depth"][0].numpy()
@@ -290,7 +282,7 @@ def draw_samples(out: Path, model: cabins.CaBins, dataset: DepthDataset, n: int)
 
 def find_pictures(arguments: list[str]) -> tuple[list[Path], int]:
     """The pictures that files, folders and patterns name, and how many arguments name none."""
-    pictures, n_without = [], 0
+    pictures, without = [], []
     for argument in arguments:
         path, left_out = Path(argument), Counter()
         found = path.glob("*") if path.is_dir() else map(Path, glob.iglob(argument, recursive=True))
@@ -304,14 +296,14 @@ def find_pictures(arguments: list[str]) -> tuple[list[Path], int]:
                 left_out[kind] += 1
         if left_out:
             kinds = ", ".join(f"{n} {kind}" for kind, n in left_out.items())
-            print(f"{argument}: {left_out.total()} are no pictures and are left out: {kinds}")
-        if not chosen:
-            print(f"{argument}: no picture there", file=sys.stderr)
+            print(f"{argument}: {left_out.total()} are left out, as they are no pictures: {kinds}")
         pictures += chosen
-        n_without += not chosen
+        without += [] if chosen else [f"{argument}: no picture there"]
     if not pictures:
-        raise FileNotFoundError(f"{', '.join(arguments)}: no picture there")
-    return pictures, n_without
+        raise FileNotFoundError("; ".join(without))
+    for line in without:
+        print(line, file=sys.stderr)
+    return pictures, len(without)
 
 
 def predict_pictures(model: cabins.CaBins, args: argparse.Namespace) -> int:
@@ -372,7 +364,7 @@ def open_network(args: argparse.Namespace) -> tuple[cabins.CaBins, dict]:
     content, path, max_depth = cabins.read_checkpoint(args.checkpoint), args.checkpoint, None
     if "config" in content:
         data.refuse(args, "released", f"is for the authors' checkpoints, and {path} is not theirs")
-    else:  # theirs do not say their depth range
+    else:  # the authors' do not say their depth range
         which = args.released or vars(args).get("data")
         if which not in QUOTED:
             raise ValueError(f"{path} is the authors': say with --released which, nyu or kitti")
@@ -383,9 +375,9 @@ def open_network(args: argparse.Namespace) -> tuple[cabins.CaBins, dict]:
 
 
 def open_data_set(args: argparse.Namespace, model: cabins.CaBins, saved: dict) -> DepthDataset:
-    """The test set. Options that are not given are those of the training, `saved`.
+    """The test set, with the options of the training, `saved`, where others are not given.
 
-    Depth is measured over the data set's range, or on own lists and toy rooms the network's.
+    The range measured is the data set's, but the network's for own lists and toy rooms.
     """
     args.data = args.data or saved.get("data")
     if args.data is None:
@@ -404,16 +396,15 @@ def measure(model: cabins.CaBins, dataset: DepthDataset, args: argparse.Namespac
     source, keep = {"checkpoint": str(Path(args.checkpoint).resolve()), "data": args.data}, None
     source["list"] = f"{split and Path(split).resolve()} ({dataset.checksum:08x})"
     if args.out:
-        settings = {**vars(args), "workers": None}
-        source["predictions"] = f"predictions_{name_for(args.checkpoint, source, settings)}"
+        key = name_for(args.checkpoint, source, {**vars(args), "workers": None})
+        source["predictions"] = f"predictions_{key}"
         folder = open_folder(Path(args.out) / source["predictions"])
         results, taken, recipe = folder.parent / "results.csv", set(), dataset.recipe
         data.check_columns(results, ("label", *source, "date", "protocol", *HEADINGS))
 
         def keep(path: str, depth: Tensor) -> None:
-            name = new_name(os.path.relpath(path, args.root or "."), taken)
-            depth = depth[0, 0].numpy()
-            write_depth(f"{folder}/{name}", depth, recipe.max_depth, recipe.depth_scale)
+            name = f"{folder}/{new_name(os.path.relpath(path, args.root or '.'), taken)}"
+            write_depth(name, depth[0, 0].numpy(), recipe.max_depth, recipe.depth_scale)
 
     predict = predictor(model, flip, args.amp, side)
     windows = evaluate_windows(predict, dataset, args.workers, progress=True, keep=keep)
@@ -421,8 +412,8 @@ def measure(model: cabins.CaBins, dataset: DepthDataset, args: argparse.Namespac
     lines = [protocol(dataset, window, flip, args.amp, side) for window in windows]
     print(*lines, format_table(args.data, rows), sep="\n")
     for (label, row), line in zip(rows.items(), lines) if args.out else ():
-        date = time.strftime("%Y-%m-%d %H:%M")
-        data.append_row(results, {"label": label, **source, "date": date, "protocol": line, **row})
+        about = source | {"date": time.strftime("%Y-%m-%d %H:%M"), "protocol": line}
+        data.append_row(results, {"label": label} | about | row)
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
@@ -439,16 +430,15 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    raw = argparse.RawTextHelpFormatter
-    parser = data.Parser(description=__doc__, formatter_class=raw)
+    parser = data.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_network_options(parser)
     add = parser.add_argument_group("files and pictures").add_argument
-    add("--out", metavar="DIR", help="default for figures: a folder for the network, in runs/")
+    add("--out", metavar="DIR", help="default for figures: a folder of the network's in runs/")
     number = {"nargs": "?", "type": data.positive_int, "const": 0, "metavar": "N"}
     add("--explain", **number, help="figures, of N samples of a data set; default: 4")
     add("--images", nargs="+", metavar="PICTURE", help="files, folders or patterns of your own")
-    about = "colours of all pictures go from 0 to M metres"
-    add("--range", type=data.positive_float, metavar="M", help=about)
+    number = {"type": data.positive_float, "metavar": "M"}
+    add("--range", **number, help="colours of all pictures go from 0 to M metres")
     args = parser.parse_args()
     data.refuse(args, "train_split", "is for training")
     if args.images:
@@ -457,8 +447,8 @@ def parse_args() -> argparse.Namespace:
         data.refuse(args, "explain", "takes no number with --images")
     else:
         data.refuse(args, "range", "is for --images")
-        options = "" if args.explain is None else "max_depth workers no_flip"
-        data.refuse(args, options, "would do nothing with --explain")
+    if args.explain is not None:
+        data.refuse(args, "max_depth workers no_flip", "would do nothing with --explain")
     return args
 
 
