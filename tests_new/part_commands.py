@@ -34,14 +34,10 @@ def broken(tmp_path_factory) -> Path:
     lists |= {name: f"a/rgb_1.jpg a/{name}.tif 1" for name in ("8bit", "colours", "real")}
     for name in ("narrow", "small", "zero"):
         lists[name] = f"a/rgb_{name}.jpg a/sync_depth_{name}.png 1\n"
-    lists |= {
-        "good": good,
-        "two": good + lists["narrow"],
-        "nothing": "",
-        "notruth": "a/rgb_1.jpg None",
-    }
-    lists |= {"sizes": "a/rgb_1.jpg a/sync_depth_narrow.png 1", "nonsense": f"{good}nonsense"}
+    lists |= {"good": good, "rgb_narrow": good + lists.pop("narrow"), "nothing": ""}
+    lists |= {"depth_narrow": "a/rgb_1.jpg a/sync_depth_narrow.png 1", "nonsense": f"{good}x"}
     lists |= {"spaces": "my room/rgb.jpg my room/d.png 1", "outside": "../a/1.jpg ../a/1.png 1"}
+    lists["notruth"] = "a/rgb_1.jpg None"
     for name, text in lists.items():
         (root / f"{name}.txt").write_text(text)
     (root / "binary.txt").write_bytes(b"\xff\xfe\x00")
@@ -96,44 +92,53 @@ TRAIN = "train.py --data list --root . --backbone tiny --out out --workers 0 --b
 TRAIN += " --test-split good.txt --train-split"
 # Each command is its beginning and one of these ends. What the sentence must name is in brackets.
 WRONG = {
-    "data.py": "[nyu] | [moon] --root . | [list] --root . | toy [--root] . | toy [--rot] . | toy --out [tiny.pt]"
-    " | nyu --root [none] --test-split good.txt --train-split good.txt"
-    " | nyu --root . --train-split [small].txt | kitti --root . --train-split [small].txt"
-    " | nyu --root [nyu.mat] --test-split good.txt",
-    LIST: "[none.txt] | [a] | [binary.txt] | nothing.txt [] | notruth.txt [] | [nonsense].txt"
-    " | [spaces.txt] | [outside.txt] | [gone].txt | [loop].txt | [cut].txt | [void].txt | [text].txt"
-    " | [deep].txt | [closed].txt | [cutdepth].txt | [jpeg].txt | [8bit].txt | [colours].txt"
-    " | [real].txt | sizes.txt [narrow] | [small].txt"
-    " | good.txt [--depth-scale] 0 | good.txt [--max-depth] nan | good.txt [--max-depth] ten",
-    "train.py": "[--epochs] 0 | [--batch-size] -1 | [--batch-size] 1.5 | [--lr] nan | [--lr] 0"
-    " | [--seed] -1 | [--root] . | [--depth-scale] 10 | --data [moon] | --data nyu --root [none]"
-    " --train-split good.txt --test-split good.txt | --data [kitti] | [--max-depth] -3"
-    " | --backbone [RN102] | --distance-class [mode] | --amp [fp16] | [--epoch-length] 3"
-    " | [--batch-size] 1000 --out out | --out [run] | --out [tiny.pt] | --device [mps]"
-    " | --resume [none.pt] | --resume --out [out] | --resume [tiny.pt] | --resume [args.pt]"
-    " | --resume [state.pt] | --resume [evil.pt] | --init [none.pt] --out out"
-    " | --init tiny.pt [--backbone] RN50 --out out | --init tiny.pt [--clip] RN50 --out out"
-    " | --init [cut.pt] --out out | --clip clip.pt --backbone [RN50] --out out | [--workers] -1 --out out",
-    TRAIN: "[cut].txt | nothing.txt [] | [8bit].txt | sizes.txt [narrow] | two.txt [narrow] | [small].txt"
-    " | good.txt --clip [none.pt] | good.txt --clip [a] | good.txt --clip [text.pt]"
-    " | good.txt --clip [void.pt] | good.txt --clip [list.pt] | good.txt --clip [other.pt]"
-    " | good.txt --clip [less.pt] | good.txt --clip [noclip.pt] | good.txt --clip [evil.pt] | good.txt --clip [script.pt]",
-    "eval.py": "[none.pt] | [a] | [cut.pt] | [bit.pt] | [text.pt] | [void.pt] | [list.pt]"
-    " | [other.pt] | [numbers.pt] | [newer.pt] | [shapes.pt] | [setting.pt] | [noconfig.pt] | [nan.pt]"
-    " | [evil.pt] | [script.pt] | [theirs.pt] | [tiny.pt] | [args.pt] | theirs.pt --released [moon]",
-    "eval.py tiny.pt": "[--released] nyu | --data [nyu] | --data [moon] | --data toy [--root] ."
-    " | --data toy [--train-split] good.txt | --data toy --device [cuda] | --data toy --amp [half]"
-    " | --data list --root . --split [none.txt] | --data list --root . --split [cut].txt"
-    " | --data list --root . --split zero.txt [] | --data list --root . --split [small].txt"
-    " | --data toy --out [tiny.pt] | --data toy --out [csv] | --data toy [--range] 10"
-    " | --data toy [--explain] 0 | --data toy [--explain] two | [--max-depth] 0 --data toy"
-    " | --data toy --explain [--no-flip] | --images [none.png] | --images [empty]"
-    " | --images pictures --out [pictures] | --images pictures --out [tiny.pt]"
-    " | --images pictures --out [tiny.pt]/a | --images pictures [--range] 0"
-    " | --images pictures [--no-flip] | --images pictures [--root] . | --images pictures [--data] toy"
-    " | --images pictures [--explain] 2 | --images pictures [--max-depth] 5 | [--ablate] --data toy",
+    "data.py": """
+        [nyu] | [moon] --root . | [list] --root . | toy [--root] . | toy [--rot] .
+        | toy --out [tiny.pt] | nyu --root [none] --test-split good.txt --train-split good.txt
+        | nyu --root . --train-split [small].txt | kitti --root . --train-split [small].txt
+        | nyu --root [nyu.mat] --test-split good.txt""",
+    LIST: """
+        [none.txt] | [a] | [binary.txt] | nothing.txt [] | notruth.txt [] | [nonsense].txt
+        | [spaces.txt] | [outside.txt] | [gone].txt | [loop].txt | [cut].txt | [void].txt
+        | [text].txt | [deep].txt | [closed].txt | [cutdepth].txt | [jpeg].txt | [8bit].txt
+        | [colours].txt | [real].txt | [depth_narrow].txt | [small].txt
+        | good.txt [--depth-scale] 0 | good.txt [--max-depth] nan | good.txt [--max-depth] ten""",
+    "train.py": """
+        [--epochs] 0 | [--batch-size] -1 | [--batch-size] 1.5 | [--lr] nan | [--lr] 0 | [--seed] -1
+        | [--root] . | [--depth-scale] 10 | [--max-depth] -3 | [--workers] -1 --out out
+        | --data [moon] | --data [kitti] | --data nyu --root [none] --train-split good.txt
+        | --backbone [RN102] | --distance-class [mode] | --amp [fp16] | [--epoch-length] 3
+        | [--batch-size] 1000 --out out | --out [run] | --out [tiny.pt] | --device [mps]
+        | --resume [none.pt] | --resume --out [out] | --resume [tiny.pt] | --resume [args.pt]
+        | --resume [state.pt] | --resume [evil.pt] | --init [none.pt] --out out
+        | --init tiny.pt [--backbone] RN50 --out out | --init tiny.pt [--clip] RN50 --out out
+        | --init [cut.pt] --out out | --clip clip.pt --backbone [RN50] --out out""",
+    TRAIN: """
+        [cut].txt | nothing.txt [] | [8bit].txt | [depth_narrow].txt | [rgb_narrow].txt
+        | [small].txt | good.txt --clip [none.pt] | good.txt --clip [a] | good.txt --clip [text.pt]
+        | good.txt --clip [void.pt] | good.txt --clip [list.pt] | good.txt --clip [other.pt]
+        | good.txt --clip [less.pt] | good.txt --clip [noclip.pt] | good.txt --clip [evil.pt]
+        | good.txt --clip [script.pt]""",
+    "eval.py": """
+        [none.pt] | [a] | [cut.pt] | [bit.pt] | [text.pt] | [void.pt] | [list.pt] | [other.pt]
+        | [numbers.pt] | [newer.pt] | [shapes.pt] | [setting.pt] | [noconfig.pt] | [nan.pt]
+        | [evil.pt] | [script.pt] | [theirs.pt] | [tiny.pt] | [args.pt]
+        | theirs.pt --released [moon]""",
+    "eval.py tiny.pt": """
+        [--released] nyu | --data [nyu] | --data [moon] | --data toy [--root] .
+        | --data toy [--train-split] good.txt | --data toy --device [cuda] | --data toy --amp [half]
+        | --data list --root . --split [none.txt] | --data list --root . --split [cut].txt
+        | --data list --root . --split zero.txt [] | --data list --root . --split [small].txt
+        | --data toy --out [tiny.pt] | --data toy --out [csv] | --data toy [--range] 10
+        | --data toy [--explain] 0 | --data toy [--explain] two | --data toy [--max-depth] 0
+        | --data toy --explain [--no-flip] | --data toy [--ablate]
+        | --images [none.png] | --images [empty] | --images pictures --out [pictures]
+        | --images pictures --out [tiny.pt] | --images pictures --out [tiny.pt]/a
+        | --images pictures [--range] 0 | --images pictures [--no-flip]
+        | --images pictures [--root] . | --images pictures [--data] toy
+        | --images pictures [--explain] 2 | --images pictures [--max-depth] 5""",
 }
-COMMANDS = [f"{start} {end.strip()}" for start, ends in WRONG.items() for end in ends.split("|")]
+COMMANDS = [" ".join([start, *end.split()]) for start in WRONG for end in WRONG[start].split("|")]
 
 
 def files_below(folder: Path) -> dict[str, tuple]:
@@ -151,8 +156,11 @@ def test_a_wrong_command_gives_one_sentence_and_changes_no_file(
         pytest.skip("this user may read everything")
     if "cuda" in command and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    before = files_below(broken)
-    ran = run_script(*re.sub(r"\[\]|[][]", "", command).split())
+    before, words = files_below(broken), re.sub(r"\[\]|[][]", "", command).split()
+    assert all(
+        Path(word).exists() or "none" in word for word in words if word.endswith((".txt", ".pt"))
+    )
+    ran = run_script(*words)
     culprit = re.search(r"\[(.*?)\]", command)[1]
     assert ran.status == 1 and ran.err.startswith("error: ") and ran.err.count("\n") == 1, ran.err
     assert culprit in ran.err and "Traceback" not in ran.err
