@@ -419,23 +419,22 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
     """The options of a run, and the content of the checkpoint that it resumes, or {}."""
     parser = data.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     # No option has a default of its own here, so that what was typed can be told apart.
-    switch = {"action": argparse.BooleanOptionalAction, "default": None}
     add = data.add_data_options(parser).add_argument
     add("--data", choices=data.DATASETS, help="default: toy, rooms drawn on the fly")
-    group = parser.add_argument_group("network")
+    group = parser.add_argument_group("training")
     data.add_device_options(group, "bf16 on GPUs that have it, else off")
     add = group.add_argument
     add("--backbone", choices=cabins.BACKBONES, help="default: RN101; toy: tiny")
     add("--clip", metavar="NAME|FILE|none", help="CLIP's weights; default: the backbone's own")
     add("--init", metavar="CKPT", help="start from its weights, train.py's or the authors'")
     add("--distance-class", choices=cabins.DISTANCE_CLASSES, help="see Table 3; default: cabins")
-    add("--compile", **switch, help="torch.compile the network")
-    add = parser.add_argument_group("run").add_argument
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network")
     add("--epochs", type=data.positive_int, metavar="N", help="default: 25; toy: 3")
     add("--batch-size", type=data.positive_int, metavar="N", help="of all processes; default: 8")
     add("--lr", type=data.positive_float, metavar="X", help="default: 3.57e-5; toy: 2e-3")
     add("--seed", type=int, metavar="N", help="default: 0")
-    add("--as-released", **switch, help="as the released code does: see README's table")
+    about = "as the released code does: see README's table"
+    add("--as-released", action=argparse.BooleanOptionalAction, help=about)
     add("--out", metavar="DIR", help="default: runs/DATA")
     add("--resume", nargs="?", const="", metavar="CKPT", help="continue; default: OUT/last.pt")
     options = vars(parser.parse_args(argv))
