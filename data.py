@@ -129,7 +129,7 @@ class DepthDataset(Dataset):
             raise ValueError(f"data {name!r} needs --root, the folder that holds it")
         root, may_be_mat = Path(root), name == "nyu" and not train
         if not (root.is_dir() or may_be_mat and root.suffix == ".mat" and root.is_file()):
-            raise FileNotFoundError(f"--root {root}: no such folder; {name} {part} must lie there")
+            raise FileNotFoundError(f"--root {root}: no such folder; it must hold {name}'s pairs")
         lines = read_list(name, part, split)
         self.checksum = zlib.crc32(str(lines).encode())  # tells lists apart
         names = [fields[:2] for fields in lines if fields[1] != "None"]
@@ -165,7 +165,7 @@ class DepthDataset(Dataset):
 
     def read_files(self, i: int) -> tuple[np.ndarray, np.ndarray, str]:
         path, depth_path = self.pairs[i]
-        image, depth = read_image(path), read_depth(depth_path, self.recipe.depth_scale)
+        image, depth = read_picture(path), read_depth(depth_path, self.recipe.depth_scale)
         if image.shape[:2] != depth.shape:
             sizes = f"has {image.shape[:2]} rows and columns, but {depth_path} {depth.shape}"
             raise ValueError(f"{path} {sizes}")
@@ -243,14 +243,6 @@ class Finder:
                 self.tries.insert(0, self.tries.pop(i))
                 return path
         return None
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """(H, W, 3) uint8, upright."""
-    image = open_picture(path, "an image")
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{path} is no image but perhaps a depth map: its mode is {image.mode}")
-    return read_picture(image)
 
 
 def read_depth(path: str | Path, scale: float) -> np.ndarray:
@@ -363,8 +355,8 @@ def describe(dataset: DepthDataset) -> str:
     if not len(known):
         raise ValueError(f"there is no depth at all in {dataset.read(0)[2]} and others")
     median, above = np.median(known), (known > top).mean()
-    line = f"{n} pairs, {dataset.n_left_out} lines left out that have no ground truth; "
-    line += f"{len(known) / len(depth):.0%} of the pixels have a depth, with {scale:g} for 1 m: "
+    line = f"{n} pairs; {dataset.n_left_out} lines without ground truth are left out; "
+    line += f"{len(known) / len(depth):.0%} of the pixels have a depth, in units of 1/{scale:g} m; "
     line += f"median {median:.2f} m, deepest {known.max():.2f} m, {above:.1%} above {top:g} m"
     is_odd = not 0.05 * top < median < 0.9 * top
     return line + "; that is odd: wrong --depth-scale or --max-depth?" * is_odd

@@ -43,8 +43,10 @@ def fetch(name: str, root: str | Path, train_split=None, test_split=None) -> Non
 
     Raises ValueError at the end, in one sentence, if some of it could not be had.
     """
-    if name not in LICENCES or str(root or ".mat").endswith(".mat"):
-        raise ValueError(f"{name} cannot be fetched: only nyu and kitti can, into --root DIR")
+    if name not in LICENCES:
+        raise ValueError(f"{name} cannot be fetched: only nyu and kitti can")
+    if str(root or ".mat").endswith(".mat"):
+        raise ValueError(f"--root is {root}; it must be the folder to fetch {name} into")
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     wanted = missing_files(name, root, {"train": train_split, "test": test_split})
