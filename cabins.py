@@ -1006,8 +1006,14 @@ class Inference(NamedTuple):
 def open_picture(path: str | Path, what: str = "a picture") -> Image.Image:
     """Decode an image file. Raises ValueError, which names the file and `what` was expected."""
     try:
+        if Path(path).suffix.lower() in (".heic", ".heif"):
+            import pillow_heif
+
+            pillow_heif.register_heif_opener()
         image = Image.open(path)
         image.load()
+    except ImportError:
+        raise ValueError(f"{path}: pip install pillow-heif, or convert it to JPEG") from None
     except Exception as error:  # of many kinds: it depends on what the bytes happen to be
         raise ValueError(f"{path} cannot be read as {what}: {error}") from error
     return image
