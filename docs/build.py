@@ -3,6 +3,7 @@
     (cd docs && npm ci --ignore-scripts)     once: KaTeX and the fonts
     python -m docs.build                     builds docs/index.html
     python -m docs.build --check             fails if the page is not what would be built
+    python -m docs.demo runs/toy/last.pt     computes docs/demo.json anew, from a trained demo
 
 docs/page.html is the template. In it `{{loss.pixel:.2f}}` is a number of docs/demo.json, `$…$` is
 TeX, and an element such as <x-code of="bin_centers"> becomes what `fill_code` makes of it. Code is

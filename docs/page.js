@@ -379,14 +379,15 @@ function start() {
       const changed = old[i] !== id ? ' class="new"' : "";
       return `<li${changed}><b>${chars[i]}</b> ${id}</li>`;
     });
-    items.splice(1, 0, "<li class='learnt'><b>p₁ … p₈</b> learnt</li>");
+    items.splice(1, 0, "<li class='learned'><b>p₁ … p₈</b> learned</li>");
     values.ids.innerHTML = items.join("");
     const n = tokens.filter((id, i) => id !== old[i]).length + Math.max(old.length - tokens.length, 0);
-    say(before === null ? "Nudge <i>e</i>, and see what the text encoder notices."
-      : n ? `${n === 1 ? "One token" : `${n} tokens`} changed: another row of the table is read, at once and entirely.`
-      : "No token changed. Nothing behind the digits can notice: the derivative is zero.");
     const middle = Math.round(start3 * 1e4);
     const near = Math.abs(e * 1e4 - middle) < 10;
+    const turned = near ? `t is now ${fixed(demo.nudge[Math.round(e * 1e4) - middle + 20], 2)} rad from that of <i>e</i>₃.` : "";
+    say(before === null ? "Nudge <i>e</i>, and see what the text encoder notices."
+      : n ? `${n === 1 ? "One token" : `${n} tokens`} changed: another row of the table is read, at once and entirely. ${turned}`
+      : `No token changed. Nothing behind the digits can notice: the derivative is zero.`);
     const center = near ? middle : Math.round(e * 1e4);
     const x = scale((center - 10.5) / 1e4, (center + 10.5) / 1e4, 44, width - 10);
     const steps = Array.from({ length: 21 }, (_, i) => center - 10 + i);
@@ -427,7 +428,7 @@ function start() {
     const key = (j) => j === 0 ? [left - side - 6, 20 + (h * side) / 2] : [left + (((j - 1) % w) + 0.5) * side, 20 + (Math.floor((j - 1) / w) + 0.5) * side]; // prettier-ignore
     show(inputs.gamma, gamma < 0.001 ? fixed(gamma, 5) : fixed(gamma, 3));
     say(`Each of the ${flat.length} weights is between ${fixed(Math.min(...flat), 5)} and ${fixed(Math.max(...flat), 5)}; 1/${demo.attention[0].length} is ${fixed(1 / demo.attention[0].length, 5)}. With this γ, Eq. 3 turns the texts by <b>${turn < 0.1 ? fixed(turn, 4) : fixed(turn, 1)}°</b>.`);
-    const angle = (turn * Math.PI) / 180;
+    const [angle, long] = [(turn * Math.PI) / 180, Math.min(width - 28, 260)];
     return [
       label(0, 12, "queries: 8 texts", "soft"),
       label(width - 2, 12, `keys: z̄, and z at ${h} × ${w} locations`, "end soft"),
@@ -436,8 +437,8 @@ function start() {
       demo.texts.map((text, k) => label(56, 34 + k * 17, `“${text}”`, k === 2 ? "end mean-text" : "end")),
       demo.attention[0].map((_, j) => dot(...key(j), j ? 4 : 7, "key")),
       label(0, 182, "t, before and after", "soft"),
-      line(8, 236, width - 20, 236, "vector"),
-      line(8, 236, 8 + (width - 28) * Math.cos(angle), 236 - (width - 28) * Math.sin(angle), "vector on"),
+      line(8, 236, 8 + long, 236, "vector"),
+      line(8, 236, 8 + long * Math.cos(angle), 236 - long * Math.sin(angle), "vector on"),
     ]; // prettier-ignore
   });
 

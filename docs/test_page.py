@@ -282,12 +282,14 @@ def test_eq_6_and_7_equal_pytorch():
 def test_the_verdict_on_p():
     c = (np.arange(256) + 0.5) / 25.6
     flat, near, far = np.ones(256), np.exp(-((c - 2) ** 2) / 0.1), np.exp(-((c - 7) ** 2) / 0.5)
-    shapes = [p / p.sum() for p in (flat, near, near + far, near + 0.02 * far)]
-    flat, one, two, uneven = run_js([["shape", c.tolist(), p.tolist(), 10] for p in shapes])
+    double = near + np.exp(-((c - 2.9) ** 2) / 0.1)
+    shapes = [p / p.sum() for p in (flat, near, near + far, near + 0.02 * far, double)]
+    flat, one, two, uneven, double = run_js([["shape", c.tolist(), p.tolist(), 10] for p in shapes])
     assert flat["flat"] and not flat["between"]
     assert not one["flat"] and one["hills"] == [2] and not one["between"]
     assert two["hills"] == [2, 7] and two["between"]
     assert uneven["hills"] == [2]  # a hill of a few percent is none
+    assert len(double["hills"]) == 1  # a shallow dip does not make two hills of one
 
 
 # ---- In a browser --------------------------------------------------------------------------------
