@@ -16,7 +16,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import re
@@ -24,7 +23,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 import zipfile
@@ -38,7 +36,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 
 import cabins
@@ -167,7 +165,3 @@ def own_pairs(tmp_path) -> Path:
     (root / "train.txt").write_text("".join(lines[:4]))
     (root / "test.txt").write_text("".join(lines[4:]))
     return root
-
-
-# The fixture `released` and the functions `their_name` and `made_truth` stand in part_paper.py.
-# While the parts are apart: `from part_paper import made_truth, released, their_name`.
