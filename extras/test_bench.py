@@ -1,4 +1,6 @@
-"""python -m pytest -q docs"""
+"""python -m pytest -q extras"""
+
+import warnings
 
 import pytest
 import torch
@@ -7,19 +9,20 @@ from torch import nn
 import cabins
 import data
 import train
-from docs import bench
+from extras import bench
 
 HEADINGS = ["", "ms", "speed-up", "images/s", "peak GB", "TFLOP", "TFLOP/s", "of a product's"]
 TINY = ["--backbone", "tiny", "--size", "64x96", "--batch-size", "2", "--steps", "3"]
 
 
 @pytest.fixture(autouse=True)
-def one_thread():  # several would wait for each other where other processes run
+def one_thread():
+    """Several threads would wait for each other where other processes run."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n_threads)
-    data.go_fast(False)
+    data.use_tf32(False)
 
 
 def tflop_by_hand() -> float:
@@ -44,7 +47,7 @@ def test_rows_are_complete_and_agree_with_each_other(capsys, what, n_rows, n_pas
     bench.main([what, *TINY])
     heading, line, *rows = (row[1:-1].split("|") for row in capsys.readouterr().out.splitlines())
     assert [cell.strip() for cell in heading] == HEADINGS and line == ["---"] * len(HEADINGS)
-    assert len(rows) == n_rows and " plain " in rows[0][0] and rows[0][2] == " 1.00 "
+    assert len(rows) == n_rows and "defaults" in rows[0][0] and rows[0][2] == " 1.00 "
     for row in rows:
         _, ms, _, images, memory, tflop, rate, share = (cell.strip() for cell in row)
         seconds = float(ms.split(" ± ")[0]) / 1000
@@ -55,26 +58,36 @@ def test_rows_are_complete_and_agree_with_each_other(capsys, what, n_rows, n_pas
         assert float(share.rstrip("%")) > 0
 
 
-def test_plain_steps_are_plain_and_the_others_as_in_training(capsys, monkeypatch):
-    made = []
+def test_plain_steps_have_torchs_defaults_and_the_others_are_those_of_training(monkeypatch):
+    made, precisions = [], []
 
     class Learner(train.Learner):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
-            made.append(self)
+            made.append((self, options["amp"]))
+
+        def step(self, batch, number):
+            flags = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+            precisions.append((self.model, *flags))
+            return super().step(batch, number)
 
     monkeypatch.setattr(bench, "Learner", Learner)
     bench.main(["train", *TINY, "--amp", "bf16"])
-    plain, fast = made
-    for learner, is_fast in ((plain, False), (fast, True)):
+    for (learner, amp), is_fast in zip(made, (False, True)):
         weight = learner.model.depth_decoder.features.weight
         assert weight.is_contiguous(memory_format=torch.channels_last) == is_fast
         assert all(bool(group["fused"]) == is_fast for group in learner.optimizer.param_groups)
-        assert (learner.args.amp, learner.model.training) == ("bf16" if is_fast else "off", True)
+        assert (amp, learner.model.training) == ("bf16" if is_fast else "off", True)
         assert learner.optimizer.state[weight]["step"] >= 4  # one to warm up, three to be timed
+        found = {(tf32, product) for model, tf32, product in precisions if model is learner.model}
+        assert found == {(True, "high" if is_fast else "highest")}
 
 
-@pytest.mark.parametrize("wrong", [["--size", "416"], ["--batch-size", "0"], ["--steps", "0"]])
-def test_wrong_sizes_are_refused(wrong):
-    with pytest.raises(ValueError, match="--size must be as 416x544, --batch-size and --steps"):
-        bench.main(["train", "--backbone", "tiny", *wrong])
+@pytest.mark.parametrize(
+    "wrong",
+    ["train --size 416", "train --batch-size 0", "train --steps 0", "eval --amp bf16"],
+)
+def test_wrong_options_are_refused(wrong):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=wrong.split()[1]):
+        warnings.simplefilter("ignore")  # of random weights
+        bench.main(wrong.split())
