@@ -292,7 +292,7 @@ def heading(text: str) -> str:
 def fill_ablation(attributes: dict, body: str) -> str:
     headings, rows = constant("HEADINGS"), demo()["ablation"]
     shown = ["abs_rel", "rmse", "d1"]
-    rows = [[name, *(f"{row[c]:.4f}" for c in shown)] for name, row in rows.items()]
+    rows = [[name, *(f"{row[c]:.3f}" for c in shown)] for name, row in rows.items()]
     return table(["", *(heading(headings[c]) for c in shown)], rows, attributes["label"])
 
 

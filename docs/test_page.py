@@ -131,7 +131,7 @@ def copied(tmp_path_factory) -> Path:
     [
         ("cabins.py", "", "", ""),
         ("cabins.py", "# Eq. 1:  c(b_i) =", "# Eq. 1:  c(b_j) =", "stale"),
-        ("README.md", "learnable (3.2.3)", "learnable (3.2.4)", "stale"),
+        ("README.md", "**not run**", "**not done**", "stale"),
         ("docs/demo.json", '"room": 22', '"room": 23', "stale"),
         ("cabins.py", "def expected_depth(", "def mean_depth(", "has no expected_depth"),
         ("cabins.py", "b.cumsum(1)", "b.cumsum(-1)", "has no 'b.cumsum(1)'"),
