@@ -17,6 +17,12 @@ class MadePairs(data.DepthDataset):
         return {"image": image, "depth": depth, "path": f"room {i}", "size": size}
 
 
+@pytest.fixture
+def no_workers(monkeypatch):
+    """`evaluate` reads the data in this process, because workers take long to start."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+
+
 def flat(depth: float, height=64, width=64) -> torch.Tensor:
     return torch.full((1, height, width), float(depth))
 
@@ -55,7 +61,7 @@ def test_predictions_are_clipped_and_what_is_no_number_is_the_minimum(value, cou
         ("kitti", (352, 1216), {"nested": (143, 349, 43, 1172), "full": (130, 348, 31, 1184)}),
     ],
 )
-def test_only_depth_in_the_windows_counts(name, size, windows):
+def test_only_depth_in_the_windows_counts(name, size, windows, no_workers):
     for window, (top, bottom, left, right) in windows.items():
         depth = flat(9, *size)
         depth[0, top:bottom, left:right] = 2.0
@@ -67,7 +73,7 @@ def test_only_depth_in_the_windows_counts(name, size, windows):
         assert papers == (window in ("eigen", "nested"))
 
 
-def test_any_function_can_be_measured(few_rooms, tiny):
+def test_any_function_can_be_measured(few_rooms, tiny, no_workers):
     rooms, network = data.DepthDataset("toy"), evaluation.predictor(tiny)
     row = evaluation.evaluate(network, rooms)
     assert evaluation.evaluate(lambda image: network(image).numpy(), rooms) == row
@@ -108,7 +114,7 @@ def test_flip_averaging_is_of_clipped_depths_at_the_decoders_size(tiny):
     close(depth, cabins.resize(straight, (96, 128)), 1e-5)
 
 
-def test_own_lists_are_measured_at_the_size_of_training_as_infer_does(own_pairs):
+def test_own_lists_are_measured_at_the_size_of_training_as_infer_does(own_pairs, no_workers):
     model = cabins.CaBins(TINY).eval()
     with torch.no_grad():
         model.depth_decoder.logits.weight *= 30  # so that the depth depends on the image
@@ -152,7 +158,7 @@ def test_quoted_rows_are_the_papers():
 
 
 @pytest.fixture
-def flat_pairs(tmp_path) -> Path:
+def flat_pairs(tmp_path, no_workers) -> Path:
     """Own pairs a/b and a_b, whose names are equal once folders are flattened; depth 2 to 8 m."""
     lines = ""
     for i, name in enumerate(("a/b", "a_b")):
