@@ -167,6 +167,8 @@ def test_nyus_test_pairs_come_from_the_mat(tmp_path, monkeypatch):
         assert (image > 0).sum() == 3 * 467 * 625  # the border is black
         with pytest.raises(FileNotFoundError):
             data.DepthDataset("nyu", root, split, train=True)
+    split.write_text(write_pair(tmp_path / "bath", "00001"))  # files that are there come first
+    assert data.DepthDataset("nyu", tmp_path, split).pairs[0][0].endswith("rgb_00001.jpg")
     split.write_text("bath/rgb_00003.jpg bath/sync_depth_00003.png 518.8579\n")
     with pytest.raises(ValueError, match=r"labeled\.mat.* 3"):
         data.DepthDataset("nyu", mat, split)[0]
@@ -177,11 +179,11 @@ def test_own_pairs_have_a_scale_a_range_and_one_size(own_pairs):
     own = data.DepthDataset("list", root, split, True, depth_scale=500, max_depth=4)
     assert own.size_to_train == (96, 128) and own.recipe.focal == 518.8579
     assert [own[i]["depth"].max() for i in range(4)] == [2, 3, 4, 0]  # 5 m is above the range
-    nothing_left = data.DepthDataset("list", root, split, depth_scale=500, max_depth=1)
-    assert data.has_truth(own) and not data.has_truth(nothing_left)
+    shallow, deep = (data.DepthDataset("list", root, split, False, 500, m) for m in (2, 50))
+    assert data.has_truth(own) and not data.has_truth(shallow)  # 2 m is not inside the range
     about = data.describe(own)
     assert "500" in about and "4 m" in about and "25.0%" in about and "odd" not in about
-    assert "odd" in data.describe(nothing_left)
+    assert "odd" in data.describe(shallow) and "odd" not in data.describe(deep)
     # an absolute path below the root works, and a list without focal lengths gets NYU's camera
     split.write_text(f"{root}/rooms/rgb_0.jpg {root}/rooms/sync_depth_0.png\n")
     own = data.DepthDataset("list", root, split, train=True)
@@ -232,7 +234,7 @@ def test_depth_of_another_kind_is_refused_with_what_to_save(kind, own_pairs):
         data.DepthDataset("list", own_pairs, own_pairs / "test.txt")[0]
 
 
-SIZES = {"nyu": (480, 641), "kitti": (351, 1242), "list": (63, 96)}
+SIZES = {"nyu": (480, 641), "kitti": (352, 1215), "list": (63, 96)}
 
 
 @pytest.mark.parametrize("name, size", SIZES.items())
