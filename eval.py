@@ -58,7 +58,7 @@ PICTURES |= {".avif", ".heic", ".heif"}
 
 
 def format_table(name: str, rows: dict[str, dict[str, float]]) -> str:
-    """`rows` of metrics as a table, with the columns and rows of the paper's for data set `name`."""
+    """The paper's table for data set `name`: its columns, then `rows`, then the paper's own rows."""
     columns = COLUMNS.get(name, list(HEADINGS))
     table = [["", *(HEADINGS[c] for c in columns)]]
     table += [[label, *(f"{row[c]:.3f}" for c in columns)] for label, row in rows.items()]
@@ -75,8 +75,9 @@ def evaluate_windows(
 ) -> dict[str, dict[str, float]]:
     """Mean metrics in each of the data set's test windows, from one pass.
 
-    Ground truth counts strictly inside the depth range, to which predictions are clipped. A metric
-    is the mean over images of each image's own. `keep(path, depth)` gets every clipped prediction.
+    Ground truth counts where it lies strictly inside the depth range. Predictions are clipped to
+    the range. Each metric is computed for each image and averaged over the images. `keep`, if
+    given, is called with the path and the clipped prediction of each image.
     """
     low, high = cabins.Config.min_depth, dataset.recipe.max_depth
     samples = data.load(dataset, workers=workers)
@@ -118,7 +119,7 @@ def evaluate(predict: Predict | cabins.CaBins, dataset: DepthDataset) -> dict[st
 
 
 def side_for(model: cabins.CaBins, dataset: DepthDataset) -> int | None:
-    """The longer side to which images of an own list are resized; the paper's are not resized."""
+    """The longer side to which the images of own lists are resized. Others keep their size."""
     return model.config.longer_side if dataset.name == "list" else None
 
 
@@ -126,7 +127,7 @@ def predictor(model: cabins.CaBins, flip=True, amp="off", longer_side=None) -> P
     """The function from images to depth that is measured, for `evaluate_windows`.
 
     With `flip`, the depths of the image and of its mirror image are averaged, at the decoder's
-    size. With `longer_side`, images are resized to that of the training images, as in `infer`.
+    size. With `longer_side`, the network sees the image at that size, as it does in `cabins.infer`.
     """
     low, high = model.config.min_depth, model.config.max_depth
 
@@ -168,14 +169,14 @@ def open_folder(folder: str | Path) -> Path:
 
 
 def name_for(checkpoint: str, *settings) -> str:
-    """A name for a folder of results, which no two networks or `settings` share."""
+    """The name of a folder for results. It is another for another network or other `settings`."""
     path = Path(checkpoint).resolve()
     key = zlib.crc32(str((path, path.stat().st_mtime_ns, *settings)).encode())
     return f"{path.stem}_{key:08x}"
 
 
 def new_name(path: str, taken: set[str]) -> str:
-    """A file name for what belongs to the picture `path`, other than all that are `taken`."""
+    """A file name for the results of the image `path`. It is not in `taken`, and is added to it."""
     stem, suffix = os.path.splitext(path)
     name = stem if suffix.lower() in PICTURES else path
     name = name.replace(f"..{os.sep}", "").replace(os.sep, "_")
@@ -188,7 +189,7 @@ def new_name(path: str, taken: set[str]) -> str:
 def write_depth(path: str, depth: np.ndarray, max_depth: float, scale: float, about="") -> str:
     """Write metres (H, W) as a 16-bit PNG; return its name, which is `path` and the unit.
 
-    1 m is `scale`, or the first of 1000, 100, 10 and 1 for which `max_depth` fits in 16 bits.
+    The value of 1 m is `scale`, or the first of 1000, 100, 10 and 1 with which `max_depth` fits.
     """
     units = {1000: "_mm", 100: "_cm", 10: "_dm", 1: "_m"}
     scale = next((s for s in (scale, *units) if max_depth * s <= 65535), 1)
@@ -307,7 +308,7 @@ def find_pictures(arguments: list[str]) -> tuple[list[Path], int]:
 
 
 def predict_pictures(model: cabins.CaBins, args: argparse.Namespace) -> int:
-    """Write the depth of each picture of `args.images`; return how many of them failed."""
+    """Write the depth of each picture that `args.images` names; return how many could not be."""
     paths, n_without = find_pictures(args.images)
     out = Path(args.out or f"runs/pictures/{name_for(args.checkpoint)}")
     if own := [path for path in paths if path.resolve().parent == out.resolve()]:
@@ -375,9 +376,9 @@ def open_network(args: argparse.Namespace) -> tuple[cabins.CaBins, dict]:
 
 
 def open_data_set(args: argparse.Namespace, model: cabins.CaBins, saved: dict) -> DepthDataset:
-    """The test set, with the options of the training, `saved`, where others are not given.
+    """The test set. Options that are not given are those of the training, `saved`.
 
-    The range measured is the data set's, but the network's for own lists and toy rooms.
+    Depth is measured over the data set's range, but over the network's for own lists and toy rooms.
     """
     args.data = args.data or saved.get("data")
     if args.data is None:

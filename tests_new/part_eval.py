@@ -323,7 +323,7 @@ def test_pictures_of_every_kind_give_what_infer_gives(tiny, tiny_checkpoint, pic
     import matplotlib
 
     out = tmp_path / "out"
-    ran = run_script("eval.py", tiny_checkpoint, "--images", pictures, "--range", 4, "--out", out)
+    ran = run_script("eval.py", tiny_checkpoint, "--images", pictures, "--range", 8, "--out", out)
     assert ran.status == 1 and ran.err.count("\n") == 2
     assert "broken.jpg" in ran.err and "float.tif" in ran.err
     stems = {"L", "RGBA", "P", "CMYK", "1", "deep", "phone", "phone_", "frames", "$thin_{$", "写真"}
@@ -339,7 +339,7 @@ def test_pictures_of_every_kind_give_what_infer_gives(tiny, tiny_checkpoint, pic
         for kind, values in (("depth", found.depth), ("std", found.std)):
             written = np.asarray(Image.open(f"{start}_{kind}_mm.png"))
             assert np.array_equal(written, (values * 1000).round())
-        colours = matplotlib.colormaps["viridis"](found.depth / 4, bytes=True)[..., :3]
+        colours = matplotlib.colormaps["viridis"](found.depth / 8, bytes=True)[..., :3]
         assert np.array_equal(np.asarray(Image.open(f"{start}_colour.png")), colours)
     assert cabins.open_picture(out / "phone_depth_mm.png").size == (90, 120)  # upright
 
