@@ -21,7 +21,7 @@ def broken(tmp_path_factory) -> Path:
     write_pair(folder, "small", 48, 64)
     write_pair(folder, "zero", 96, 128, depth=0)
     jpg, png = (folder / "rgb_1.jpg").read_bytes(), (folder / "sync_depth_1.png").read_bytes()
-    images = {"cut": jpg[:500], "void": b"", "text": b"no picture", "deep": png, "closed": jpg}
+    images = {"cut": jpg[:500], "void": b"", "text": b"no picture", "closed": jpg}
     depths = {"cutdepth": png[:60], "jpeg": jpg}
     for name, content in (images | depths).items():
         (folder / name).write_bytes(content)
@@ -100,7 +100,7 @@ WRONG = {
     LIST: """
         [none.txt] | [a] | [binary.txt] | nothing.txt [] | notruth.txt [] | [nonsense].txt
         | [spaces.txt] | [outside.txt] | [gone].txt | [loop].txt | [cut].txt | [void].txt
-        | [text].txt | [deep].txt | [closed].txt | [cutdepth].txt | [jpeg].txt | [8bit].txt
+        | [text].txt | [closed].txt | [cutdepth].txt | [jpeg].txt | [8bit].txt
         | [colours].txt | [real].txt | [depth_narrow].txt | [small].txt
         | good.txt [--depth-scale] 0 | good.txt [--max-depth] nan | good.txt [--max-depth] ten""",
     "train.py": """

@@ -76,6 +76,7 @@ def small_clip(**sizes) -> cabins.CLIP:
 
 def test_clip_is_read_from_half_precision_archives_and_from_plain_files(tmp_path):
     clip, expected = small_clip().half(), small_clip().half().state_dict()
+    clip.ln_final.weight.data = F.pad(clip.ln_final.weight.data, (3, 0))[3:]  # part of a storage
     for name in ("input_resolution", "context_length", "vocab_size"):  # not weights
         clip.register_buffer(name, torch.tensor(77))
     torch.save(clip.state_dict(), tmp_path / "plain.pt")
