@@ -4,8 +4,8 @@ A sample is an RGB image with its depth in metres, where 0 means that nothing wa
 workers only decode a pair and cut its fixed crop. `augment` does all that is random, on the whole
 batch and on the training device, so that a resumed run can repeat it from the seed and the step.
 
-`python data.py NAME --root DIR` checks a data set. `python -m extras.fetch` downloads NYU and KITTI.
-The last part of this file holds what all scripts share: devices, loading and the command line.
+`python data.py NAME --root DIR` checks a data set; `python -m extras.fetch` gets NYU and KITTI. The
+last part of this file holds what all scripts share: devices, loading and the command line.
 """
 
 import argparse
@@ -83,12 +83,12 @@ def fixed_crop(name: str, height: int, width: int, train: bool) -> tuple[int, in
 
 
 def evaluation_windows(name: str, height: int, width: int) -> dict[str, tuple[slice, slice]]:
-    """Rows and columns in which the test sample of a whole frame's size is measured (Sec. 4.3)."""
+    """Rows and columns of a test sample that are measured; its frame had this height and width."""
     if name == "nyu":
         return {"eigen": (slice(45, 471), slice(41, 601))}
     if name != "kitti":
         return {"whole": (slice(0, height), slice(0, width))}
-    # the paper's window is the first: the authors take Garg's fractions of the cropped frame
+    # Garg's fractions: of the cropped frame, as the authors take them, or of the full frame
     top, _, left, _ = fixed_crop(name, height, width, train=False)
     windows = {}
     for window, h, w, y, x in (("nested", 352, 1216, 0, 0), ("full", height, width, top, left)):
@@ -118,10 +118,12 @@ class DepthDataset(Dataset):
         self.recipe = DATASETS[name]._replace(**given)
         self.name, self.train, part = name, train, "train" if train else "test"
         self.n_left_out = 0  # lines without ground truth
-        self.size_to_train = (480, 640) if name == "nyu" else None  # which all images must have
+        self.size_to_train = (480, 640) if name == "nyu" else None  # that all images must have
         if name == "toy":
             if root or split or depth_scale:
-                raise ValueError("toy rooms take no --root, list or --depth-scale: add --data")
+                raise ValueError(
+                    "toy rooms take no --root, list or --depth-scale; is --data missing?"
+                )
             self.pairs, self.read = TOY_ROOMS[part], self.read_room
             self.checksum = zlib.crc32(str([("room", i) for i in self.pairs]).encode())
             return
@@ -178,8 +180,10 @@ class DepthDataset(Dataset):
 
             with h5py.File(path) as file:  # its arrays are transposed
                 image, depth = file["images"][number].T, file["rawDepths"][number].T
-        except (ImportError, OSError, KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"{path}: pair {number} cannot be read by h5py: {error}") from None
+        except ImportError:
+            raise ValueError(f"{path} can only be read with h5py: pip install h5py") from None
+        except (OSError, KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"{path} has no pair {number} that can be read: {error}") from None
         framed = np.zeros_like(image)  # the recipe's test images have a black border
         framed[7:474, 7:632] = image[7:474, 7:632]
         return framed, depth, f"{path} {number}"
@@ -348,7 +352,7 @@ def draw_room(seed: int, height: int = 96, width: int = 128) -> tuple[np.ndarray
 
 
 def describe(dataset: DepthDataset) -> str:
-    """One line about the depth of up to eight pairs, which shows whether scale and range fit."""
+    """One line about the depth in up to eight pairs, which shows whether scale and range fit."""
     n, (top, scale, *_) = len(dataset), dataset.recipe
     depth = np.concatenate([dataset.read(i)[1].ravel() for i in range(0, n, -(-n // 8))])
     known = depth[depth > 0]
@@ -357,7 +361,7 @@ def describe(dataset: DepthDataset) -> str:
     median, above = np.median(known), (known > top).mean()
     line = f"{n} pairs; {dataset.n_left_out} lines without ground truth are left out; "
     line += f"{len(known) / len(depth):.0%} of the pixels have a depth, in units of 1/{scale:g} m; "
-    line += f"median {median:.2f} m, deepest {known.max():.2f} m, {above:.1%} above {top:g} m"
+    line += f"median {median:.2f} m, deepest {known.max():.2f} m, {above:.1%} beyond {top:g} m"
     is_odd = not 0.05 * top < median < 0.9 * top
     return line + "; that is odd: wrong --depth-scale or --max-depth?" * is_odd
 
@@ -392,7 +396,7 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 
 
 def use_tf32(enabled: bool) -> None:
-    """On GPUs: compute float32 in TF32, with the kernels that are fastest for images of one size."""
+    """On GPUs: compute float32 in TF32, with the kernels that are fastest for one image size."""
     torch.set_float32_matmul_precision("high" if enabled else "highest")
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = enabled
 
@@ -403,7 +407,7 @@ def leave_process_group(worker: int) -> None:
 
 
 def load(dataset: Dataset, device=None, workers: int | None = None, **options) -> DataLoader:
-    """Batches of a data set for a device. By default all cores but one read them, at most 8."""
+    """Batches of a data set for a device. By default they are read by up to 8 worker processes."""
     if workers is None:
         n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun, on this machine
         workers = min(8, max((os.cpu_count() or 1) // n_processes - 1, 0))
@@ -430,21 +434,23 @@ def append_row(path: Path, row: dict) -> None:
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser that leaves its errors to `run_command`, which prints one line and no usage."""
+
     def error(self, message: str):
-        raise ValueError(message)  # which `run_command` reports in one line, without the usage
+        raise ValueError(message)
 
 
 def positive_float(text: str) -> float:
-    """A finite number above 0, for `type` of an option."""
+    """A finite number above 0; for the `type` of an option."""
     if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} must be positive")
+        raise argparse.ArgumentTypeError(f"{text} must be finite and above 0")
     return value
 
 
 def positive_int(text: str) -> int:
-    """A whole number above 0, for `type` of an option."""
+    """A whole number above 0; for the `type` of an option."""
     if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be positive")
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return value
 
 
@@ -461,7 +467,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
 
 
 def add_device_options(group: argparse._ArgumentGroup, amp: str) -> None:
-    """Add the options that say how a network runs. `amp` is the default of --amp, in words."""
+    """Add the options that say how a network runs. `amp` describes the default of --amp."""
     add, default = group.add_argument, "off" if amp == "off" else None
     about = "default: cuda where there is one, else cpu; mps has not been tried"
     add("--device", choices=("cuda", "cpu", "mps"), help=about)

@@ -1,4 +1,4 @@
-"""Two baselines that do not look at the image: python -m extras.baselines [--data list --root DIR …]
+"""Two baselines that do not look at the image: python -m extras.baselines [--data NAME …]
 
 The first predicts one depth for all pixels of all images, the best there is by AbsRel. The second
 predicts the mean depth map of the training set.

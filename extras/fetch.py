@@ -24,11 +24,13 @@ from tqdm import tqdm
 import data
 from cabins import write_whole
 
-SOURCES = {  # "virutal" is theirs
-    "nyu_train": "https://virutalbuy-public.oss-cn-hangzhou.aliyuncs.com/share/newcrfs/datasets/nyu/sync.zip",
+KITTI = "https://s3.eu-central-1.amazonaws.com/avg-kitti"
+SOURCES = {
+    "nyu_train": "https://virutalbuy-public.oss-cn-hangzhou.aliyuncs.com"  # "virutal" is theirs
+    "/share/newcrfs/datasets/nyu/sync.zip",
     "nyu_test": "https://horatio.cs.nyu.edu/mit/silberman/nyu_depth_v2/nyu_depth_v2_labeled.mat",
-    "kitti_raw": "https://s3.eu-central-1.amazonaws.com/avg-kitti/raw_data/{drive}/{drive}_sync.zip",
-    "kitti_depth": "https://s3.eu-central-1.amazonaws.com/avg-kitti/data_depth_annotated.zip",
+    "kitti_raw": KITTI + "/raw_data/{drive}/{drive}_sync.zip",
+    "kitti_depth": KITTI + "/data_depth_annotated.zip",
 }
 NYU_MAT_MD5 = "520609c519fba3ba5ac58c8fefcc3530"
 TARGETS = {"nyu_train": "sync", "kitti_raw": "raw", "kitti_depth": "data_depth_annotated"}

@@ -23,7 +23,7 @@ pytest.importorskip("h5py", reason="h5py, which is optional, is not installed")
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `files` by ranges. `faults` says what goes wrong: by the path's end, what and how often."""
+    """Serves `files` by ranges. `faults`: by the end of a path, what goes wrong and how often."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
