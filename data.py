@@ -441,17 +441,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive_float(text: str) -> float:
-    """A finite number above 0; for the `type` of an option."""
+    """A finite number above 0, for the `type` of an option."""
     if not 0 < (value := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} must be finite and above 0")
     return value
 
 
-def positive_int(text: str) -> int:
-    """A whole number above 0; for the `type` of an option."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+def whole_number(text: str, least: int = 0) -> int:
+    """A whole number, for the `type` of an option."""
+    if (value := int(text)) < least:
+        raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
     return value
+
+
+def positive_int(text: str) -> int:
+    """A whole number above 0, for the `type` of an option."""
+    return whole_number(text, least=1)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -472,7 +477,12 @@ def add_device_options(group: argparse._ArgumentGroup, amp: str) -> None:
     about = "default: cuda where there is one, else cpu; mps has not been tried"
     add("--device", choices=("cuda", "cpu", "mps"), help=about)
     add("--amp", choices=("off", "bf16"), default=default, help=f"off: float32; default: {amp}")
-    add("--workers", type=int, metavar="N", help="processes that read data; default: up to 8")
+    add(
+        "--workers",
+        type=whole_number,
+        metavar="N",
+        help="processes that read data; default: up to 8",
+    )
 
 
 def refuse(args: argparse.Namespace, names: str, why: str) -> None:
