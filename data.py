@@ -477,12 +477,8 @@ def add_device_options(group: argparse._ArgumentGroup, amp: str) -> None:
     about = "default: cuda where there is one, else cpu; mps has not been tried"
     add("--device", choices=("cuda", "cpu", "mps"), help=about)
     add("--amp", choices=("off", "bf16"), default=default, help=f"off: float32; default: {amp}")
-    add(
-        "--workers",
-        type=whole_number,
-        metavar="N",
-        help="processes that read data; default: up to 8",
-    )
+    about = "processes that read data; default: up to 8"
+    add("--workers", type=whole_number, metavar="N", help=about)
 
 
 def refuse(args: argparse.Namespace, names: str, why: str) -> None:
