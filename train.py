@@ -255,8 +255,7 @@ class Run:
             print(f"{group['name']:20} {n:>12,} parameters in {len(group['params'])} tensors")
         if args.as_released:
             std, gamma = model.prompts.std().item(), model.trans_decoder.gamma.mean().item()
-            start = f"prompts of std {std:.2g} and gamma {gamma:.2g}"
-            print(f"as released: {start} are never stepped; README's rows marked * say what else")
+            print(f"as released: prompts of std {std:.2g} and gamma {gamma:.2g} are never stepped")
 
     def log(self, prediction: cabins.Prediction, depth: Tensor, lr: float, loss: float) -> str:
         """Add a row to log.csv, and return it as a text."""
@@ -267,7 +266,7 @@ class Run:
         row = dict(zip(LOG_COLUMNS, (self.step, self.step / self.per_epoch, loss, bins, lr)))
         if self.rank == 0:
             data.append_row(self.out / "log.csv", row)
-        return ", ".join(f"{name} {value:.3g}" for name, value in list(row.items())[1:])
+        return ", ".join(f"{name} {row[name]:.3g}" for name in LOG_COLUMNS[1:])
 
     def save(self, name: str) -> None:
         """Write last.pt, from which training continues exactly, or best.pt, the network alone."""
@@ -323,10 +322,10 @@ def train(args: argparse.Namespace, saved: dict) -> None:
     data.use_tf32(True)
     if run.step and run.step % run.per_epoch == 0:  # perhaps stopped before its validation
         run.validate()
-    learner, n, next_save = run.learner, args.batch_size, time.monotonic() + SAVE_EVERY
+    learner, next_save = run.learner, time.monotonic() + SAVE_EVERY
     learner.model.train()
-    steps = range(run.step, run.n_steps)
-    order = batches(len(run.dataset), n, steps, args.seed, args.as_released)
+    steps, n_pairs = range(run.step, run.n_steps), len(run.dataset)
+    order = batches(n_pairs, args.batch_size, steps, args.seed, args.as_released)
     loader = data.load(run.dataset, run.device, args.workers, batch_sampler=order)
     bar = tqdm(loader, "training", run.n_steps, initial=run.step, disable=run.rank > 0 or None)
     for batch in bar:
@@ -403,10 +402,9 @@ def draw_curves(out: Path) -> None:
     """Draw losses and metrics over the epochs."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 4), layout="constrained")
-    panels = {"loss": "log.csv", "bins": "log.csv"}
-    panels |= dict.fromkeys(("abs_rel", "rmse", "d1"), "metrics.csv")
-    for axis, (name, file) in zip(figure.subplots(1, len(panels)), panels.items()):
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    panels = [("log.csv", "loss"), ("metrics.csv", "abs_rel"), ("metrics.csv", "d1")]
+    for axis, (file, name) in zip(figure.subplots(1, 3), panels):
         if (out / file).exists():
             curves = np.genfromtxt(out / file, delimiter=",", names=True)
             axis.plot(curves["epoch"], curves[name], marker=".")
@@ -477,10 +475,9 @@ def main() -> None:
         signal.signal(number, note_stop)
     try:
         train(args, saved)
-    except RuntimeError as error:  # a worker or another process was stopped by the same signal
+    except RuntimeError:  # the same signal has ended a worker or another process
         if not stops:
             raise
-        print(f"stopped before the step was done: {error}", file=sys.stderr)
         sys.exit(128 + stops[0])
 
 

@@ -1,5 +1,5 @@
 from common import *
-from part_paper import made_truth, released, their_name  # noqa: F401, F811
+from part_paper import made_truth, released, their_name  # noqa: F401
 
 # ---- Sec. 4.1  The recipe ------------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ def test_real_pairs_are_trained_and_evaluated(name, window, quick, tmp_path):
 # ---- Runs: several processes, interruptions, folders ---------------------------------------------
 
 SCRIPT = """
-import os, sys
+import sys
 sys.path.insert(0, {here!r})
 import torch, torch.nn.functional as F
 import data, train
@@ -237,37 +237,27 @@ PROCESSES = """
 torch.nn.BatchNorm2d.forward = lambda self, x: F.batch_norm(
     x, self.running_mean, self.running_var, self.weight, self.bias)
 torch.nn.Dropout.forward = lambda self, x: x
-if os.environ.get("RANK") == "1":
-    broken, draw = int(os.environ["BROKEN"]), data.draw_room
-    data.draw_room = lambda i: 1 / 0 if i == broken else draw(i)
 """
 
 
-def run_processes(folder: Path, n: int, broken: int = -1) -> subprocess.CompletedProcess:
+def run_processes(folder: Path, n: int) -> str:
+    """What a run of `n` processes prints."""
     folder.mkdir()
-    script = SCRIPT.format(here=str(HERE), n_rooms=9, more=PROCESSES)
-    (folder / "script.py").write_text(script)
+    (folder / "script.py").write_text(SCRIPT.format(here=str(HERE), n_rooms=9, more=PROCESSES))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
     # phrases as prompts: a number on the edge between two decimals could be written in two ways
-    options = ["--distance-class", "semantic", "--epochs", "2", "--batch-size", "4", "--out", "."]
-    command = [
-        sys.executable,
-        *(torchrun if n > 1 else []),
-        "script.py",
-        "--workers",
-        "0",
-        *options,
-    ]
-    how = {"cwd": folder, "env": os.environ | {"BROKEN": str(broken)}, "timeout": 180}
-    return subprocess.run(command, capture_output=True, text=True, check=False, **how)
+    options = "--distance-class semantic --epochs 2 --batch-size 4 --workers 0 --out ."
+    command = [sys.executable, *(torchrun if n > 1 else []), "script.py", *options.split()]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": 180}
+    ran = subprocess.run(command, cwd=folder, check=False, **how)
+    assert ran.returncode == 0, ran.stdout
+    return ran.stdout
 
 
 def test_two_processes_learn_what_one_learns(tmp_path):
     folders = tmp_path / "one", tmp_path / "two"
     for n, folder in enumerate(folders, 1):
-        ran = run_processes(folder, n)
-        assert ran.returncode == 0, ran.stderr
-        assert ran.stdout.count("epoch 2/2") == 1  # only the first process speaks
+        assert run_processes(folder, n).count("epoch 2/2") == 1  # only the first process speaks
     for file, n_rows in (("log.csv", 4), ("metrics.csv", 2)):
         tables = [np.genfromtxt(f / file, delimiter=",", skip_header=1) for f in folders]
         assert len(tables[0]) == n_rows
@@ -277,12 +267,6 @@ def test_two_processes_learn_what_one_learns(tmp_path):
         if tensor.is_floating_point():  # Adam makes a step out of the rounding of a tiny gradient
             difference = (two[name] - tensor).abs()
             assert difference.mean() < 1e-6 and difference.max() < 2e-4, name
-
-
-def test_a_process_that_fails_ends_the_run(tmp_path):
-    ran = run_processes(tmp_path / "run", 2, broken=3)
-    assert ran.returncode != 0 and "ZeroDivisionError" in ran.stderr
-    assert not (tmp_path / "run" / "best.pt").exists()
 
 
 @pytest.mark.parametrize("options", ["--batch-size 3", "--batch-size 4 --as-released"])
@@ -476,9 +460,8 @@ def test_a_run_that_learns_nothing_ends_and_saves_nothing(quick, tmp_path):
         ran = run_train(*EIGHT_STEPS, "--out", tmp_path / "a")
     assert ran.status == 1 and "step 1" in ran.err and "nan" in ran.err
     draw, nothing = data.draw_room, np.zeros((96, 128), np.float32)
-    quick.setattr(
-        data, "draw_room", lambda i: (draw(i)[0], nothing if i in range(8) else draw(i)[1])
-    )
+    rooms = lambda i: (draw(i)[0], nothing if i < 8 else draw(i)[1])
+    quick.setattr(data, "draw_room", rooms)
     quick.setattr(data, "describe", lambda dataset: "")
     assert run_train(*EIGHT_STEPS, "--out", tmp_path / "b").status == 1
     assert not list(tmp_path.glob("*/*.pt"))
@@ -502,16 +485,8 @@ def test_training_starts_from_a_checkpoint_and_draws_its_curves(tiny_checkpoint,
 def test_own_pairs_are_trained_and_their_faults_found_first(own_pairs, quick, tmp_path):
     def own(training: str, test: str, name: str, *options) -> Ran:
         options += ("--train-split", own_pairs / training, "--test-split", own_pairs / test)
-        options += (
-            "--backbone",
-            "tiny",
-            "--epochs",
-            1,
-            "--batch-size",
-            2,
-            "--out",
-            tmp_path / name,
-        )
+        options += ("--epochs", 1, "--batch-size", 2, "--out", tmp_path / name)
+        options += ("--backbone", "tiny")
         return run_train("--data", "list", "--root", own_pairs, *options)
 
     ran = own("train.txt", "train.txt", "same")
