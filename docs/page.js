@@ -175,7 +175,15 @@ function start() {
     ]).flat()); // prettier-ignore
   };
 
-  // the figure of a widget: its plots are drawn again when their width changes
+  // the figure of a widget: its plots are drawn again when their width changes, and for paper
+  let printing = false;
+  const print = (event) => {
+    printing = event.type === "beforeprint";
+    plots.forEach((again) => again());
+  };
+  const plots = [];
+  addEventListener("beforeprint", print);
+  addEventListener("afterprint", print);
   const widget = (name, draw) => {
     const figure = document.querySelector(`[data-widget="${name}"]`);
     const plot = figure.querySelector(".plot");
@@ -185,7 +193,7 @@ function start() {
     const say = (text) => (says.innerHTML = text.replace(/(\d) (m|%)/g, "$1\u00a0$2"));
     const show = (input, text) => (input.parentElement.querySelector("output").textContent = text);
     const again = () => {
-      const width = plot ? Math.round(plot.clientWidth) : 1;
+      const width = plot ? (printing ? 350 : Math.round(plot.clientWidth)) : 1;
       if (!width) return;
       const height = plot && Number(plot.dataset.height);
       if (plot) plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -193,7 +201,7 @@ function start() {
       const shapes = draw({ width, height, inputs, values, say, show, again, figure });
       if (plot) plot.replaceChildren(...shapes.flat(3));
     };
-    if (plot) new ResizeObserver(again).observe(plot);
+    if (plot) plots.push(again) && new ResizeObserver(again).observe(plot);
     else again();
     figure.addEventListener("input", again);
     return { figure, inputs, again };
