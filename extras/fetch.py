@@ -119,7 +119,8 @@ def patiently(read: Callable, *arguments, tries: int = TRIES):
             return read(*arguments)
         except Exception as error:  # of many kinds: zipfile's, zlib's, urllib3's, remotezip's
             reason = re.sub(r"\s+", " ", re.sub(r" for url: .*", "", str(error)))
-            reason = reason.split("Caused by ")[-1] or type(error).__name__
+            reason = re.sub(r".*Caused by \w+\(.*?\): (.*)[\"']\)+$", r"\1", reason)
+            reason = reason or type(error).__name__
             is_final = re.match(r"4(?!08|29)\d\d ", reason)  # such as 404, but not 429
             if type(error).__name__ == "RangeNotSupported":
                 is_final, reason = True, "the host answers a range with the whole file, status 200"

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import importlib.util
 import io
+import re
 import sys
 import threading
 import zipfile
@@ -257,6 +258,16 @@ def test_what_breaks_is_tried_again_after_waits_that_grow(fault, server, tmp_pat
     server.faults["drive_0001_sync.zip"] = [fault, 3]
     assert len(fetch("kitti", tmp_path)) == 4
     assert waits == [fetching.WAIT * k for k in (1, 2, 4)]
+
+
+def test_a_host_that_does_not_answer_is_waited_for_once(server, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(fetching.time, "sleep", waits.append)
+    nobody = {name: re.sub(r"1:\d+", "1:9", url) for name, url in fetching.SOURCES.items()}
+    monkeypatch.setattr(fetching, "SOURCES", nobody)
+    with pytest.raises(ValueError, match="4 of 4 files.*refused") as error:
+        fetch("kitti", tmp_path)
+    assert len(waits) == 3 and "\n" not in str(error.value)  # there are three archives
 
 
 def test_an_archive_that_fails_again_and_again_is_given_up(server, tmp_path, monkeypatch):
