@@ -304,7 +304,7 @@ def find_pictures(arguments: list[str]) -> tuple[list[Path], int]:
         raise FileNotFoundError("; ".join(without))
     for line in without:
         print(line, file=sys.stderr)
-    return pictures, len(without)
+    return [*dict.fromkeys(pictures)], len(without)
 
 
 def predict_pictures(model: cabins.CaBins, args: argparse.Namespace) -> int:
@@ -399,9 +399,9 @@ def measure(model: cabins.CaBins, dataset: DepthDataset, args: argparse.Namespac
     if args.out:
         key = name_for(args.checkpoint, source, {**vars(args), "workers": None})
         source["predictions"] = f"predictions_{key}"
-        folder = open_folder(Path(args.out) / source["predictions"])
-        results, taken, recipe = folder.parent / "results.csv", set(), dataset.recipe
+        results, taken, recipe = open_folder(args.out) / "results.csv", set(), dataset.recipe
         data.check_columns(results, ("label", *source, "date", "protocol", *HEADINGS))
+        folder = open_folder(results.with_name(source["predictions"]))
 
         def keep(path: str, depth: Tensor) -> None:
             name = f"{folder}/{new_name(os.path.relpath(path, args.root or '.'), taken)}"
