@@ -346,6 +346,7 @@ def test_nothing_scrolls_sideways_and_axe_is_content(open_page, width, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     cut = "found => found.filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.className)"
     assert page.eval_on_selector_all("pre, .equation, .pair > *, table", cut) == []
+    assert page.locator("a[href], button, input, summary, [tabindex='0']").count() <= 100
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0] < 128")
     assert dark == (scheme == "dark")
     if not AXE.exists():
@@ -485,8 +486,3 @@ def test_print_fills_at_most_14_pages(open_page, tmp_path):
     assert 5 < len(sheets) <= 14
     filled = [np.flatnonzero((sheet < 200).any(1)).max() / len(sheet) for sheet in sheets[:-1]]
     assert min(filled) > 0.55, filled
-
-
-def test_few_tab_stops(open_page):
-    stops = "a[href], button, input, summary, [tabindex='0']"
-    assert open_page().locator(stops).count() <= 100
