@@ -240,6 +240,7 @@ def test_fact_4_eq_3_is_the_identity_at_first():
     assert 1e-6 < (decoder(t, z_bar, z) - t).norm() / t.norm() < 1e-3
     layer = decoder.layers[5]  # of six
     assert layer.self_attn.n_heads == 4 and layer.mlp[0].weight.shape == (1024, 256)
+    assert layer.mlp[1](torch.ones(1)).item() == pytest.approx(0.8413447)  # GELU, 1 Φ(1)
     linear = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
     for weight in (torch.cat([m.weight.flatten() for m in linear]), cabins.CaBins(TINY).prompts):
         assert weight.std().item() == pytest.approx(0.02, rel=0.1)
