@@ -64,6 +64,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import math
 import os
 import pickle
@@ -973,10 +974,10 @@ def restore(content: dict, source: object, max_depth: float | None = None) -> Ca
             raise ValueError(f"{source} is the authors': give max_depth, 10 for NYU, 80 for KITTI")
         kitti = {"longer_side": 1216, "focal": 721.54}
         settings = {"max_depth": max_depth} | (kitti if max_depth > 10 else {})
-    settings = {k.replace("image_width", "longer_side"): v for k, v in settings.items()}
     try:
+        settings = {k.replace("image_width", "longer_side"): v for k, v in settings.items()}
         config = Config(**settings)
-    except TypeError as error:
+    except (AttributeError, TypeError) as error:
         raise ValueError(f"{source} is of another version of CaBins: {error}") from None
     if max_depth not in (None, config.max_depth):
         raise ValueError(f"{source} is for depths to {config.max_depth} m, not to {max_depth}")
@@ -1010,7 +1011,7 @@ def open_picture(path: str | Path, what: str = "a picture") -> Image.Image:
             import pillow_heif
 
             pillow_heif.register_heif_opener()
-        image = Image.open(path)
+        image = Image.open(io.BytesIO(Path(path).read_bytes()))  # leaves no file open
         image.load()
     except ImportError:
         raise ValueError(f"{path}: pip install pillow-heif, or convert it to JPEG") from None
