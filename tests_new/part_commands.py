@@ -88,7 +88,7 @@ def broken(tmp_path_factory) -> Path:
 
 
 LIST = "data.py list --root . --train-split good.txt --test-split"
-TRAIN = "train.py --data list --root . --backbone tiny --out out --workers 0 --batch-size 1"
+TRAIN = "train.py --data list --root . --backbone tiny --out out --batch-size 1"
 TRAIN += " --test-split good.txt --train-split"
 # Each command is its beginning and one of these ends. What the sentence must name is in brackets.
 WRONG = {
@@ -146,7 +146,7 @@ def files_below(folder: Path) -> dict[str, tuple]:
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_a_wrong_command_gives_one_sentence_and_changes_no_file(
     command, broken, few_rooms, monkeypatch
 ):
