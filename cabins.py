@@ -977,7 +977,7 @@ def restore(content: dict, source: object, max_depth: float | None = None) -> Ca
     try:
         settings = {k.replace("image_width", "longer_side"): v for k, v in settings.items()}
         config = Config(**settings)
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{source} is of another version of CaBins: {error}") from None
     if max_depth not in (None, config.max_depth):
         raise ValueError(f"{source} is for depths to {config.max_depth} m, not to {max_depth}")
