@@ -1,4 +1,3 @@
-# ruff: noqa: F403, F405
 from common import *
 
 # ---- Wrong commands: one sentence, which names the file or the option ----------------------------

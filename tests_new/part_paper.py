@@ -1,4 +1,3 @@
-# ruff: noqa: F403, F405
 from common import *
 
 # ---- Sec. 3.1  CLIP's tokenizer and encoders -----------------------------------------------------
