@@ -1053,13 +1053,14 @@ def to_training_size(image: Tensor, longer_side: int) -> Tensor:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the network in eval mode, and then back into the mode that it had."""
-    was_training = model.training
+    """Put the network in eval mode, and then each part back into the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @torch.inference_mode()
