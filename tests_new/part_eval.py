@@ -109,7 +109,9 @@ def test_flip_averaging_is_of_clipped_depths_at_the_decoders_size(tiny):
     close(depth, cabins.resize(straight, (96, 128)), 1e-5)
 
 
-def test_own_lists_are_measured_at_the_size_of_training_as_infer_does(tmp_path, no_workers):
+def test_own_lists_are_measured_at_the_size_of_training_as_infer_does(
+    tmp_path, no_workers, monkeypatch
+):
     model = cabins.CaBins(TINY).eval()
     with torch.no_grad():
         model.depth_decoder.logits.weight *= 30  # so that the depth depends on the image
@@ -121,6 +123,10 @@ def test_own_lists_are_measured_at_the_size_of_training_as_infer_does(tmp_path, 
     predictors = [evaluation.predictor(model, longer_side=side) for side in (128, None)]
     rows = [evaluation.evaluate(predict, pairs) for predict in predictors]
     assert evaluation.evaluate(model, pairs) == rows[0] != rows[1]
+    drawn = []
+    monkeypatch.setattr(evaluation, "draw_explained", lambda *arguments: drawn.append(arguments))
+    evaluation.draw_samples(tmp_path, model, pairs, 1)
+    close(drawn[0][3].depth, depth, 1e-5)
     for name in ("nyu", "kitti", "toy"):
         assert evaluation.side_for(model, MadePairs(flat(2), name=name)) is None
 
@@ -169,6 +175,10 @@ def test_predictions_are_kept_by_name_and_give_the_same_row(tiny, tiny_checkpoin
     cabins.save_checkpoint(other, cabins.CaBins(TINY))
     for options in ([tiny_checkpoint], [tiny_checkpoint], [tiny_checkpoint, "--no-flip"], [other]):
         rows = measure_list(flat_pairs, *options)
+    known = {"data": "list", "root": str(flat_pairs), "test_split": str(flat_pairs / "test.txt")}
+    cabins.save_checkpoint(other, tiny, args=known)  # it says on what it was trained
+    again = run_script("eval.py", other, "--workers", 0).out.splitlines()[-1].split()[2:]
+    assert again == [f"{float(rows[0][metric]):.3f}" for metric in evaluation.HEADINGS]
     columns = "label checkpoint data list predictions date protocol abs_rel sq_rel rmse rmse_log"
     assert list(rows[0]) == [*columns.split(), "log10", "d1", "d2", "d3"] and len(rows) == 4
     folders = [flat_pairs / "out" / row["predictions"] for row in rows]
@@ -324,6 +334,13 @@ def test_pictures_of_every_kind_give_what_infer_gives(tiny, tiny_checkpoint, pic
         colours = matplotlib.colormaps["viridis"](found.depth / 8, bytes=True)[..., :3]
         assert np.array_equal(np.asarray(Image.open(f"{start}_colour.png")), colours)
     assert cabins.open_picture(out / "phone_depth_mm.png").size == (90, 120)  # upright
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cabins.infer(tiny, pictures / "L.png")
+    command = ("eval.py", tiny_checkpoint, "--images", pictures / "L.png", "--out", out)
+    for amp, is_equal in (("bf16", True), ("off", False)):
+        assert run_script(*command, "--amp", amp).status == 0
+        written = np.asarray(Image.open(out / "L_std_mm.png"))
+        assert np.array_equal(written, (found.std * 1000).round()) == is_equal
 
 
 def test_what_folders_and_patterns_find(tiny_checkpoint, pictures, tmp_path, capsys):
@@ -376,7 +393,7 @@ def test_sixteen_bits_hold_every_range(tmp_path):
 
 def test_options_that_would_do_nothing_are_refused(tiny_checkpoint, pictures):
     for mode, options in (
-        (["--images", pictures], ["--workers 1", "--depth-scale 9", "--split a", "--explain 2"]),
+        (["--images", pictures], ["--workers 1", "--depth-scale 9", "--split a", "--no-flip"]),
         (["--explain"], ["--workers 1", "--max-depth 5", "--no-flip", "--range 5"]),
     ):
         for option in options:
