@@ -397,4 +397,6 @@ def test_options_that_would_do_nothing_are_refused(tiny_checkpoint, pictures):
         (["--explain"], ["--workers 1", "--max-depth 5", "--no-flip", "--range 5"]),
     ):
         for option in options:
-            assert run_script("eval.py", tiny_checkpoint, *mode, *option.split()).status == 1
+            ran = run_script("eval.py", tiny_checkpoint, *mode, *option.split())
+            assert ran.status == 1 and ran.err.count("\n") == 1
+            assert option.split()[0].strip("-") in ran.err and not ran.out
