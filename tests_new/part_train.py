@@ -92,19 +92,22 @@ def test_pairs_are_shuffled_in_each_epoch_and_training_can_start_anywhere(monkey
 
 
 def test_dropout_and_augmentation_depend_on_seed_step_and_process_alone(monkeypatch):
-    learner, batch = new_learner()
+    (learner, batch), seeds = new_learner(), []
     nn.init.ones_(learner.model.trans_decoder.gamma)  # or dropout would hardly change the texts
+
+    def augment(image, depth, recipe, generator, share):
+        seeds.append(generator.initial_seed())
+        return image / 255, depth
 
     def maps(number: int, rank=0, seed=0) -> torch.Tensor:
         learner.rank, learner.seed = rank, seed
         return learner.forward(batch, number)[0].similarity
 
-    others = [(2,), (1, 0, 1)]
-    for _ in ("both", "dropout alone"):
-        assert torch.equal(maps(1), maps(1))
-        assert not any(torch.equal(maps(1), maps(*other)) for other in others)
-        monkeypatch.setattr(data, "augment", lambda image, depth, *_: (image / 255, depth))
-        others.append((1, 1))
+    monkeypatch.setattr(data, "augment", augment)
+    first = maps(1)
+    assert torch.equal(first, maps(1))
+    assert not any(torch.equal(first, other) for other in (maps(1, 1), maps(2), maps(1, 0, 1)))
+    assert seeds[0] == seeds[1] == seeds[2] and len(set(seeds)) == 3  # not of the process
 
 
 class NothingRead(torch.utils._python_dispatch.TorchDispatchMode):
@@ -303,6 +306,7 @@ def run_train(*options, stop=None) -> Ran:
     take = train.Learner.step
 
     def step(learner, batch, number):
+        assert torch.get_float32_matmul_precision() == "high"  # TF32, on a GPU
         if stop and number == stop[0]:
             os.kill(os.getpid(), stop[1])
         return take(learner, batch, number)
@@ -371,14 +375,14 @@ def test_a_full_disk_loses_nothing(whole_run, quick, tmp_path):
 
     def save(content, path):
         files.append(path)
-        if len(files) == 4:
+        if len(files) == 5:  # best.pt, after the first validation
             Path(path).write_bytes(b"half")
             raise RuntimeError("No space left on device")  # torch's own error
         torch_save(content, path)
 
     quick.setattr(torch, "save", save)
     assert run_train(*EIGHT_STEPS, "--out", tmp_path).status == 1
-    assert cabins.read_checkpoint(tmp_path / "last.pt")["step"] == 3
+    assert cabins.read_checkpoint(tmp_path / "last.pt")["step"] == 4
     assert not list(tmp_path.glob("*.partial"))
     with open(tmp_path / "log.csv", "a") as file:
         file.write("5,1.2")  # half a row
@@ -403,6 +407,11 @@ def test_resuming_refuses_what_would_change_the_run_and_frees_the_checkpoint(who
     args.resume = str(last)
     train.Run(args, content)
     assert not content and last.read_bytes() == before
+    best = [folder / "best.pt" for folder in (whole_run, whole_run / "new")]
+    assert best[0].read_bytes() == best[1].read_bytes()
+    best[1].unlink()  # another must be chosen
+    args.resume = args.out + "/last.pt"
+    assert train.Run(args, cabins.read_checkpoint(args.resume)).best == math.inf
 
 
 def test_the_best_network_is_never_replaced_by_a_worse_one(quick, tmp_path):
