@@ -8,20 +8,20 @@ decoder turns these similarities and the image features into a probability over 
 pixel. Depth is the expected bin centre (Eq. 5).
 
 Read downwards, with the paper beside it. The method comes first, in the paper's order. CLIP
-follows, with the paper's changes to it. Loading and checkpoints come last. Sec. 4.1 is in train.py,
-and Sec. 4.2 in data.py.
+follows, with the paper's changes to it. Loading and checkpoints come last. train.py has the recipe
+of Sec. 4.1, and data.py has the data sets of Sec. 4.2.
 
 What the equations do not say:
 
 - The text does not train the bins. A distance becomes digits, digits become token ids, and no
   gradient passes through a look-up. The bins learn from the pixel loss, through Eq. 5, and from the
   bins loss (Eq. 7).
-- No loss gives the similarity s a meaning. It enters the decoder as 8 of 2,056 channels, beside x4,
-  from which it was computed.
-- TransDecoder hardly learns. Its gradient is scaled by γ, which starts at 1e-4, and is far below
-  the ε of Adam. γ itself learns.
-- Eq. 2 depends on the unit of depth. In metres e_k is almost the bin centre nearest to the mean of
-  its group. In centimetres it would be almost that mean.
+- No loss gives the similarity s a meaning. The decoder receives s as 8 of its 2,056 channels. The
+  others are x4, from which z is computed.
+- TransDecoder hardly learns. Its gradient passes through γ, which starts at 1e-4. So the gradient
+  is far below the ε of Adam, where Adam takes almost no step. γ itself learns.
+- Eq. 2 depends on the unit of depth. In metres, e_k is almost the bin centre nearest to the mean of
+  its group. In centimetres, e_k would be almost that mean.
 
 Sizes are for one image of 416 x 544 pixels and RN101. A batch adds an axis B in front, but not to
 the prompts and γ, which all images share.
@@ -86,24 +86,24 @@ from clip_tokenizer import EOT, number_tokens, tokenize
 
 DISTANCE_CLASSES = ("cabins", "median", "mean", "semantic")  # rows of Table 3; "Ours" is "cabins"
 SEMANTIC_BINS = ["giant", "extremely close", "close", "not in distance", "a little remote"]
-SEMANTIC_BINS += ["far", "farthest", "unseen"]  # Sec. 4.6
+SEMANTIC_BINS += ["far", "farthest", "unseen"]  # the phrases of Sec. 4.6
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of a network, kept in its checkpoint. ValueError names a wrong one."""
+    """The settings of a network. A checkpoint holds them. A wrong one raises ValueError."""
 
     backbone: str = "RN101"  # a key of BACKBONES
     distance_class: str = "cabins"
     n_bins: int = 256
     n_cabins: int = 8  # K
     n_prompts: int = 8  # N
-    min_depth: float = 1e-3  # d_min, metres. NOTE(paper silent): the released code's value
+    min_depth: float = 1e-3  # d_min, metres. NOTE(paper silent): The released code has this value.
     max_depth: float = 10.0  # d_max, metres; 80 for KITTI
-    longer_side: int = 640  # of the training images, in pixels
-    focal: float = 518.86  # focal length of their camera, in the same pixels; NYU's
-    # NOTE(paper silent): The released code normalises images with the statistics of ImageNet, not
-    # of CLIP's training. We follow it. They are the same for every network.
+    longer_side: int = 640  # longer side of the training images, pixels; 1216 for KITTI
+    focal: float = 518.86  # focal length of their camera, pixels; 721.54 for KITTI
+    # NOTE(paper silent): Like the released code, we normalise images with the statistics of
+    # ImageNet, not with those of CLIP's own training. They are constants, not settings.
     image_mean: ClassVar = (0.485, 0.456, 0.406)  # red, green, blue, in [0, 1]
     image_std: ClassVar = (0.229, 0.224, 0.225)
 
@@ -130,7 +130,7 @@ class AdaptiveBins(nn.Module):
         self.mlp = nn.Sequential(*layers, nn.Linear(256, n_bins))
 
     def forward(self, z_bar: Tensor) -> Tensor:
-        # We go on in float32, also under autocast: near 10 m, bfloat16 has steps of 6 cm.
+        # From here on we compute in float32: near 10 m, bfloat16 has steps of 6 cm.
         b = F.relu(self.mlp(z_bar).float()) + 0.1  # b′: (B, n_bins)
         return b / b.sum(1, keepdim=True)
 
@@ -138,7 +138,8 @@ class AdaptiveBins(nn.Module):
 def bin_centers(widths: Tensor, min_depth: float, max_depth: float) -> Tensor:
     """Centres (B, n_bins) of adjacent bins that fill the range from d_min to d_max, in metres.
 
-    The widths b (B, n_bins) are shares of this range and sum to 1.
+    The widths b (B, n_bins) are shares of this range and sum to 1. Fixed bins would place as many
+    centres where an image has no depth. These bins can be narrow where its depths are.
     """
     b = widths
     # Eq. 1:  c(b_i) = d_min + (d_max - d_min) (b_i / 2 + Σ_{j<i} b_j)
@@ -155,12 +156,13 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
         8 groups of 32   mean m_1      mean m_2       …    mean m_8
         8 distances      e_1           e_2            …    e_8              K = 8
 
-    e_k is a weighted mean of group k. The nearer a centre is to m_k, the more it weighs.
+    e_k is a weighted mean of group k. The nearer a centre is to m_k, the more it weighs. Without
+    groups, the text encoder would have to encode 256 texts for each image.
 
-    The softmax depends on the unit of depth, because 1 / |c - m| has one. Take 256 widths uniform
+    The weights depend on the unit of depth, because 1 / |c - m| has a unit. Take 256 widths uniform
     on [0.1, 1.1], normalised, over 10 m. In metres, the largest weight in a group is 0.99 on
-    average, and e_k lies 0.4 mm from the centre nearest to m_k. In centimetres, the largest weight
-    is 0.21, and e_k lies 0.6 mm from m_k itself.
+    average, and e_k lies 0.4 mm from the centre nearest to m_k, but 10 mm from m_k. In centimetres,
+    the largest weight is 0.22, and e_k lies 0.6 mm from m_k.
 
     `kind` is a row of Table 3. "median" and "mean" replace Eq. 2. "semantic" encodes phrases, and
     the distances of Eq. 2 are then only reported.
@@ -181,13 +183,13 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
 
 
 # ---- Sec. 3.2.3  Text encoder --------------------------------------------------------------------
-# A distance of 2.498 m becomes this text. `number_tokens` makes the ids of [SOT], the number and
-# [EOT] (the paper's [SOS] and [EOS]). p1 … p8 are the prompts. `CLIP.encode_text` encodes it all.
+# A distance of 2.498 m becomes the text below. `number_tokens` makes the ids of [SOT], the number
+# and [EOT] (the paper writes [SOS] and [EOS]). `CLIP.encode_text` inserts the prompts p1 … p8.
 #
 #     [SOT]  p1  p2  p3  p4  p5  p6  p7  p8  "2"  "."  "4"  "9"  "8"  [EOT]
 #
-# Close distances need not have close texts: "2.9999" and "3.0" share only the point. With a random
-# text encoder, a change of 0.1 mm turns t about as far as a change of 1 m does.
+# Close distances need not have close texts: "2.9999" and "3.0" share only the point. With random
+# weights of RN101's sizes, a change of e_k by 0.1 mm turns t by 0.1 rad, and so does one by 1 m.
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, is_causal: bool = False) -> Tensor:
@@ -239,8 +241,9 @@ class TransDecoderLayer(nn.Module):
 class TransDecoder(nn.Module):
     """Update the text embeddings t (B, K, D) with the image, z_bar (B, D) and z (B, D, h, w).
 
-    The same distance can look different in two rooms: Eq. 3 lets its text know which. γ starts so
-    small that Eq. 3 is almost the identity, so training starts from CLIP's own text embeddings.
+    The same distance looks different in two rooms. Eq. 3 adapts the text of a distance to the room.
+    γ starts so small that Eq. 3 is almost the identity. So training starts from CLIP's own text
+    embeddings. The price is that the layers hardly learn, because γ also scales their gradient.
 
     NOTE(paper silent): The paper does not give the layers. Like the released code, we take the
     sizes and the initialisation of DenseCLIP.
@@ -278,7 +281,8 @@ class TransDecoder(nn.Module):
 def cosine_similarity(z: Tensor, t: Tensor) -> Tensor:
     """Cosine of each location z (B, D, h, w) and each text t (B, K, D): s (B, K, h, w).
 
-    CLIP multiplies its cosines by a learned factor, exp(`logit_scale`). Eq. 4 does not.
+    Without normalisation, the lengths of z and t would count beside their directions. CLIP also
+    multiplies its cosines by a learned factor, exp(`logit_scale`). Eq. 4 does not.
     """
     # Eq. 4:  s = ẑ · t̂,   where ẑ and t̂ are z and t of length 1
     return torch.einsum("bdhw,bkd->bkhw", F.normalize(z, dim=1), F.normalize(t, dim=2))
@@ -294,9 +298,10 @@ class DepthDecoder(nn.Module):
 
     NOTE(paper silent): The convolutions and their channels are the released code's. `fuse` is a
     1 x 1 convolution with a padding of 1, so x4 grows by one location on each side. The resize with
-    aligned corners then puts its first row at row 1.8 of x3, not at row 0: at the border, the
-    padding moves x4 inwards by 29 image pixels.
-    NOTE(differs): `features` has n_bins channels in the paper, 256 in the released code.
+    aligned corners then puts the first row of x4 at row 1.8 of x3, not at row 0. At the border, the
+    padding moves x4 inwards by 29 image pixels. We keep it for the authors' checkpoints.
+    NOTE(differs): `features` has 256 channels in the released code. In the paper and here it has
+    n_bins channels, which is the same number by default.
     """
 
     def __init__(self, channels: list[int], n_cabins: int, n_bins: int):
@@ -311,7 +316,7 @@ class DepthDecoder(nn.Module):
                 layers += [nn.LeakyReLU(inplace=True)]
             self.up.append(nn.Sequential(*layers))
             n = n // 2
-        # Nothing stands between these two, so together they are one 3 x 3 convolution.
+        # Nothing stands between these two, so together they are one linear 3 x 3 convolution.
         self.features = nn.Conv2d(n, n_bins, 3, padding=1)
         self.logits = nn.Conv2d(n_bins, n_bins, 1)
 
@@ -330,7 +335,7 @@ class DepthDecoder(nn.Module):
 def expected_depth(centers: Tensor, p: Tensor) -> Tensor:
     """Depth (B, 1, H/2, W/2) in metres: the mean of the centres (B, n_bins) under p.
 
-    A mean is smooth where the argmax would jump from bin to bin. It lies in [c_1, c_256].
+    The argmax would jump from bin to bin. The mean is smooth, and it never leaves [c_1, c_256].
     """
     # Eq. 5:  d_i = Σ_k c(b_k) p_ik
     return (centers[:, :, None, None] * p).sum(1, keepdim=True)
@@ -349,10 +354,7 @@ class Prediction(NamedTuple):
 
 
 class CaBins(nn.Module):
-    """The network of Figure 2. `clip` comes from `load_clip`; None gives random weights.
-
-    Raises ValueError if `clip` is not the backbone that the config names.
-    """
+    """The network of Figure 2. `clip` comes from `load_clip`; None gives random weights."""
 
     def __init__(self, config: Config, clip: CLIP | None = None):
         super().__init__()
@@ -368,7 +370,7 @@ class CaBins(nn.Module):
         self.clip = clip
         self.reassemble = dpt_reassembly(sizes.width) if sizes.is_vit else None
         self.bins = AdaptiveBins(sizes.embed_dim, config.n_bins)
-        # NOTE(differs): the standard deviation is CoOp's 0.02; in the released code it is 1
+        # NOTE(differs): The standard deviation is CoOp's, 0.02. The released code takes 1.
         self.prompts = nn.Parameter(torch.empty(config.n_prompts, sizes.text_width))
         nn.init.trunc_normal_(self.prompts, std=0.02)
         small = {"width": 64, "n_layers": 2} if config.backbone == "tiny" else {}
@@ -398,9 +400,9 @@ class CaBins(nn.Module):
     def forward(self, image: Tensor, upsample: bool = True) -> Prediction:
         """Figure 2, for normalised images (B, 3, H, W) of at least 64 x 64 pixels.
 
-        Below that x4 may have a single location, and BatchNorm cannot train on one such image.
-        Without `upsample` depth stays at H/2 x W/2, where `eval.predictor` averages it with the
-        depth of the mirror image.
+        In smaller images x4 may have a single location, and BatchNorm cannot train on one such
+        image. Without `upsample`, depth stays at H/2 x W/2, where `eval.predictor` averages it with
+        the depth of the mirror image.
         """
         shape, config = tuple(image.shape), self.config
         if image.ndim != 4 or shape[1] != 3 or min(shape[2:]) < 64:
@@ -447,7 +449,8 @@ def silog_loss(depth: Tensor, target: Tensor, mask: Tensor, unbiased: bool = Fal
     mean. With λ = 1, a depth that is wrong by one factor everywhere would cost nothing.
 
     NOTE(paper silent): As in the released code, the sums run over the batch, not over each image.
-    NOTE(differs): Eq. 6 has the biased variance; `unbiased` takes that of the released code.
+    NOTE(differs): Eq. 6 and we have the biased variance. The released code has the unbiased one,
+    which `unbiased` selects.
     """
     n = mask.sum().clamp(min=1)
     g = torch.where(mask, depth, 1).log() - torch.where(mask, target, 1).log()  # 0 outside mask
@@ -471,11 +474,12 @@ def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Bi-directional chamfer loss of bin centres (B, n_bins) and true depths, in square metres.
 
     Each true depth pulls the nearest centre, and each centre is pulled to the nearest true depth.
-    An image without true depth adds 0.
+    Eq. 6 sees only the mean of the centres, which cannot say where each of them belongs. An image
+    without true depth adds 0.
 
     NOTE(paper silent): The paper does not define chamfer(·, ·). Like the released code, we take the
-    squared distance to the nearest element of the second set, averaged over the first set, where a
-    depth counts once for each pixel that has it. The losses of the images are averaged.
+    squared distance to the nearest element of the second set, averaged over the first set. A depth
+    counts once for each pixel that has it. The losses of the images are averaged.
     """
     c, valid = centers, mask.flatten(1)  # (B, n_bins), (B, HW)
     X = target.flatten(1).masked_fill(~valid, 0)  # (B, HW)
@@ -527,7 +531,7 @@ def depth_metrics(depth: Tensor, target: Tensor) -> dict[str, Tensor]:
 
 
 # ==== CLIP (Sec. 3.1) =============================================================================
-# Parameters have the names that they have in OpenAI's files.
+# Parameters are named as in OpenAI's files.
 
 
 class Architecture(NamedTuple):
@@ -536,7 +540,7 @@ class Architecture(NamedTuple):
     embed_dim: int  # D
     layers: tuple[int, ...]  # ResNet: the blocks of each stage; ViT: the number of blocks
     width: int  # ResNet: channels after the stem; ViT: channels of a token
-    grid: int  # locations along each side of an image in CLIP's own training
+    grid: int  # locations along each side of x4 (ViT: of z) in CLIP's own training
     text_width: int  # channels of a text token, and therefore of a prompt
     text_layers: int
     is_vit: bool = False
@@ -625,7 +629,8 @@ class ResNet(nn.Module):
 
     def __init__(self, layers: tuple[int, ...], width: int, embed_dim: int, grid: int):
         super().__init__()
-        # Three convolutions and an average pool; a standard ResNet has one and a max pool.
+        # CLIP begins with three convolutions and an average pool. A standard ResNet begins with one
+        # convolution and a max pool.
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
@@ -699,7 +704,7 @@ class CLIP(nn.Module):
         a = self.architecture = architecture
         image_encoder = VisionTransformer if a.is_vit else ResNet
         self.visual = image_encoder(a.layers, a.width, a.embed_dim, a.grid)
-        # Where no weights are loaded (demo, tests), tokens keep torch's standard deviation of 1.
+        # Without OpenAI's weights (demo, tests), tokens keep torch's standard deviation of 1.
         self.token_embedding = nn.Embedding(EOT + 1, a.text_width)
         self.positional_embedding = nn.Parameter(torch.randn(a.context_length, a.text_width) * 0.01)
         self.transformer = transformer(a.text_width, a.text_layers, is_causal=True)
@@ -707,7 +712,7 @@ class CLIP(nn.Module):
         projection = torch.randn(a.text_width, a.embed_dim) / a.text_width**0.5
         self.text_projection = nn.Parameter(projection)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's own; Eq. 4 has none
-        # NOTE(differs): the text encoder is frozen; the released code trains its token embedding
+        # NOTE(differs): We freeze the whole text encoder. The released code trains its tokens.
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith("visual."))
 
@@ -736,8 +741,8 @@ class CLIP(nn.Module):
 class VisionTransformer(nn.Module):
     """CLIP's ViT. Its four feature maps and z have stride 16; z_bar is the class token's embedding.
 
-    NOTE(differs): The paper follows DPT, which takes its features after blocks 3, 6, 9 and 12. The
-    released ViT runs, but its network cannot use it: it reads a fifth output, [z̄, z].
+    NOTE(differs): The paper follows DPT, which takes its features after blocks 3, 6, 9 and 12, and
+    so do we. The released ViT has no fifth output, [z̄, z], which the released network needs.
     """
 
     def __init__(self, layers: tuple[int], width: int, embed_dim: int, grid: int):
