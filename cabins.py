@@ -18,8 +18,8 @@ What the equations do not say:
   bins loss (Eq. 7).
 - No loss gives the similarity s a meaning. The decoder receives s as 8 of its 2,056 channels. The
   others are x4, from which z is computed.
-- TransDecoder hardly learns. Its gradient passes through γ, which starts at 1e-4. So the gradient
-  is far below the ε of Adam, where Adam takes almost no step. γ itself learns.
+- TransDecoder hardly learns. Its gradient passes through γ, which starts at 1e-4, and is far below
+  the ε of Adam. For such a gradient, Adam takes almost no step. γ itself learns.
 - Eq. 2 depends on the unit of depth. In metres, e_k is almost the bin centre nearest to the mean of
   its group. In centimetres, e_k would be almost that mean.
 
@@ -138,8 +138,8 @@ class AdaptiveBins(nn.Module):
 def bin_centers(widths: Tensor, min_depth: float, max_depth: float) -> Tensor:
     """Centres (B, n_bins) of adjacent bins that fill the range from d_min to d_max, in metres.
 
-    The widths b (B, n_bins) are shares of this range and sum to 1. Fixed bins would place as many
-    centres where an image has no depth. These bins can be narrow where its depths are.
+    The widths b (B, n_bins) are shares of this range and sum to 1. Fixed bins would spend centres
+    on depths that an image does not contain. Predicted bins can be narrow where its depths are.
     """
     b = widths
     # Eq. 1:  c(b_i) = d_min + (d_max - d_min) (b_i / 2 + Σ_{j<i} b_j)
@@ -474,8 +474,8 @@ def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Bi-directional chamfer loss of bin centres (B, n_bins) and true depths, in square metres.
 
     Each true depth pulls the nearest centre, and each centre is pulled to the nearest true depth.
-    Eq. 6 sees only the mean of the centres, which cannot say where each of them belongs. An image
-    without true depth adds 0.
+    Eq. 6 constrains only the mean of the centres under p, and Eq. 7 places the centres themselves.
+    An image without true depth adds 0.
 
     NOTE(paper silent): The paper does not define chamfer(·, ·). Like the released code, we take the
     squared distance to the nearest element of the second set, averaged over the first set. A depth
@@ -492,10 +492,11 @@ def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return loss.mean()
 
 
-def total_loss(
-    prediction: Prediction, target: Tensor, min_depth: float, unbiased: bool = False
-) -> Tensor:
-    """The training loss. The true depth (B, 1, H, W), in metres, is valid above min_depth."""
+def total_loss(prediction: Prediction, target: Tensor, min_depth: float, unbiased=False) -> Tensor:
+    """The training loss. The true depth (B, 1, H, W), in metres, is valid above min_depth.
+
+    L_pixel has no unit and L_bins is in square metres, so β belongs to metres.
+    """
     mask = target > min_depth
     d = resize(prediction.depth, target.shape[-2:])  # a no-op, unless it was made at H/2 x W/2
     pixel_loss = silog_loss(d, target, mask, unbiased)
@@ -788,10 +789,11 @@ def dpt_reassembly(width: int) -> nn.ModuleList:
 
 
 # ==== The paper ends here. Below: checks, weights, checkpoints, pictures ==========================
+# A wrong file or value raises FileNotFoundError or ValueError, and the message names it.
 
 
 def check_config(config: Config) -> None:
-    """Raise ValueError for an invalid config. The message names the setting."""
+    """Raise ValueError for a wrong setting."""
     for name, choices in (("backbone", BACKBONES), ("distance_class", DISTANCE_CLASSES)):
         if (value := getattr(config, name)) not in choices:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
@@ -835,27 +837,24 @@ def download(url: str, file: str, sha256: str) -> Path:
 def load_clip(name_or_path: str | Path) -> CLIP:
     """CLIP with OpenAI's weights, in float32: "RN50", "RN101", "ViT-B/16", or a file.
 
-    A name is downloaded once. A file is one of OpenAI's TorchScript archives, or a plain state dict
-    with the same names. Raises FileNotFoundError or ValueError, which names the file.
+    A name is downloaded once. A file is an archive of OpenAI's, or a state dict of its tensors.
     """
     name, path = str(name_or_path), Path(name_or_path)
     if sha256 := CLIP_SHA256.get(name):
         name = name.replace("/", "-")
         path = download(CLIP_URL.format(sha256=sha256, name=name), f"clip-{name}.pt", sha256)
-    elif not path.exists():
-        raise FileNotFoundError(f"{path}: no such file, and none of {', '.join(CLIP_SHA256)}")
-    state = read_tensors(path, "a CLIP file: one of OpenAI's archives, or a state dict of it")
+    names = ", ".join(CLIP_SHA256)
+    state = read_tensors(path, f"{names}, one of OpenAI's archives, or a state dict of it")
     other = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # not weights
     state = {k: v.float() for k, v in state.items() if torch.is_tensor(v) and not k.endswith(other)}
-    if missing := {"positional_embedding", "text_projection"} - state.keys():
-        raise ValueError(f"{path} is not a whole CLIP: it has no {min(missing)}")
-    kind = ("visual.proj" in state, *state["text_projection"].shape)
+    projection = state.get("text_projection", torch.empty(0))
     for a in BACKBONES.values():  # `load_strictly` compares all other sizes
-        if kind == (a.is_vit, a.text_width, a.embed_dim):
-            clip = CLIP(a._replace(context_length=len(state["positional_embedding"])))
+        if (*projection.shape, "visual.proj" in state) == (a.text_width, a.embed_dim, a.is_vit):
+            n_positions = len(state.get("positional_embedding", ()))
+            clip = CLIP(a._replace(context_length=n_positions))
             load_strictly(clip, state, path)
             return clip
-    raise ValueError(f"{path} is a CLIP, but none of {', '.join(BACKBONES)}")
+    raise ValueError(f"{path} is not a CLIP that is one of {', '.join(BACKBONES)}")
 
 
 def read_tensors(path: Path, expected: str) -> dict:
@@ -863,52 +862,51 @@ def read_tensors(path: Path, expected: str) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected {expected}")
     try:
-        if is_zip := zipfile.is_zipfile(path):
+        is_torchscript = False
+        if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():  # torch does not check these checksums
                     raise ValueError(damaged)
-                is_zip = any(name.endswith("/constants.pkl") for name in archive.namelist())
-        content = read_torchscript(path) if is_zip else torch.load(path, "cpu", weights_only=True)
-        if not (isinstance(content, dict) and all(isinstance(name, str) for name in content)):
-            raise ValueError("it does not hold names and tensors")
-    except Exception as error:  # of many kinds: it depends on what the bytes happen to be
+                is_torchscript = any(n.endswith("/constants.pkl") for n in archive.namelist())
+        if is_torchscript:
+            return read_torchscript(path)
+        return dict(**torch.load(path, "cpu", weights_only=True))  # fails without names of str
+    except Exception as error:  # its kind depends on what the bytes happen to be
         what = f"{path} ({path.stat().st_size} bytes) is cut off, damaged or of another kind"
         raise ValueError(f"{what}; expected {expected}") from error
-    return content
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
     """The tensors of a TorchScript archive, by name. No code of the archive runs."""
-    dtypes = {"HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long}
+    known = {"HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long}
+    known["_rebuild_tensor_v2"] = lambda x, start, size, step, *_: x.as_strided(size, step, start)
+    known["OrderedDict"] = dict
     Module = type("Module", (), {})  # replaces every class of the archive
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
             if module == "torch.jit._pickle":  # builds lists of numbers
                 return list
-            others = {"OrderedDict": dict, "_rebuild_tensor_v2": rebuild}
-            return Module if module.startswith("__torch__") else (dtypes | others)[name]
+            return Module if module.startswith("__torch__") else known[name]
 
         def persistent_load(self, key: tuple) -> Tensor:
             return torch.frombuffer(bytearray(archive.read(folder + key[2])), dtype=key[1])
 
-    def rebuild(storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
-        return storage.as_strided(size, stride, offset)
-
-    def tensors(module: object, prefix: str) -> dict[str, Tensor]:
-        found = {prefix + k: v for k, v in vars(module).items() if torch.is_tensor(v)}
-        for name, child in vars(module).items():
-            found |= tensors(child, f"{prefix}{name}.") if isinstance(child, Module) else {}
-        return found
+    def tensors(module: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        for name, value in vars(module).items():
+            if torch.is_tensor(value):
+                yield prefix + name, value
+            elif isinstance(value, Module):
+                yield from tensors(value, f"{prefix}{name}.")
 
     with zipfile.ZipFile(path) as archive:
         file = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
         folder = file.removesuffix(".pkl") + "/"
-        return tensors(Unpickler(archive.open(file)).load(), "")
+        return dict(tensors(Unpickler(archive.open(file)).load(), ""))
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
-    """Load tensors that must be finite and fit exactly. Raises ValueError, which names them."""
+    """Load tensors of `source`, which must be finite and fit the module exactly."""
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{source} holds values that are not finite, in {name}")
@@ -919,7 +917,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -
         raise ValueError(f"{source} does not fit the network: {what} …") from None
 
 
-RENAMED = {  # how names begin in the authors' checkpoints or in our earlier ones, and how here
+RENAMED = {  # how names begin in the authors' checkpoints, or in our earlier ones, and here
     "contexts": "prompts",
     "gamma": "trans_decoder.gamma",
     "clip_model.": "clip.",
@@ -993,10 +991,7 @@ def restore(content: dict, source: object, max_depth: float | None = None) -> Ca
 
 
 def load_checkpoint(path: str | Path, max_depth: float | None = None, map_location="cpu") -> CaBins:
-    """The network of a checkpoint, in eval mode. `max_depth` is needed for those of the authors.
-
-    Raises FileNotFoundError or ValueError, which names the file.
-    """
+    """The network of a checkpoint, in eval mode. The authors' checkpoints need `max_depth`."""
     return restore(read_checkpoint(path), path, max_depth).to(map_location)
 
 
@@ -1010,7 +1005,7 @@ class Inference(NamedTuple):
 
 
 def open_picture(path: str | Path, what: str = "a picture") -> Image.Image:
-    """Decode an image file. Raises ValueError, which names the file and `what` was expected."""
+    """Decode an image file. `what` tells an error message which kind is expected."""
     try:
         if Path(path).suffix.lower() in (".heic", ".heif"):
             import pillow_heif
@@ -1020,20 +1015,20 @@ def open_picture(path: str | Path, what: str = "a picture") -> Image.Image:
         image.load()
     except ImportError:
         raise ValueError(f"{path}: pip install pillow-heif, or convert it to JPEG") from None
-    except Exception as error:  # of many kinds: it depends on what the bytes happen to be
+    except Exception as error:  # its kind depends on what the bytes happen to be
         raise ValueError(f"{path} cannot be read as {what}: {error}") from error
     return image
 
 
 def read_picture(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-    """The picture as uint8 (H, W, 3), upright by EXIF. Raises ValueError for anything else."""
+    """The picture as uint8 (H, W, 3), turned upright as its EXIF data say."""
     if isinstance(picture, (str, Path)):
         picture = open_picture(picture)
     if isinstance(picture, Image.Image):
         picture = ImageOps.exif_transpose(picture)
         if picture.mode == "F":
             raise ValueError("the picture has floating-point values; save it in 8 or 16 bits")
-        if picture.mode.startswith("I"):  # more than 8 bits of grey: the maximum becomes white
+        if picture.mode.startswith("I"):  # grey of more than 8 bits, whose maximum becomes white
             grey = np.asarray(picture).clip(0)
             picture = Image.fromarray((grey * (255 / max(grey.max(), 1))).astype(np.uint8))
         picture = np.asarray(picture.convert("RGB"))
@@ -1058,7 +1053,7 @@ def to_training_size(image: Tensor, longer_side: int) -> Tensor:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the network in eval mode, and then each part back into the mode that it had."""
+    """Set the network to eval mode, and afterwards each part to the mode that it had."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -1071,7 +1066,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 @torch.inference_mode()
 def predict_one(model: CaBins, image: Tensor, size: tuple) -> tuple[Inference, np.ndarray]:
     """`Inference` with maps of this size, and s (K, h, w), of one normalised image."""
-    kept = []  # a Prediction has no p, which is large; a hook keeps it here
+    kept = []  # a Prediction does not contain p, which is large, so a hook keeps p here
     hook = model.depth_decoder.register_forward_hook(lambda module, inputs, p: kept.append(p))
     with hook, eval_mode(model):
         d, c, e, s = model(image.to(next(model.parameters()).device), upsample=False)
@@ -1082,7 +1077,7 @@ def predict_one(model: CaBins, image: Tensor, size: tuple) -> tuple[Inference, n
 
 
 def to_input(model: CaBins, picture: np.ndarray) -> Tensor:
-    """The network's input (1, 3, …, …) for a picture (H, W, 3), on the network's device."""
+    """A picture (H, W, 3) as the network's input: normalised, at the size of training images."""
     image = torch.tensor(picture.copy(), device=next(model.parameters()).device)
     image = to_training_size(image.permute(2, 0, 1)[None] / 255, model.config.longer_side)
     mean, std = mean_and_std(image)
@@ -1090,10 +1085,7 @@ def to_input(model: CaBins, picture: np.ndarray) -> Tensor:
 
 
 def infer(model: CaBins, picture: str | Path | Image.Image | np.ndarray) -> Inference:
-    """Depth of a picture of any size: a path, a PIL image, or a uint8 array (H, W, 3).
-
-    The network sees it at the size of its training images. Raises ValueError for anything else.
-    """
+    """Depth of a picture of any size: a path, a PIL image, or a uint8 array (H, W, 3)."""
     picture = read_picture(picture)
     inference, _ = predict_one(model, to_input(model, picture), picture.shape[:2])
     return inference
