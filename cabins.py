@@ -159,10 +159,10 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
     e_k is a weighted mean of group k. The nearer a centre is to m_k, the more it weighs. Without
     groups, the text encoder would have to encode 256 texts for each image.
 
-    The weights depend on the unit of depth, because 1 / |c - m| has a unit. Take 256 widths uniform
-    on [0.1, 1.1], normalised, over 10 m. In metres, the largest weight in a group is 0.99 on
-    average, and e_k lies 0.4 mm from the centre nearest to m_k, but 10 mm from m_k. In centimetres,
-    the largest weight is 0.22, and e_k lies 0.6 mm from m_k.
+    The weights depend on the unit of depth, because 1 / |c - m| has a unit. As an example, let 256
+    random widths, uniform on [0.1, 1.1] before normalisation, share 10 m. In metres, the largest
+    weight in a group is 0.99 on average, and e_k lies 0.4 mm from the centre nearest to m_k. In
+    centimetres, the largest weight is 0.22, and e_k lies 0.6 mm from m_k itself.
 
     `kind` is a row of Table 3. "median" and "mean" replace Eq. 2. "semantic" encodes phrases, and
     the distances of Eq. 2 are then only reported.
@@ -363,10 +363,10 @@ class CaBins(nn.Module):
             clip = CLIP(sizes)
             if config.backbone != "tiny":
                 warnings.warn("CLIP has random weights: give clip=load_clip(…)", stacklevel=2)
-        if clip.architecture._replace(context_length=77) != sizes:  # the authors keep 30 of the 77
+        if clip.architecture._replace(context_length=77) != sizes:  # the authors' CLIP has 30
             raise ValueError(f"backbone is {config.backbone}; the given CLIP is another one")
         self.config = config
-        self.integer_digits = len(f"{config.max_depth:.0f}")  # of the largest distance
+        self.integer_digits = len(f"{config.max_depth:.0f}")  # those of the largest distance
         self.clip = clip
         self.reassemble = dpt_reassembly(sizes.width) if sizes.is_vit else None
         self.bins = AdaptiveBins(sizes.embed_dim, config.n_bins)
@@ -400,7 +400,7 @@ class CaBins(nn.Module):
     def forward(self, image: Tensor, upsample: bool = True) -> Prediction:
         """Figure 2, for normalised images (B, 3, H, W) of at least 64 x 64 pixels.
 
-        In smaller images x4 may have a single location, and BatchNorm cannot train on one such
+        In a smaller image x4 may have a single location, and BatchNorm cannot train on one such
         image. Without `upsample`, depth stays at H/2 x W/2, where `eval.predictor` averages it with
         the depth of the mirror image.
         """
@@ -432,7 +432,7 @@ class CaBins(nn.Module):
 # - Features are in channels_last, which makes convolutions faster. The bins of a pixel are then
 #   neighbours in memory, and the softmax over them needs no copy.
 # - CUDA's autocast resizes in float32. `to(skip.dtype)` keeps the concatenation in bfloat16.
-# - Depths are one-dimensional, so Eq. 7 finds nearest neighbours by sorting.
+# - Depths are one-dimensional, so Eq. 7 finds nearest neighbours by sorting, without a table.
 
 
 # ---- Sec. 3.3  Training loss ---------------------------------------------------------------------
@@ -463,10 +463,10 @@ def silog_loss(depth: Tensor, target: Tensor, mask: Tensor, unbiased: bool = Fal
 
 
 def nearest(values: Tensor, queries: Tensor) -> Tensor:
-    """The nearest value to each query (B, Q), among values (B, V) in increasing order."""
+    """For each query (B, Q), the nearest of the values (B, V), which are in increasing order."""
     with torch.no_grad():  # a search has no gradient
         midpoints = (values[:, 1:] + values[:, :-1]) / 2  # (B, V - 1)
-        index = torch.searchsorted(midpoints, queries)  # (B, Q): how many lie below the query
+        index = torch.searchsorted(midpoints, queries)  # (B, Q): how many midpoints lie below it
     return values.gather(1, index)
 
 
@@ -599,8 +599,8 @@ def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
 class AttentionPool(nn.Module):
     """CLIP's MHA module (Sec. 3.1): z_bar (B, D) and z (B, D, h, w) from x4 (B, C, h, w).
 
-    CLIP takes only the global token x̄ as a query. In the paper every token is one (Sec. 3.2.1), so
-    each location gets an embedding. Queries do not see each other, and z_bar stays CLIP's own.
+    CLIP takes only the global token x̄ as a query. In Sec. 3.2.1 every token is a query, so each
+    location gets an embedding. Queries do not see each other, so z_bar stays CLIP's own.
     """
 
     def __init__(self, channels: int, embed_dim: int, grid: int):
@@ -614,12 +614,12 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h, w = x.shape[-2:]
-        tokens = x.flatten(2).transpose(1, 2)  # (B, hw, C)
+        tokens = x.flatten(2).mT  # (B, hw, C)
         tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)  # [x̄, x]: (B, 1 + hw, C)
         tokens = tokens + resize_positions(self.positional_embedding, h, w)
         q, k, v = self.q_proj(tokens), self.k_proj(tokens), self.v_proj(tokens)
         out = self.c_proj(attend(q, k, v, self.n_heads))  # [z̄, z]: (B, 1 + hw, D)
-        return out[:, 0], out[:, 1:].transpose(1, 2).unflatten(2, (h, w))  # (B, D), (B, D, h, w)
+        return out[:, 0], out[:, 1:].mT.unflatten(2, (h, w))  # (B, D), (B, D, h, w)
 
 
 class ResNet(nn.Module):
@@ -630,8 +630,7 @@ class ResNet(nn.Module):
 
     def __init__(self, layers: tuple[int, ...], width: int, embed_dim: int, grid: int):
         super().__init__()
-        # CLIP begins with three convolutions and an average pool. A standard ResNet begins with one
-        # convolution and a max pool.
+        # The stem has three convolutions and an average pool, not one convolution and a max pool.
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
@@ -698,7 +697,7 @@ def transformer(width: int, n_layers: int, is_causal: bool) -> nn.ModuleDict:
 
 
 class CLIP(nn.Module):
-    """Both encoders of CLIP. The image encoder `visual` is trained; the text encoder is frozen."""
+    """Both encoders of CLIP: `visual`, which is trained, and the text encoder, which is frozen."""
 
     def __init__(self, architecture: Architecture):
         super().__init__()
@@ -740,7 +739,9 @@ class CLIP(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's ViT. Its four feature maps and z have stride 16; z_bar is the class token's embedding.
+    """CLIP's ViT: image (B, 3, H, W) to four feature maps, z_bar (B, D) and z (B, D, h, w).
+
+    The feature maps and z have stride 16. The class token takes the role of x̄ and gives z_bar.
 
     NOTE(differs): The paper follows DPT, which takes its features after blocks 3, 6, 9 and 12, and
     so do we. The released ViT has no fifth output, [z̄, z], which the released network needs.
@@ -770,7 +771,7 @@ class VisionTransformer(nn.Module):
             if i in self.taps:
                 features.append(x[:, 1:].mT.unflatten(2, (h, w)))  # (B, width, h, w)
         out = self.ln_post(x) @ self.proj  # [z̄, z]: (B, 1 + hw, D)
-        return features, out[:, 0], out[:, 1:].mT.unflatten(2, (h, w))
+        return features, out[:, 0], out[:, 1:].mT.unflatten(2, (h, w))  # …, (B, D), (B, D, h, w)
 
 
 def dpt_reassembly(width: int) -> nn.ModuleList:
@@ -821,7 +822,7 @@ CLIP_SHA256 = {
 
 
 def download(url: str, file: str, sha256: str) -> Path:
-    """The path of `file` in torch.hub's cache, downloaded if missing. Its SHA-256 is checked."""
+    """The path of `file` in torch.hub's cache. Downloads a missing file, and checks its SHA-256."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / file
     try:
         if not path.exists():
@@ -844,7 +845,7 @@ def load_clip(name_or_path: str | Path) -> CLIP:
         name = name.replace("/", "-")
         path = download(CLIP_URL.format(sha256=sha256, name=name), f"clip-{name}.pt", sha256)
     names = ", ".join(CLIP_SHA256)
-    state = read_tensors(path, f"{names}, one of OpenAI's archives, or a state dict of it")
+    state = read_tensors(path, f"{names}, an archive of OpenAI's, or a state dict of its tensors")
     other = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # not weights
     state = {k: v.float() for k, v in state.items() if torch.is_tensor(v) and not k.endswith(other)}
     projection = state.get("text_projection", torch.empty(0))
@@ -870,7 +871,7 @@ def read_tensors(path: Path, expected: str) -> dict:
                 is_torchscript = any(n.endswith("/constants.pkl") for n in archive.namelist())
         if is_torchscript:
             return read_torchscript(path)
-        return dict(**torch.load(path, "cpu", weights_only=True))  # fails without names of str
+        return dict(**torch.load(path, "cpu", weights_only=True))  # refuses all but named values
     except Exception as error:  # its kind depends on what the bytes happen to be
         what = f"{path} ({path.stat().st_size} bytes) is cut off, damaged or of another kind"
         raise ValueError(f"{what}; expected {expected}") from error
@@ -907,9 +908,8 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
     """Load tensors of `source`, which must be finite and fit the module exactly."""
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{source} holds values that are not finite, in {name}")
+    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{source} holds values that are not finite, in {bad[0]}")
     try:
         module.load_state_dict(state)
     except RuntimeError as error:  # torch lists all that is missing, unknown or of another shape
@@ -917,7 +917,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -
         raise ValueError(f"{source} does not fit the network: {what} …") from None
 
 
-RENAMED = {  # how names begin in the authors' checkpoints, or in our earlier ones, and here
+RENAMED = {  # how a name begins in the authors' checkpoints or in our earlier ones, and here
     "contexts": "prompts",
     "gamma": "trans_decoder.gamma",
     "clip_model.": "clip.",
@@ -956,7 +956,7 @@ def save_checkpoint(path: str | Path, model: CaBins, **state) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """All that a checkpoint holds: "model", and in ours "config" and what training needs."""
+    """The content of a checkpoint. Both kinds have "model"; ours also have "config" and more."""
     content = read_tensors(Path(path), "a checkpoint of train.py or of the authors")
     state = content.get("model")
     if not (state and isinstance(state, dict) and all(map(torch.is_tensor, state.values()))):
@@ -972,7 +972,7 @@ def read_checkpoint(path: str | Path) -> dict:
 def restore(content: dict, source: object, max_depth: float | None = None) -> CaBins:
     """Build the network, in eval mode, from what `read_checkpoint` gave for `source`."""
     state, settings = content["model"], content.get("config")
-    if settings is None:  # the authors'
+    if settings is None:  # a checkpoint of the authors
         if max_depth is None:
             raise ValueError(f"{source} is the authors': give max_depth, 10 for NYU, 80 for KITTI")
         kitti = {"longer_side": 1216, "focal": 721.54}
@@ -984,7 +984,7 @@ def restore(content: dict, source: object, max_depth: float | None = None) -> Ca
         raise ValueError(f"{source} is of another version of CaBins: {error}") from None
     if max_depth not in (None, config.max_depth):
         raise ValueError(f"{source} is for depths to {config.max_depth} m, not to {max_depth}")
-    n_positions = len(state.get("clip.positional_embedding", ()))  # the authors' keep 30 of 77
+    n_positions = len(state.get("clip.positional_embedding", ()))  # the authors keep 30 of 77
     model = CaBins(config, CLIP(BACKBONES[config.backbone]._replace(context_length=n_positions)))
     load_strictly(model, state, source)
     return model.eval()
@@ -1087,5 +1087,4 @@ def to_input(model: CaBins, picture: np.ndarray) -> Tensor:
 def infer(model: CaBins, picture: str | Path | Image.Image | np.ndarray) -> Inference:
     """Depth of a picture of any size: a path, a PIL image, or a uint8 array (H, W, 3)."""
     picture = read_picture(picture)
-    inference, _ = predict_one(model, to_input(model, picture), picture.shape[:2])
-    return inference
+    return predict_one(model, to_input(model, picture), picture.shape[:2])[0]
