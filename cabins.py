@@ -29,7 +29,7 @@ the prompts and γ, which all images share.
     code       paper    size             what                                             section
     image      I        3 x 416 x 544    colours, normalised; H x W pixels
     x1         x_1      256 x 104 x 136  features of the image encoder at strides 4, 8,   3.2.1
-    x2         x_2      512 x 52 x 68    16 and 32; the list of all four is a pyramid
+    x2         x_2      512 x 52 x 68    16 and 32; `pyramid` is the list of all four
     x3         x_3      1024 x 26 x 34
     x4         x_4      2048 x 13 x 17
     z_bar      z̄        512              CLIP's image embedding; its width is D           3.2.1
@@ -217,7 +217,7 @@ class Attention(nn.Module):
 
 
 class TransDecoderLayer(nn.Module):
-    """Self-attention among the K texts, then cross-attention from the texts to the image."""
+    """Self-attention among the K texts, cross-attention from the texts to the image, and an MLP."""
 
     def __init__(self, width: int, n_heads: int, dropout: float):
         super().__init__()
@@ -844,8 +844,7 @@ def load_clip(name_or_path: str | Path) -> CLIP:
     if sha256 := CLIP_SHA256.get(name):
         name = name.replace("/", "-")
         path = download(CLIP_URL.format(sha256=sha256, name=name), f"clip-{name}.pt", sha256)
-    names = ", ".join(CLIP_SHA256)
-    state = read_tensors(path, f"{names}, an archive of OpenAI's, or a state dict of its tensors")
+    state = read_tensors(path, f"{', '.join(CLIP_SHA256)}, or a file of OpenAI's weights")
     other = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # not weights
     state = {k: v.float() for k, v in state.items() if torch.is_tensor(v) and not k.endswith(other)}
     projection = state.get("text_projection", torch.empty(0))
