@@ -180,7 +180,7 @@ class Run:
     def new_model(self) -> cabins.CaBins:
         """The network at the start of training, with CLIP's weights or those of --init."""
         args, recipe = self.args, self.dataset.recipe
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed % 2**63)  # torch takes 64 bits
         size = self.dataset.size_to_train or self.test_set[0]["image"].shape[1:]
         camera = {"max_depth": recipe.max_depth, "longer_side": max(size), "focal": recipe.focal}
         config = cabins.Config(args.backbone, args.distance_class, **camera)
@@ -193,8 +193,8 @@ class Run:
             model = cabins.CaBins(config, start.clip)
             cabins.load_strictly(model, start.state_dict(), args.init)
             if self.rank == 0:
-                ranges = f"{start.config.max_depth} m, and now {config.max_depth} m"
-                print(f"starts from {args.init}; its depth range was {ranges}")
+                was, now = start.config.max_depth, config.max_depth
+                print(f"starts from {args.init}, for depths to {was} m; now to {now} m")
             return model
         model = cabins.CaBins(config, None if args.clip == "none" else cabins.load_clip(args.clip))
         if args.as_released:  # NOTE(differs): the released prompts start 44 times larger
@@ -348,11 +348,10 @@ def train(args: argparse.Namespace, saved: dict) -> None:
             run.save("last.pt")
             next_save = time.monotonic() + SAVE_EVERY
         if stop:
-            bar.close()
             if run.rank == 0:
                 draw_curves(run.out)
                 remedy = f"continue with --resume {run.out}/last.pt"
-                print(f"stopped after step {run.step} of {run.n_steps}; {remedy}")
+                tqdm.write(f"stopped after step {run.step} of {run.n_steps}; {remedy}")
             sys.exit(128 + stop)
         if is_end:
             run.validate()
@@ -430,7 +429,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
     add("--epochs", type=data.positive_int, metavar="N", help="default: 25; toy: 3")
     add("--batch-size", type=data.positive_int, metavar="N", help="of all processes; default: 8")
     add("--lr", type=data.positive_float, metavar="X", help="default: 3.57e-5; toy: 2e-3")
-    add("--seed", type=int, metavar="N", help="default: 0")
+    add("--seed", type=data.whole_number, metavar="N", help="default: 0")
     about = "as the released code does: see README's table"
     add("--as-released", action=argparse.BooleanOptionalAction, help=about)
     add("--out", metavar="DIR", help="default: runs/DATA")
@@ -455,8 +454,6 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
         if saved["step"] == end and table.exists() and f"\n{end}," in table.read_text():
             parser.exit(message=f"{path} has finished: to train more, start anew with --init\n")
     args = argparse.Namespace(**(options | known | typed))
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed is {args.seed}; it must be from 0 to 2^63 - 1")
     if args.init and not saved:
         data.refuse(args, "clip", "is not for --init, which has CLIP's weights")
     for name in ("root", "train_split", "test_split"):
