@@ -71,10 +71,9 @@ def batches(n_pairs: int, batch_size: int, steps: range, seed: int, as_released:
     per_epoch = math.ceil(n_pairs / batch_size) if as_released else n_pairs // batch_size
     for step in steps:
         epoch, batch = divmod(step, per_epoch)
-        epoch_seed = seed_of(seed) // 2 + (0 if as_released else epoch)  # fits 64 bits
+        epoch_seed = seed_of(seed) // 2 + (0 if as_released else epoch)  # at most 64 bits
         order = torch.randperm(n_pairs, generator=torch.Generator().manual_seed(epoch_seed))
-        whole = order[batch * batch_size : (batch + 1) * batch_size]
-        yield whole[rank::n_processes].tolist()
+        yield order[batch * batch_size : (batch + 1) * batch_size][rank::n_processes].tolist()
 
 
 class Learner:
@@ -171,7 +170,8 @@ class Run:
             raise ValueError(f"--batch-size {n} is more than the {n_pairs} training pairs")
         for size in (n, n_pairs % n) if args.as_released else (n,):  # the last batch may be smaller
             if size % (k := self.n_processes):
-                raise ValueError(f"a batch of {size} pairs does not divide among {k} processes")
+                what = f"{k} processes cannot share a batch of {size} pairs"
+                raise ValueError(f"{what}: change --batch-size, or use one process")
         if self.rank == 0 and not data.has_truth(self.test_set):
             raise ValueError("no test pair has depth inside the range: check them with data.py")
         self.per_epoch = math.ceil(n_pairs / n) if args.as_released else n_pairs // n
@@ -320,7 +320,7 @@ def train(args: argparse.Namespace, saved: dict) -> None:
     if run.rank == 0:
         run.announce()
     data.use_tf32(True)
-    if run.step and run.step % run.per_epoch == 0:  # perhaps stopped before its validation
+    if run.step and run.step % run.per_epoch == 0:  # it may have stopped before this
         run.validate()
     learner, next_save = run.learner, time.monotonic() + SAVE_EVERY
     learner.model.train()
