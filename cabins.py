@@ -159,8 +159,8 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
     e_k is a weighted mean of group k. The nearer a centre is to m_k, the more it weighs. Without
     groups, the text encoder would have to encode 256 texts for each image.
 
-    The weights depend on the unit of depth, because 1 / |c - m| has a unit. As an example, let 256
-    random widths, uniform on [0.1, 1.1] before normalisation, share 10 m. In metres, the largest
+    The weights depend on the unit of depth, because 1 / |c - m| has a unit. We measured this with
+    256 random widths over 10 m (uniform on [0.1, 1.1], then normalised). In metres, the largest
     weight in a group is 0.99 on average, and e_k lies 0.4 mm from the centre nearest to m_k. In
     centimetres, the largest weight is 0.22, and e_k lies 0.6 mm from m_k itself.
 
@@ -189,7 +189,7 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
 #     [SOT]  p1  p2  p3  p4  p5  p6  p7  p8  "2"  "."  "4"  "9"  "8"  [EOT]
 #
 # Close distances need not have close texts: "2.9999" and "3.0" share only the point. With random
-# weights of RN101's sizes, a change of e_k by 0.1 mm turns t by 0.1 rad, and so does one by 1 m.
+# weights (RN101), t turns by 0.1 rad when e_k changes by 0.1 mm, and also when e_k changes by 1 m.
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, is_causal: bool = False) -> Tensor:
@@ -363,7 +363,7 @@ class CaBins(nn.Module):
             clip = CLIP(sizes)
             if config.backbone != "tiny":
                 warnings.warn("CLIP has random weights: give clip=load_clip(…)", stacklevel=2)
-        if clip.architecture._replace(context_length=77) != sizes:  # the authors' CLIP has 30
+        if clip.architecture._replace(context_length=77) != sizes:  # 30 in the authors' files
             raise ValueError(f"backbone is {config.backbone}; the given CLIP is another one")
         self.config = config
         self.integer_digits = len(f"{config.max_depth:.0f}")  # those of the largest distance
@@ -464,9 +464,8 @@ def silog_loss(depth: Tensor, target: Tensor, mask: Tensor, unbiased: bool = Fal
 
 def nearest(values: Tensor, queries: Tensor) -> Tensor:
     """For each query (B, Q), the nearest of the values (B, V), which are in increasing order."""
-    with torch.no_grad():  # a search has no gradient
-        midpoints = (values[:, 1:] + values[:, :-1]) / 2  # (B, V - 1)
-        index = torch.searchsorted(midpoints, queries)  # (B, Q): how many midpoints lie below it
+    midpoints = (values[:, 1:] + values[:, :-1]) / 2  # (B, V - 1)
+    index = torch.searchsorted(midpoints, queries)  # (B, Q): how many midpoints lie below a query
     return values.gather(1, index)
 
 
@@ -798,19 +797,20 @@ def check_config(config: Config) -> None:
     for name, choices in (("backbone", BACKBONES), ("distance_class", DISTANCE_CLASSES)):
         if (value := getattr(config, name)) not in choices:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
-    for name, least in (("n_bins", 2), ("n_cabins", 1), ("n_prompts", 0), ("longer_side", 1)):
-        if type(value := getattr(config, name)) is not int or value < least:
-            raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
-    for name, limit in (("focal", 0), ("min_depth", 0), ("max_depth", config.min_depth)):
+    integers = [("n_bins", 2, 10**6), ("n_cabins", 1, 10**6), ("longer_side", 1, 10**6)]
+    integers += [("n_prompts", 0, 60)]  # more leave no room for a number in CLIP's 77 positions
+    for name, least, most in integers:
         value = getattr(config, name)
-        if not isinstance(value, (int, float)) or not limit < value < 1e6:
-            raise ValueError(f"{name} is {value!r}; it must be a number above {limit}, below 1e6")
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"{name} is {value!r}; it must be an integer from {least} to {most}")
+    for name, least in (("focal", 0), ("min_depth", 0), ("max_depth", config.min_depth)):
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)) or not least < value < 1e6:
+            raise ValueError(f"{name} is {value!r}; it must be a number above {least}, below 1e6")
     if config.n_bins % config.n_cabins:
         raise ValueError(f"n_cabins is {config.n_cabins}; it must divide n_bins, {config.n_bins}")
     if config.distance_class == "semantic" and config.n_cabins != len(SEMANTIC_BINS):
         raise ValueError(f"n_cabins is {config.n_cabins}; the semantic bins are 8")
-    if config.n_prompts > 60:  # CLIP has 77 positions
-        raise ValueError(f"n_prompts is {config.n_prompts}; at most 60 leave room for a number")
 
 
 CLIP_URL = "https://openaipublic.azureedge.net/clip/models/{sha256}/{name}.pt"
@@ -960,8 +960,9 @@ def read_checkpoint(path: str | Path) -> dict:
     state = content.get("model")
     if not (state and isinstance(state, dict) and all(map(torch.is_tensor, state.values()))):
         raise ValueError(f"{path} is no checkpoint of CaBins: it has no 'model' of tensors")
-    if "contexts" in (state := {k.removeprefix("module."): v for k, v in state.items()}):
-        state["contexts"] = state["contexts"].squeeze(0)  # the authors' prompts are (1, N, 512)
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if "contexts" in state:  # the authors' prompts, which are (1, N, 512)
+        state["contexts"] = state["contexts"].squeeze(0)
     for old, new in RENAMED.items():
         for name in [name for name in state if name.startswith(old)]:
             state[new + name.removeprefix(old)] = state.pop(name)
