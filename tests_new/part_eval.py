@@ -33,13 +33,14 @@ def measured(depth: torch.Tensor, *truths, **options) -> dict[str, dict[str, flo
     return evaluation.evaluate_windows(lambda image: depth[None], pairs, workers=0)
 
 
-def test_metrics_are_means_over_images_and_truth_counts_strictly_inside_the_range():
+def test_metrics_are_means_over_images_and_truth_counts_strictly_inside_the_range(capsys):
     few = flat(0)
     few[0, :2] = 4.0
     few[0, 2], few[0, 3] = 10.0, 1e-3  # the ends of the range
     row = measured(flat(2), few, flat(2), flat(0))["whole"]  # the last image has no truth
     assert row["abs_rel"] == pytest.approx((0.5 + 0) / 2)
     assert row["d1"] == pytest.approx((0 + 1) / 2)
+    assert capsys.readouterr().out.startswith("1 images have no ground truth")
     with pytest.raises(ValueError):
         measured(flat(2), flat(0), flat(10))
     for predicted, counts_as in ((math.nan, 1e-3), (-1, 1e-3), (math.inf, 10), (99, 10)):
@@ -50,22 +51,21 @@ def test_metrics_are_means_over_images_and_truth_counts_strictly_inside_the_rang
 
 
 @pytest.mark.parametrize(
-    "name, size, windows",
+    "name, size, window, place, is_papers",
     [
-        ("nyu", (480, 640), {"eigen": (45, 471, 41, 601)}),
-        ("kitti", (352, 1216), {"nested": (143, 349, 43, 1172), "full": (130, 348, 31, 1184)}),
+        ("nyu", (480, 640), "eigen", (45, 471, 41, 601), True),
+        ("kitti", (352, 1216), "nested", (143, 349, 43, 1172), True),
+        ("kitti", (352, 1216), "full", (130, 348, 31, 1184), False),
     ],
 )
-def test_only_depth_in_the_windows_counts(name, size, windows, no_workers):
-    for window, (top, bottom, left, right) in windows.items():
-        depth = flat(9, *size)
-        depth[0, top:bottom, left:right] = 2.0
-        depth[0, top, left] = depth[0, bottom - 1, right - 1] = 4.0
-        row = measured(depth, flat(2, *size), name=name)[window]
-        assert row["abs_rel"] == pytest.approx(2 / ((bottom - top) * (right - left)))
-        pairs = MadePairs(flat(2, *size), name=name)  # `evaluate` takes the paper's window
-        papers = evaluation.evaluate(lambda image, depth=depth: depth[None], pairs) == row
-        assert papers == (window in ("eigen", "nested"))
+def test_only_depth_in_the_windows_counts(name, size, window, place, is_papers, no_workers):
+    (top, bottom, left, right), depth = place, flat(9, *size)
+    depth[0, top:bottom, left:right] = 2.0
+    depth[0, top, left] = depth[0, bottom - 1, right - 1] = 4.0
+    row = measured(depth, flat(2, *size), name=name)[window]
+    assert row["abs_rel"] == pytest.approx(2 / ((bottom - top) * (right - left)))
+    papers = evaluation.evaluate(lambda image: depth[None], MadePairs(flat(2, *size), name=name))
+    assert (papers == row) == is_papers
 
 
 def test_any_function_can_be_measured(few_rooms, tiny, no_workers):
@@ -78,52 +78,37 @@ def test_any_function_can_be_measured(few_rooms, tiny, no_workers):
         evaluation.evaluate(lambda image: network(image)[..., 1:], rooms)
 
 
-class Halves(nn.Module):
-    """A network whose depth, at half the image's size, is 30 m on the left and NaN on the right."""
-
-    def __init__(self):
-        super().__init__()
-        self.config, self.parameter = TINY, nn.Parameter(torch.zeros(1))
-
-    def forward(self, image, upsample):
-        depth = torch.full((len(image), 1, image.shape[2] // 2, image.shape[3] // 2), 30.0)
-        depth[..., depth.shape[3] // 2 :] = math.nan
-        return cabins.Prediction(depth, None, None, None)
-
-
-def test_flip_averaging_is_of_clipped_depths_at_the_decoders_size(tiny):
-    depth = evaluation.predictor(Halves())(torch.zeros(1, 3, 64, 128))
-    close(depth, torch.full((1, 1, 64, 128), (10 + 1e-3) / 2), 1e-6)
-    image = torch.randn(1, 3, 96, 128, generator=generator())
+def test_flip_averaging_is_of_clipped_depths_at_the_decoders_size(monkeypatch):
+    model, image = cabins.CaBins(TINY).eval(), torch.randn(1, 3, 96, 128, generator=generator())
     with torch.no_grad():
-        straight = tiny(image, upsample=False).depth
-        mirrored = tiny(image.flip(-1), upsample=False).depth.flip(-1)
-    tiny.train()
-    try:
-        depth = evaluation.predictor(tiny)(image)
-        assert tiny.training and tiny.bins.training  # the network is left as it was
-    finally:
-        tiny.eval()
-    close(depth, cabins.resize((straight + mirrored) / 2, (96, 128)), 1e-5)
-    depth = evaluation.predictor(tiny, flip=False)(image)
-    close(depth, cabins.resize(straight, (96, 128)), 1e-5)
+        straight = model(image, upsample=False).depth
+        mirrored = model(image.flip(-1), upsample=False).depth.flip(-1)
+    model.train()
+    for flip, expected in ((True, (straight + mirrored) / 2), (False, straight)):
+        depth = evaluation.predictor(model, flip)(image)
+        close(depth, cabins.resize(expected, (96, 128)), 1e-5)
+        assert model.training and model.bins.training  # the network is left as it was
+    halves = torch.full((2, 1, 48, 64), 30.0)
+    halves[..., 32:] = math.nan
+    monkeypatch.setattr(model, "forward", lambda *_, **__: cabins.Prediction(halves, 0, 0, 0))
+    depth = evaluation.predictor(model)(image)
+    close(depth, torch.full((1, 1, 96, 128), (10 + 1e-3) / 2), 1e-6)
 
 
 def test_own_lists_are_measured_at_the_size_of_training_as_infer_does(
     tmp_path, no_workers, monkeypatch
 ):
-    model = cabins.CaBins(TINY).eval()
+    model, drawn = cabins.CaBins(TINY).eval(), []
     with torch.no_grad():
         model.depth_decoder.logits.weight *= 30  # so that the depth depends on the image
     (tmp_path / "list.txt").write_text(write_pair(tmp_path / "a", "1", 480, 640))
     pairs = data.DepthDataset("list", tmp_path, tmp_path / "list.txt")
-    predict = evaluation.predictor(model, flip=False, longer_side=128)
     depth = cabins.infer(model, pairs[0]["path"]).depth
+    predict = evaluation.predictor(model, flip=False, longer_side=128)
     close(predict(pairs[0]["image"][None])[0, 0], depth, 1e-5)
     predictors = [evaluation.predictor(model, longer_side=side) for side in (128, None)]
     rows = [evaluation.evaluate(predict, pairs) for predict in predictors]
     assert evaluation.evaluate(model, pairs) == rows[0] != rows[1]
-    drawn = []
     monkeypatch.setattr(evaluation, "draw_explained", lambda *arguments: drawn.append(arguments))
     evaluation.draw_samples(tmp_path, model, pairs, 1)
     close(drawn[0][3].depth, depth, 1e-5)
@@ -132,75 +117,70 @@ def test_own_lists_are_measured_at_the_size_of_training_as_infer_does(
 
 
 def test_quoted_rows_are_the_papers():
-    lines = [line.split() for line in evaluation.format_table("nyu", {}).splitlines()]
-    assert lines[0] == ["AbsRel", "RMSE", "log10", "d<1.25", "d<1.25²", "d<1.25³"]
-    assert lines[-1][2:] == ["0.120", "0.401", "0.050", "0.866", "0.978", "0.996"]
-    assert [len(line) - line.index("(quoted)") for line in lines[1:]] == [7] * 9
-    metrics = dict.fromkeys(evaluation.HEADINGS, 0.12345)
-    table = evaluation.format_table("kitti", {"ours": metrics}).splitlines()
-    assert table[1].split() == ["ours"] + ["0.123"] * 8 and len(table) == 11
-    assert " ".join(table[-2].split()[2:]) == "0.074 0.303 2.948 - 0.032 0.938 0.990 0.998"
+    ours, tables = {"ours": dict.fromkeys(evaluation.HEADINGS, 0.12345)}, {}
+    for name, n in (("nyu", 6), ("kitti", 8)):
+        lines = evaluation.format_table(name, ours).splitlines()
+        headings, row, *quoted = tables[name] = [line.split() for line in lines]
+        assert len(headings) == n and row == ["ours"] + ["0.123"] * n
+        assert {len(row) - row.index("(quoted)") for row in quoted} == {n + 1}
+        assert [row[0] for row in quoted[:4]] == ["NeWCRFs", "DepthCLIP", "Hu", "Auty†"]
+    assert tables["nyu"][0] == "AbsRel RMSE log10 d<1.25 d<1.25² d<1.25³".split()
+    assert tables["nyu"][-1][2:] == "0.120 0.401 0.050 0.866 0.978 0.996".split()
+    assert tables["kitti"][-2][2:] == "0.074 0.303 2.948 - 0.032 0.938 0.990 0.998".split()
 
 
 # ---- Measuring a checkpoint ----------------------------------------------------------------------
 
 
 @pytest.fixture
-def flat_pairs(tmp_path, no_workers) -> Path:
-    """Own pairs a/b and a_b, whose names are equal once folders are flattened; depth 2 to 8 m."""
-    lines = ""
-    for i, name in enumerate(("a/b", "a_b")):
-        image, depth, _ = write_pair(tmp_path / "own", str(i), 96, 128, 2000 * (i + 1)).split()
-        values = np.asarray(Image.open(tmp_path / depth)).copy()
-        values[:48] = 8000
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.fromarray(values).save(tmp_path / f"{name}.png")
-        (tmp_path / image).rename(tmp_path / f"{name}.jpg")
-        lines += f"{name}.jpg {name}.png\n"
-    (tmp_path / "test.txt").write_text(lines)
-    return tmp_path
+def twins(own_pairs, no_workers) -> Path:
+    """Two own pairs, of 3 and 3.5 m, whose images have one name once folders are flattened."""
+    shutil.copy(own_pairs / "rooms" / "rgb_4.jpg", own_pairs / "rooms_rgb_4.jpg")
+    lines = ["rooms/rgb_4.jpg rooms/sync_depth_4.png", "rooms_rgb_4.jpg rooms/sync_depth_5.png"]
+    (own_pairs / "test.txt").write_text("\n".join(lines))
+    return own_pairs
 
 
 def measure_list(root: Path, checkpoint: Path, *options) -> list[dict[str, str]]:
     """The rows of results.csv after measuring on the list test.txt in `root`."""
-    command = ["eval.py", checkpoint, "--data", "list", "--root", root, "--workers", 0, *options]
+    command = ["eval.py", checkpoint, "--data", "list", "--root", root, *options]
     ran = run_script(*command, "--split", root / "test.txt", "--out", root / "out")
     assert ran.status == 0, ran.err
     with open(root / "out" / "results.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def test_predictions_are_kept_by_name_and_give_the_same_row(tiny, tiny_checkpoint, flat_pairs):
-    other = flat_pairs / "other.pt"
-    cabins.save_checkpoint(other, cabins.CaBins(TINY))
-    for options in ([tiny_checkpoint], [tiny_checkpoint], [tiny_checkpoint, "--no-flip"], [other]):
-        rows = measure_list(flat_pairs, *options)
-    known = {"data": "list", "root": str(flat_pairs), "test_split": str(flat_pairs / "test.txt")}
-    cabins.save_checkpoint(other, tiny, args=known)  # it says on what it was trained
-    again = run_script("eval.py", other, "--workers", 0).out.splitlines()[-1].split()[2:]
-    assert again == [f"{float(rows[0][metric]):.3f}" for metric in evaluation.HEADINGS]
-    columns = "label checkpoint data list predictions date protocol abs_rel sq_rel rmse rmse_log"
-    assert list(rows[0]) == [*columns.split(), "log10", "d1", "d2", "d3"] and len(rows) == 4
-    folders = [flat_pairs / "out" / row["predictions"] for row in rows]
-    assert folders[0] == folders[1] and len(set(folders)) == 3
-    assert rows[0]["protocol"] != rows[2]["protocol"] and rows[3]["checkpoint"] == str(other)
-    names = ["a_b_mm.png", "a_b__mm.png"]
-    assert {path.name for path in folders[0].iterdir()} == set(names)
-    kept = (data.read_depth(folders[0] / name, 1000)[None, None] for name in names)
-    pairs = data.DepthDataset("list", flat_pairs, flat_pairs / "test.txt")
+def test_predictions_are_kept_by_name_and_give_the_same_row(tiny, tiny_checkpoint, twins):
+    other, known = twins / "other.pt", {"root": str(twins), "test_split": f"{twins}/test.txt"}
+    cabins.save_checkpoint(other, tiny, args={"data": "list", **known})  # on what it was trained
+    for options in ([tiny_checkpoint], [tiny_checkpoint], [other, "--no-flip"]):
+        rows = measure_list(twins, *options)
+    first, _, last = rows
+    again = run_script("eval.py", other).out.splitlines()[-1].split()[2:]
+    assert again == [f"{float(first[metric]):.3f}" for metric in evaluation.HEADINGS]
+    assert list(first)[:5] == ["label", "checkpoint", "predictions", "list", "protocol"]
+    assert list(first)[5:] == "abs_rel sq_rel rmse rmse_log log10 d1 d2 d3".split()
+    assert last["protocol"] != first["protocol"] and last["checkpoint"] == str(other)
+    assert f"{twins}/test.txt" in last["list"]
+    names, folders = ["rooms_rgb_4_mm.png", "rooms_rgb_4__mm.png"], [*twins.glob("out/*/")]
+    assert len(folders) == 3 and {first["predictions"]} < {path.name for path in folders}
+    assert all({path.name for path in folder.iterdir()} == set(names) for folder in folders)
+    kept = (twins / "out" / first["predictions"] / name for name in names)
+    kept = (data.read_depth(path, 1000)[None, None] for path in kept)
+    pairs = data.DepthDataset("list", twins, twins / "test.txt")
     again, row = evaluation.evaluate(lambda _: next(kept), pairs), evaluation.evaluate(tiny, pairs)
     for metric, value in row.items():
-        assert float(rows[0][metric]) == pytest.approx(value, rel=1e-9)
+        assert float(first[metric]) == pytest.approx(value, rel=1e-9)
         assert again[metric] == pytest.approx(value, abs=1e-3)
 
 
-@pytest.mark.parametrize("top, option, measured_to", [(80, [], 80), (80, [6], 6), (6, [], 6)])
-def test_an_own_list_is_measured_over_the_networks_range(top, option, measured_to, flat_pairs):
+@pytest.mark.parametrize("top, options, end", [(80, "", 80), (80, "6.5", 6.5), (6.5, "", 6.5)])
+def test_an_own_list_is_measured_over_the_networks_range(top, options, end, twins):
     model = cabins.CaBins(dataclasses.replace(TINY, max_depth=float(top)))
-    cabins.save_checkpoint(flat_pairs / "a.pt", model)
-    options = ["--depth-scale", 500, *(["--max-depth", *option] if option else [])]
-    (row,) = measure_list(flat_pairs, flat_pairs / "a.pt", *options)  # the truth is 4, 8 and 16 m
-    pairs = data.DepthDataset("list", flat_pairs, flat_pairs / "test.txt", False, 500, measured_to)
+    cabins.save_checkpoint(twins / "a.pt", model)
+    options = ["--depth-scale", 500, *(["--max-depth", options] if options else [])]
+    (row,) = measure_list(twins, twins / "a.pt", *options)  # the truth is 6 and 7 m
+    pairs = data.DepthDataset("list", twins, twins / "test.txt", False, 500, end)
     assert float(row["rmse"]) == pytest.approx(evaluation.evaluate(model, pairs)["rmse"], rel=1e-9)
 
 
@@ -216,19 +196,12 @@ def test_the_authors_networks_get_the_range_of_their_data(tiny, few_rooms, tmp_p
     assert ranges == [10.0, 10.0, 80.0, 80.0]
 
 
-def test_what_cannot_be_kept_is_found_before_the_work(
-    tiny_checkpoint, few_rooms, tmp_path, monkeypatch
-):
+def test_a_full_disk_is_found_before_the_work(tiny_checkpoint, few_rooms, tmp_path, monkeypatch):
     def full(**_):
         raise OSError(28, "No space left on device")
 
     for name in ("evaluate_windows", "draw_samples", "write_picture"):
         monkeypatch.setattr(evaluation, name, None)  # no work can be done
-    results = tmp_path / "out" / "results.csv"
-    results.parent.mkdir()
-    results.write_text("label,other\n")
-    ran = run_script("eval.py", tiny_checkpoint, "--out", results.parent)
-    assert ran.status == 1 and results.read_text() == "label,other\n"
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     Image.new("RGB", (80, 70)).save(tmp_path / "a.png")
     for mode in ([], ["--explain"], ["--images", tmp_path / "a.png"]):
@@ -249,7 +222,7 @@ def test_figures_show_the_network_and_mark_what_they_cut(tmp_path, monkeypatch):
     evaluation.draw_explained(tmp_path, picture, model.config, found, s, truth)
     evaluation.draw_explained(tmp_path, picture, TINY, found, s)
     figures[0].draw_without_rendering()
-    _, true, depth, error, std, *prompts = [a.images[0] for a in figures[0].axes if a.images]
+    _, depth, true, error, std, *prompts = [a.images[0] for a in figures[0].axes if a.images]
     for shown, values in ((depth, found.depth), (std, found.std), *zip(prompts, s, strict=True)):
         assert np.array_equal(shown.get_array(), values)
     assert {prompt.get_clim() for prompt in prompts} == {(s.min(), s.max())}
@@ -262,100 +235,92 @@ def test_figures_show_the_network_and_mark_what_they_cut(tmp_path, monkeypatch):
         assert heights[0] == pytest.approx(heights[1], rel=0.1)  # a bar is as high as its map
     boxes = [prompt.axes.title.get_window_extent() for prompt in prompts]
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+    (bins,) = [axis for axis in figures[0].axes if axis.get_legend()]
+    for lines, places in zip(bins.collections, (found.centers, found.cabins), strict=True):
+        assert np.allclose([line[0, 0] for line in lines.get_segments()], places)
     titles = [axis.get_title() for axis in figures[1].axes if axis.images][-8:]
     assert titles == [f"“{round(float(e), 4)}”" for e in found.cabins]
 
 
-def test_explain_gives_each_network_a_folder_of_its_own(few_rooms, tmp_path, monkeypatch):
+def test_each_network_has_folders_of_its_own(few_rooms, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder, n in (("one", 1), ("two", 2)):
-        (tmp_path / folder).mkdir()
-        cabins.save_checkpoint(f"{folder}/best.pt", cabins.CaBins(TINY), args={"data": "toy"})
-        assert run_script("eval.py", f"{folder}/best.pt", "--explain", n).status == 0
-    files = [file for _, _, file in os.walk(tmp_path / "runs" / "explained") if file]
-    assert sorted(map(sorted, files)) == [
-        ["explained_0.png"],
-        ["explained_0.png", "explained_1.png"],
-    ]
+    Image.new("RGB", (80, 70)).save("a.png")
+    for n in (1, 2):
+        cabins.save_checkpoint(f"{n}.pt", cabins.CaBins(TINY), args={"data": "toy"})
+        for mode in (["--explain", n], ["--images", "a.png"]):
+            assert run_script("eval.py", f"{n}.pt", *mode).status == 0
+        files = {path.name for path in tmp_path.glob(f"{n}_explained/*")}
+        assert files == {f"explained_{i}.png" for i in range(n)}
+        assert Path(f"{n}_pictures/a_depth.png").exists()
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     """A folder of pictures of every kind, and of other files."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder, exif = tmp_path_factory.mktemp("pictures"), Image.Exif()
     values = np.random.default_rng(0).integers(0, 255, (90, 120), np.uint8)
-    grey, exif = Image.fromarray(values), Image.Exif()
-    for mode, suffix in (
-        ("L", "png"),
-        ("RGBA", "webp"),
-        ("P", "png"),
-        ("CMYK", "tif"),
-        ("1", "bmp"),
-    ):
-        grey.convert(mode).save(folder / f"{mode}.{suffix}")
+    grey = Image.fromarray(values)
+    for name in ("L.png", "RGBA.webp", "P.png", "CMYK.tif", "1.bmp"):
+        grey.convert(name.split(".")[0]).save(folder / name)
     Image.fromarray(values.astype(np.uint16) * 257).save(folder / "deep.png")
     exif[0x0112] = 6  # the camera was held upright
     grey.save(folder / "phone.jpg", exif=exif)
     grey.save(folder / "phone.png")  # the same name with another suffix
-    grey.save(
-        folder / "frames.gif", save_all=True, append_images=[grey.rotate(90), grey.rotate(180)]
-    )
-    grey.resize((1, 300)).save(folder / "$thin_{$.png")
-    grey.resize((30, 20)).save(folder / "写真.png")
+    others = [grey.rotate(90), grey.rotate(180)]
+    grey.save(folder / "frames.gif", save_all=True, append_images=others)
+    grey.resize((1, 300)).save(folder / "$thin_{$.PNG")
     (folder / "broken.jpg").write_bytes((folder / "phone.jpg").read_bytes()[:300])
     Image.fromarray(np.zeros((80, 90), np.float32)).save(folder / "float.tif")
     (folder / "notes.txt").write_text("no picture")
-    grey.save(folder / ".hidden.png")
-    (folder / "deeper").mkdir()
-    grey.save(folder / "deeper" / "below.png")
+    (folder / "deeper.png").mkdir()
+    for name in (".hidden.png", "deeper.png/below.png", "写真.png"):
+        grey.save(folder / name)
     return folder
 
 
 def test_pictures_of_every_kind_give_what_infer_gives(tiny, tiny_checkpoint, pictures, tmp_path):
     import matplotlib
 
-    out = tmp_path / "out"
-    ran = run_script("eval.py", tiny_checkpoint, "--images", pictures, "--range", 8, "--out", out)
+    out, command = tmp_path / "out", ("eval.py", tiny_checkpoint, "--out", tmp_path / "out")
+    ran = run_script(*command, "--images", pictures, "--range", 8)
     assert ran.status == 1 and ran.err.count("\n") == 2
     assert "broken.jpg" in ran.err and "float.tif" in ran.err
     stems = {"L", "RGBA", "P", "CMYK", "1", "deep", "phone", "phone_", "frames", "$thin_{$", "写真"}
     kinds = ("depth", "colour", "depth_mm", "std_mm")
     assert {path.name for path in out.iterdir()} == {f"{s}_{k}.png" for s in stems for k in kinds}
-    (deep,) = (line for line in ran.out.splitlines() if "/deep.png: " in line)
-    assert str(257 * int(cabins.read_picture(pictures / "L.png").max())) in deep  # its white
-    (frames,) = (line for line in ran.out.splitlines() if "/frames.gif: " in line)
-    assert " 3 " in frames and " 3 " not in deep  # the number of frames
-    for name in ("phone.jpg", "phone.png", "deep.png", "RGBA.webp", "$thin_{$.png"):
-        found = cabins.infer(tiny, pictures / name)
-        start = f"{out}/{name.split('.')[0]}{'_' if name == 'phone.png' else ''}"
+    (line,) = (line for line in ran.out.splitlines() if " 3 frames" in line)
+    assert "/frames.gif: " in line
+    for name in ("phone.jpg", "phone_.png", "deep.png", "RGBA.webp", "$thin_{$.PNG"):
+        found = cabins.infer(tiny, pictures / name.replace("_.", "."))
+        start = f"{out}/{name.split('.')[0]}"
         for kind, values in (("depth", found.depth), ("std", found.std)):
             written = np.asarray(Image.open(f"{start}_{kind}_mm.png"))
             assert np.array_equal(written, (values * 1000).round())
         colours = matplotlib.colormaps["viridis"](found.depth / 8, bytes=True)[..., :3]
         assert np.array_equal(np.asarray(Image.open(f"{start}_colour.png")), colours)
-    assert cabins.open_picture(out / "phone_depth_mm.png").size == (90, 120)  # upright
     with torch.autocast("cpu", torch.bfloat16):
         found = cabins.infer(tiny, pictures / "L.png")
-    command = ("eval.py", tiny_checkpoint, "--images", pictures / "L.png", "--out", out)
     for amp, is_equal in (("bf16", True), ("off", False)):
-        assert run_script(*command, "--amp", amp).status == 0
+        assert run_script(*command, "--images", pictures / "L.png", "--amp", amp).status == 0
         written = np.asarray(Image.open(out / "L_std_mm.png"))
         assert np.array_equal(written, (found.std * 1000).round()) == is_equal
 
 
 def test_what_folders_and_patterns_find(tiny_checkpoint, pictures, tmp_path, capsys):
-    found, n_without = evaluation.find_pictures([str(pictures)])
-    names, printed = {path.name for path in found}, capsys.readouterr().out
-    assert n_without == 0 and len(names) == 13
-    assert not names & {"notes.txt", ".hidden.png", "below.png", "deeper"}
-    assert all(f"1 {reason}" in printed for reason in ("folder", ".txt", "hidden"))
-    below, _ = evaluation.find_pictures([f"{pictures}/**"])
-    assert {path.name for path in below} == names | {"below.png"}
-    (tmp_path / "empty").mkdir()
+    found, n_without = evaluation.find_pictures([str(pictures), str(pictures / "L.png")])
+    names, empty = {path.name for path in found}, tmp_path / "[1]"
+    assert n_without == 0 and len(names) == len(found) == 13
+    assert not names & {"notes.txt", ".hidden.png", "below.png", "deeper.png"}
+    assert f"{pictures}: 2 are left out" in capsys.readouterr().out
+    below, _ = evaluation.find_pictures([f"{pictures}/**", str(pictures / "notes.txt")])
+    assert {path.name for path in below} == names | {"below.png", "notes.txt"}
+    empty.mkdir()
     with pytest.raises(FileNotFoundError):
-        evaluation.find_pictures([str(tmp_path / "empty")])
+        evaluation.find_pictures([str(empty)])
+    shutil.copy(pictures / "L.png", empty)
     command = ["eval.py", tiny_checkpoint, "--explain", "--out", tmp_path / "out", "--images"]
-    assert run_script(*command, tmp_path / "empty", f"{pictures}/L.*").status == 1
+    ran = run_script(*command, tmp_path / "none", empty)
+    assert ran.status == 1 and str(tmp_path / "none") in ran.err
     kinds = ("depth", "colour", "depth_mm", "std_mm", "explained")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"L_{k}.png" for k in kinds}
 
@@ -369,34 +334,30 @@ def test_pictures_of_phones_are_read_or_the_package_is_named(suffix, tiny_checkp
         module.from_pillow(picture).save(path) if suffix == "heic" else picture.save(path)
     except ImportError:
         path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
-    out = tmp_path / "out"
-    ran = run_script("eval.py", tiny_checkpoint, "--images", path.parent, "--out", out)
+    ran = run_script("eval.py", tiny_checkpoint, "--images", path.parent, "--out", tmp_path)
     if path.stat().st_size > 112:
-        assert cabins.open_picture(out / "a_depth_mm.png").size == (90, 80)
+        assert cabins.open_picture(tmp_path / "a_depth_mm.png").size == (90, 80)
     else:
         assert ran.status == 1 and ran.err.count("\n") == 1 and "pillow-heif" in ran.err
 
 
-def test_sixteen_bits_hold_every_range(tmp_path):
-    for top, unit, scale in (
-        (10, "_mm", 1000),
-        (80, "_cm", 100),
-        (700, "_dm", 10),
-        (9999, "_m", 1),
-    ):
-        path = evaluation.write_depth(f"{tmp_path}/a", np.full((2, 2), top - 0.4), top, 1000)
-        assert path == f"{tmp_path}/a{unit}.png"
-        assert (np.asarray(Image.open(path)) == round((top - 0.4) * scale)).all()
-    path = evaluation.write_depth(f"{tmp_path}/b", np.full((2, 2), 79.9), 80, 256)  # KITTI's
-    assert path == f"{tmp_path}/b.png" and np.asarray(Image.open(path)).max() == round(79.9 * 256)
+@pytest.mark.parametrize(
+    "top, scale, unit, written",
+    [(10, 1000, "_mm", 9600), (80, 1000, "_cm", 7960), (700, 1000, "_dm", 6996)]
+    + [(9999, 1000, "_m", 9999), (80, 256, "", 20378)],  # KITTI's own scale
+)
+def test_sixteen_bits_hold_every_range(top, scale, unit, written, tmp_path):
+    evaluation.write_depth(f"{tmp_path}/a", np.full((2, 2), top - 0.4), top, scale)
+    assert (np.asarray(Image.open(tmp_path / f"a{unit}.png")) == written).all()
 
 
-def test_options_that_would_do_nothing_are_refused(tiny_checkpoint, pictures):
-    for mode, options in (
-        (["--images", pictures], ["--workers 1", "--depth-scale 9", "--split a", "--no-flip"]),
-        (["--explain"], ["--workers 1", "--max-depth 5", "--no-flip", "--range 5"]),
-    ):
-        for option in options:
-            ran = run_script("eval.py", tiny_checkpoint, *mode, *option.split())
-            assert ran.status == 1 and ran.err.count("\n") == 1
-            assert option.split()[0].strip("-") in ran.err and not ran.out
+COMMANDS_IN_VAIN = [
+    f"--images a.png {end}" for end in ("--workers 1", "--depth-scale 9", "--split a")
+]
+COMMANDS_IN_VAIN += ["--explain --workers 1", "--explain --max-depth 5"]
+
+
+@pytest.mark.parametrize("command", COMMANDS_IN_VAIN)
+def test_options_that_would_do_nothing_are_refused(command, tiny_checkpoint):
+    ran = run_script("eval.py", tiny_checkpoint, *command.split())
+    assert ran.status == 1 and command.split()[-2].strip("-") in ran.err and not ran.out
