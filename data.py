@@ -77,12 +77,12 @@ def fixed_crop(name: str, height: int, width: int, train: bool) -> tuple[int, in
 
 
 def evaluation_windows(name: str, height: int, width: int) -> dict[str, tuple[slice, slice]]:
-    """Rows and columns of a test sample that are measured; the size is the whole frame's."""
+    """Rows and columns of a test sample that are measured, the paper's first, by the frame's size."""
     if name == "nyu":
         return {"eigen": (slice(45, 471), slice(41, 601))}
     if name != "kitti":
         return {"whole": (slice(0, height), slice(0, width))}
-    # NOTE(differs): the authors take Garg's fractions of the cropped frame, BTS of the whole one.
+    # NOTE(differs): the authors take Garg's fractions of the cropped 352 x 1216, BTS of the frame.
     top, _, left, _ = fixed_crop(name, height, width, train=False)
     rows = slice(int(0.40810811 * height) - top, int(0.99189189 * height) - top)
     columns = slice(int(0.03594771 * width) - left, int(0.96405229 * width) - left)
@@ -101,7 +101,7 @@ class DepthDataset(Dataset):
         given = {"depth_scale": depth_scale, "max_depth": max_depth}
         self.recipe = DATASETS[name]._replace(**{k: v for k, v in given.items() if v is not None})
         self.name, self.train = name, train
-        self.size_to_train = (480, 640) if name == "nyu" else None  # if all must have one size
+        self.size_to_train = (480, 640) if name == "nyu" else None  # None: of any size
         part = "train" if train else "test"
         if name == "toy":
             if root or split or depth_scale:
@@ -258,7 +258,7 @@ def draw_room(seed: int) -> tuple[np.ndarray, np.ndarray]:
     depth, colour = np.inf, 0.0
     for i, (low, high) in enumerate(boxes):
         entry, leave = np.sort(np.stack([low[:, None] / rays, high[:, None] / rays]), axis=0)
-        axis = entry.argmax(0) if i else leave.argmin(0)  # to which the face at the hit is normal
+        axis = entry.argmax(0) if i else leave.argmin(0)  # normal to the face that is hit
         hit_at = entry.max(0) if i else leave.min(0)
         is_hit = (hit_at < depth) & (hit_at <= leave.min(0)) & (hit_at > 0.3)
         tiles = np.floor((rays * hit_at - low[:, None]) / (0.25 if i else 0.5))
@@ -272,7 +272,7 @@ def draw_room(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def describe(dataset: DepthDataset) -> str:
-    """One line about the depth in eight of the pairs, which shows whether scale and range fit."""
+    """One line about the depth in eight of the pairs. It shows whether scale and range fit."""
     n, recipe = len(dataset), dataset.recipe
     depth = np.concatenate([dataset.read(i)[1].ravel() for i in range(0, n, math.ceil(n / 8))])
     known = depth[depth > 0]
@@ -280,7 +280,7 @@ def describe(dataset: DepthDataset) -> str:
         raise ValueError(f"there is no depth at all in {dataset.read(0)[2]} and others")
     share, median, top = len(known) / len(depth), np.median(known), recipe.max_depth
     odd = "" if 0.05 * top < median < 0.9 * top else "; wrong --depth-scale or --max-depth?"
-    line = f"{n} pairs, {dataset.n_left_out} without ground truth left out; {share:.0%} of the "
+    line = f"{n} pairs ({dataset.n_left_out} without ground truth left out); {share:.0%} of their "
     line += f"pixels have a depth, in units of 1/{recipe.depth_scale:g} m; median {median:.2f} m, "
     return line + f"deepest {known.max():.2f} m, {(known > top).mean():.1%} beyond {top:g} m{odd}"
 
@@ -354,7 +354,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """A context. With `amp` "bf16", convolutions and matrix products in it run in bfloat16."""
+    """A context in which convolutions and matrix products run in bfloat16 if `amp` is "bf16"."""
     return torch.autocast(device.type, torch.bfloat16, amp == "bf16")
 
 
@@ -445,7 +445,7 @@ def refuse(args: argparse.Namespace, names: str, why: str) -> None:
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Run a script's `main`. What is wrong with its input is one sentence on standard error."""
+    """Run a script's `main`. An error in its input becomes one sentence on standard error."""
     inside_worker = r"(?s)^Caught .*\n\w+Error: "  # what a loader's worker puts before its error
     try:
         main()
