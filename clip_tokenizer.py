@@ -136,7 +136,8 @@ def number_tokens(depths: Tensor, integer_digits: int = 4) -> Tensor:
     # Python prints the digits from the first to the last that is not 0. It also prints the two
     # digits beside the point: "0.5", "2.0".
     is_beside_point = (powers == metre) | (powers == metre // 10)
-    is_inside = torch.where(powers >= metre, number >= powers, number % (10 * powers) > 0)
+    is_inside = (powers >= metre) & (number >= powers)
+    is_inside |= (powers < metre) & (number % (10 * powers) > 0)
     printed = digits * (is_beside_point | is_inside)
     whole, decimals = printed.split((integer_digits, DECIMALS), -1)
     one = torch.ones_like(number)
