@@ -84,17 +84,18 @@ def evaluate_windows(
         for window, (rows, columns) in windows.items():
             d, d_star = depth[..., rows, columns], target[..., rows, columns]
             mask = (d_star > low) & (d_star < high)
+            images = found.setdefault(window, [])
             if mask.any():
                 metrics = cabins.depth_metrics(d[mask].double(), d_star[mask].double())
-                row = {name: value.item() for name, value in metrics.items()}
-                found.setdefault(window, []).append(row)
-    if not found:
+                images.append({name: value.item() for name, value in metrics.items()})
+    if not any(found.values()):
         raise ValueError(f"none of the {len(dataset)} images has depth from {low} to {high} m")
     means = {}
     for window, images in found.items():
         if n := len(dataset) - len(images):
             print(f"{n} images have no ground truth in window {window} and are left out")
-        means[window] = {k: sum(row[k] for row in images) / len(images) for k in HEADINGS}
+        if images:
+            means[window] = {k: sum(m[k] for m in images) / len(images) for k in HEADINGS}
     return means
 
 
@@ -214,7 +215,7 @@ def draw_explained(path: str | Path, image: np.ndarray, config, found, s, truth=
     for axis, shown in zip(top.subplots(1, n), maps):
         show(axis, *shown)
 
-    axis, edges = middle.subplots(), np.linspace(0, config.max_depth, 129)  # metres
+    axis, edges = middle.subplots(), np.linspace(0, config.max_depth, 129)
     known = [depth[depth > 0] for depth in depths.values()]
     axis.hist(known, edges, density=True, histtype="step", label=[*depths])
     across = axis.get_xaxis_transform()  # x in metres, y as a share of the height
@@ -271,10 +272,9 @@ def find_pictures(arguments: list[str]) -> tuple[list[Path], int]:
 def predict_pictures(model: cabins.CaBins, args: argparse.Namespace) -> int:
     """Write the depth of each picture that `args.images` names; return how many failed."""
     paths, n_without = find_pictures(args.images)
-    out = Path(args.out or f"{os.path.splitext(args.checkpoint)[0]}_pictures")
+    out = open_folder(args.out or f"{os.path.splitext(args.checkpoint)[0]}_pictures")
     if own := [path for path in paths if path.resolve().parent == out.resolve()]:
         raise ValueError(f"--out {out} is the folder of {own[0]}, which must stay: choose another")
-    open_folder(out)
     warnings.filterwarnings("ignore", module="PIL")  # of odd EXIF blocks and very large pictures
     taken, n_done = set(), 0
     for path in tqdm(paths, unit="picture", disable=None):
@@ -377,9 +377,8 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     add("--split", dest="test_split", metavar="FILE", help="same as --test-split")
     group = parser.add_argument_group("network")
     data.add_device_options(group, "off")
-    add = group.add_argument
-    add("--released", choices=QUOTED, help="which of the authors' two checkpoints this is")
-    add("--no-flip", action="store_true", help="without averaging with the mirror image's depth")
+    group.add_argument("--released", choices=QUOTED, help="which of the authors' checkpoints it is")
+    group.add_argument("--no-flip", action="store_true", help="no averaging with the mirror image")
 
 
 def parse_args() -> argparse.Namespace:

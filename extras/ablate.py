@@ -3,9 +3,10 @@
 Prints the row that eval.py prints, and rows of the same network with its text silenced in three
 ways. Where the rows are equal, the depth decoder makes no use of the similarity s.
 
-Then it prints how far a distance turns its text embedding t: by 0.1 mm, which changes the last
-digit of the prompt, and by 1 m. For a last.pt of train.py, it also prints how large the gradients
-of each part of the network are, beside Adam's ε. Adam hardly moves what has far smaller gradients.
+Then it prints by which angle a text embedding t turns when its distance grows by 0.1 mm, which
+changes the last digit of the prompt, and by 1 m. Both are means over 64 distances, spread evenly
+over the depth range. For a last.pt of train.py, it also prints how large the gradients of each part
+of the network are, beside Adam's ε. Adam hardly moves the parts whose gradients are far smaller.
 """
 
 import argparse
@@ -40,6 +41,7 @@ PARTS = {  # by the beginnings of the parameters' names, of which the first that
     "TransDecoder": ("trans_decoder.",),
     "token embedding": ("clip.token_embedding.",),  # trained with --as-released
 }
+N_DISTANCES = 64  # over which `text_angle` is a mean
 
 
 # ---- Rows with the text silenced -----------------------------------------------------------------
@@ -88,7 +90,7 @@ def ablate(
 
 
 @torch.inference_mode()
-def text_angle(model: cabins.CaBins, step: float, n: int = 64) -> float:
+def text_angle(model: cabins.CaBins, step: float, n: int = N_DISTANCES) -> float:
     """The mean angle, in rad, between the text embeddings of n distances and of those plus `step`.
 
     The distances are spread evenly over the range of the network. `step` is in metres.
@@ -125,12 +127,12 @@ def report(model: cabins.CaBins, content: dict) -> None:
     if model.config.distance_class == "semantic":
         print("\nThe prompts of this network are phrases: no distance turns its text embeddings.")
     else:
+        low, high = model.config.min_depth, model.config.max_depth
+        sample = f"mean over {N_DISTANCES} distances from {low:g} to {high:g} m"
         angles = f"0.1 mm {text_angle(model, 1e-4):.3f} rad, 1 m {text_angle(model, 1.0):.3f} rad"
-        print(f"\nHow far a change of the distance turns its text embedding t: {angles}")
+        print(f"\nHow far a change of the distance turns its text embedding t ({sample}): {angles}")
     if "optimizer" not in content:
-        print(
-            "The checkpoint has no optimizer, so it says nothing of gradients: a last.pt has one."
-        )
+        print("The checkpoint has no optimizer and says nothing of gradients; a last.pt has one.")
         return
     eps = content["optimizer"]["param_groups"][0]["eps"]
     print(f"Gradients of each part over about the last thousand steps, beside Adam's ε of {eps:g}:")

@@ -65,9 +65,8 @@ def write_cloud(path: Path, out: Path, model: cabins.CaBins, args: argparse.Name
     picture = cabins.read_picture(image)
     focal, source = focal_length(image, picture.shape[:2], model.config, args)
     width, height = field_of_view(focal, picture.shape[:2])
-    line = (
-        f"focal length {focal:.1f} pixels, from {source}; view {width:.1f} x {height:.1f} degrees"
-    )
+    view = f"view {width:.1f} x {height:.1f} degrees"
+    line = f"focal length {focal:.1f} pixels, from {source}; {view}"
     if not (LEAST_FOV <= max(width, height) <= GREATEST_FOV or args.any_fov):
         remedy = "--focal is in pixels of the picture, not in millimetres: give --fov, or --any-fov"
         raise ValueError(f"{line}, where cameras have {LEAST_FOV} to {GREATEST_FOV}; {remedy}")
@@ -76,30 +75,24 @@ def write_cloud(path: Path, out: Path, model: cabins.CaBins, args: argparse.Name
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = data.Parser(
-        prog="python -m extras.pointcloud", description=__doc__, formatter_class=raw
-    )
+    options = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = data.Parser(prog="python -m extras.pointcloud", **options)
     add = parser.add_argument
     add("checkpoint", help="train.py's or the authors'")
     add("pictures", nargs="+", metavar="PICTURE", help="files, folders or patterns")
     add("--out", metavar="DIR", required=True, help="folder of the point clouds")
     camera = parser.add_mutually_exclusive_group().add_argument
-    about = (
-        "of the camera, in pixels of the picture and not in millimetres: about 520 for a Kinect "
-    )
-    about += "at 640 x 480, about 3000 for a phone's main camera at 4000 x 3000"
+    about = "focal length in pixels of the picture, not in millimetres: about 520 for a Kinect at "
+    about += "640 x 480, about 3000 for a phone's main camera at 4000 x 3000"
     camera("--focal", type=data.positive_float, metavar="PX", help=about)
     about = "field of view from left to right: about 63 for a Kinect, about 67 for a phone"
     camera("--fov", type=data.positive_float, metavar="DEG", help=about)
     about = f"accept views below {LEAST_FOV} or above {GREATEST_FOV} degrees"
     add("--any-fov", action="store_true", help=about)
-    add("--released", choices=QUOTED, help="which of the authors' two checkpoints this is")
-    add(
-        "--device",
-        choices=("cuda", "cpu", "mps"),
-        help="default: cuda where there is one, else cpu",
-    )
+    add("--released", choices=QUOTED, help="which of the authors' checkpoints it is")
+    about = "default: cuda where there is one, else cpu"
+    add("--device", choices=("cuda", "cpu", "mps"), help=about)
+    parser.set_defaults(data=None)  # `open_network` asks for it
     args = parser.parse_args()
     if args.fov and args.fov >= 180:
         raise ValueError(f"--fov is {args.fov:g}; a flat picture shows less than 180 degrees")
