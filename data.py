@@ -77,7 +77,7 @@ def fixed_crop(name: str, height: int, width: int, train: bool) -> tuple[int, in
 
 
 def evaluation_windows(name: str, height: int, width: int) -> dict[str, tuple[slice, slice]]:
-    """Rows and columns of a test sample that are measured, the paper's first, by the frame's size."""
+    """Rows and columns of a test sample that are measured, by the size of the whole frame."""
     if name == "nyu":
         return {"eigen": (slice(45, 471), slice(41, 601))}
     if name != "kitti":
@@ -232,14 +232,10 @@ def read_labelled(mat: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_room(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A furnished room: image (96, 128, 3) uint8 and its exact depth (96, 128) in metres.
-
-    Each pixel's ray meets the walls from inside and the boxes from outside; the nearest hit counts.
-    A ray advances 1 m along the optical axis, so depth is its multiple at the hit.
-    """
+    """A furnished room: image (96, 128, 3) uint8 and its exact depth (96, 128) in metres."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:96, :128].reshape(2, -1).astype(np.float32)
-    x, y = np.divide((x - 63.5, y - 47.5), DATASETS["toy"].focal)  # right and down; ahead, z is 1
+    x, y = np.divide((x - 63.5, y - 47.5), DATASETS["toy"].focal)  # rays; z, ahead, is 1 m
     pitch, yaw = rng.uniform(-0.05, 0.25), rng.uniform(-0.5, 0.5)
     y, z = np.cos(pitch) * y + np.sin(pitch), np.cos(pitch) - np.sin(pitch) * y
     rays = np.stack([np.cos(yaw) * x + np.sin(yaw) * z, y, np.cos(yaw) * z - np.sin(yaw) * x])
@@ -256,10 +252,10 @@ def draw_room(seed: int) -> tuple[np.ndarray, np.ndarray]:
         boxes.append((corner, corner + side))
 
     depth, colour = np.inf, 0.0
-    for i, (low, high) in enumerate(boxes):
+    for i, (low, high) in enumerate(boxes):  # rays hit the room from inside, boxes from outside
         entry, leave = np.sort(np.stack([low[:, None] / rays, high[:, None] / rays]), axis=0)
         axis = entry.argmax(0) if i else leave.argmin(0)  # normal to the face that is hit
-        hit_at = entry.max(0) if i else leave.min(0)
+        hit_at = entry.max(0) if i else leave.min(0)  # in multiples of the ray: metres ahead
         is_hit = (hit_at < depth) & (hit_at <= leave.min(0)) & (hit_at > 0.3)
         tiles = np.floor((rays * hit_at - low[:, None]) / (0.25 if i else 0.5))
         tiles = 1 - 0.3 * (np.where(np.arange(3)[:, None] == axis, 0, tiles).sum(0) % 2)
