@@ -300,8 +300,7 @@ class DepthDecoder(nn.Module):
     1 x 1 convolution with a padding of 1, so x4 grows by one location on each side. The resize with
     aligned corners then puts the first row of x4 at row 1.8 of x3, not at row 0. At the border, the
     padding moves x4 inwards by 29 image pixels. We keep it for the authors' checkpoints.
-    NOTE(differs): `features` has 256 channels in the released code. In the paper and here it has
-    n_bins channels, which is the same number by default.
+    NOTE(differs): `features` has n_bins channels in the paper and here, 256 in the released code.
     """
 
     def __init__(self, channels: list[int], n_cabins: int, n_bins: int):
@@ -449,8 +448,7 @@ def silog_loss(depth: Tensor, target: Tensor, mask: Tensor, unbiased: bool = Fal
     mean. With λ = 1, a depth that is wrong by one factor everywhere would cost nothing.
 
     NOTE(paper silent): As in the released code, the sums run over the batch, not over each image.
-    NOTE(differs): Eq. 6 and we have the biased variance. The released code has the unbiased one,
-    which `unbiased` selects.
+    NOTE(differs): Eq. 6 has the biased variance. `unbiased` selects that of the released code.
     """
     n = mask.sum().clamp(min=1)
     g = torch.where(mask, depth, 1).log() - torch.where(mask, target, 1).log()  # 0 outside mask
@@ -494,7 +492,7 @@ def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def total_loss(prediction: Prediction, target: Tensor, min_depth: float, unbiased=False) -> Tensor:
     """The training loss. The true depth (B, 1, H, W), in metres, is valid above min_depth.
 
-    L_pixel has no unit and L_bins is in square metres, so β belongs to metres.
+    L_pixel has no unit, but L_bins has. In centimetres, L_bins would be 10,000 times as large.
     """
     mask = target > min_depth
     d = resize(prediction.depth, target.shape[-2:])  # a no-op, unless it was made at H/2 x W/2
