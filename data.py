@@ -67,7 +67,7 @@ TOY_ROOMS = {"train": range(640), "test": range(1_000_000, 1_000_064)}
 
 
 def fixed_crop(name: str, height: int, width: int, train: bool) -> tuple[int, int, int, int]:
-    """The part of a frame that is used: top, bottom, left, right."""
+    """Top, bottom, left and right of the part of a frame that is used."""
     if name == "nyu" and train:
         return 45, 472, 43, 608  # without the white border
     if name == "kitti":  # the "KB" crop: the lower, middle part of the frame
@@ -77,7 +77,7 @@ def fixed_crop(name: str, height: int, width: int, train: bool) -> tuple[int, in
 
 
 def evaluation_windows(name: str, height: int, width: int) -> dict[str, tuple[slice, slice]]:
-    """Rows and columns of a test sample that are measured, by the size of the whole frame."""
+    """Measured rows and columns of a test sample, the paper's first, by the size of its frame."""
     if name == "nyu":
         return {"eigen": (slice(45, 471), slice(41, 601))}
     if name != "kitti":
@@ -126,7 +126,7 @@ class DepthDataset(Dataset):
 
     def find_pairs(self, root: Path, names: list[list[str]]) -> list[tuple]:
         """Both files of each pair or, if any is missing, NYU's .mat and the pair's number in it."""
-        find_image, find_depth = (Finder(root, self.recipe.folders) for _ in range(2))
+        find_image, find_depth = [Finder(root, self.recipe.folders) for _ in range(2)]
         pairs = [(find_image(image), find_depth(depth)) for image, depth in names]
         missing = [names[i][k] for i, pair in enumerate(pairs) for k in (0, 1) if not pair[k]]
         if not missing:
