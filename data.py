@@ -92,12 +92,23 @@ def evaluation_windows(name: str, height: int, width: int) -> dict[str, tuple[sl
 class DepthDataset(Dataset):
     """The pairs below the folder `root` that the file `split` lists. `name` is a key of DATASETS.
 
-    Without `split`, the authors' list is downloaded. [i] is {"image": (3, h, w), "depth": (1, h, w)
-    in metres, "path": str, "size": (2,), rows and columns of the whole frame}. The image is
-    normalised; with `train` it is uint8. ValueError or OSError names what is wrong.
+    Without `split`, the authors' list is downloaded. NYU's test pairs can also come from its .mat,
+    in `root` or as `root`. [i] is {"image": (3, h, w), "depth": (1, h, w) in metres, "path": str,
+    "size": (2,), rows and columns of the whole frame}. The image is normalised; with `train` it is
+    uint8. ValueError or OSError names what is wrong.
     """
 
-    def __init__(self, name, root=None, split=None, train=False, depth_scale=None, max_depth=None):
+    def __init__(
+        self,
+        name: str,
+        root: str | Path | None = None,
+        split: str | Path | None = None,
+        train: bool = False,
+        depth_scale: float | None = None,
+        max_depth: float | None = None,
+    ):
+        if name not in DATASETS:
+            raise ValueError(f"data is {name!r}; it must be one of {', '.join(DATASETS)}")
         given = {"depth_scale": depth_scale, "max_depth": max_depth}
         self.recipe = DATASETS[name]._replace(**{k: v for k, v in given.items() if v is not None})
         self.name, self.train = name, train
@@ -109,8 +120,9 @@ class DepthDataset(Dataset):
             self.pairs = TOY_ROOMS[part]
             lines = [("room", i) for i in self.pairs]
         else:
-            if root is None or not Path(root).is_dir():
-                raise ValueError(f"data {name!r} needs a folder as --root, not {root}")
+            is_mat = name == "nyu" and not train and str(root).endswith(".mat")
+            if root is None or not (is_mat or Path(root).is_dir()):
+                raise FileNotFoundError(f"data {name!r} needs a folder as --root, not {root}")
             lines = read_list(name, part, split)
             names = [fields[:2] for fields in lines if fields[1] != "None"]
             if not names:
@@ -131,7 +143,7 @@ class DepthDataset(Dataset):
         missing = [names[i][k] for i, pair in enumerate(pairs) for k in (0, 1) if not pair[k]]
         if not missing:
             return pairs
-        mat = root / NYU_MAT
+        mat = root if root.is_file() else root / NYU_MAT
         numbers = [re.sub(r"\D", "", Path(image).stem) for image, _ in names]  # they start at 0
         if self.name == "nyu" and not self.train and mat.is_file() and all(numbers):
             return [(mat, int(number)) for number in numbers]
@@ -294,16 +306,24 @@ def denormalize(image: Tensor) -> Tensor:
     return (image * std + mean).clamp(0, 1)
 
 
-def augment(image: Tensor, depth: Tensor, recipe: Recipe, generator=None, share=(0, 1)):
-    """Random rotation, crop, flip and colour of a batch.
+def augment(
+    image: Tensor,
+    depth: Tensor,
+    recipe: Recipe | str,
+    generator: torch.Generator | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> tuple[Tensor, Tensor]:
+    """Random rotation, crop, flip and colour of a batch, by a recipe or the name of a data set.
 
     image uint8 (B, 3, h, w), depth (B, 1, h, w) in metres -> image normalised (B, 3, H, W), depth
     (B, 1, H, W). H x W is the recipe's crop, or 7/8 of each side in multiples of 32, at least 64.
     The generator is on the CPU. `share` (i, k): the samples are i, i + k, … of a larger batch.
     """
+    recipe = DATASETS[recipe] if isinstance(recipe, str) else recipe
     n, _, h, w = image.shape
     rows, columns = recipe.crop or [max(64, side * 7 // 8 // 32 * 32) for side in (h, w)]
-    assert rows <= h and columns <= w, "the images are smaller than the random crop"
+    if rows > h or columns > w:
+        raise ValueError(f"images of {h} x {w} pixels are too small to crop to {rows} x {columns}")
     i, k = share
     draws = torch.rand(k * n, 10, generator=generator)[i::k]  # uniform on [0, 1)
     draws = draws.to(image.device, non_blocking=True)[..., None, None]  # (B, 10, 1, 1)
@@ -416,7 +436,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     group = parser.add_argument_group("data")
     add = group.add_argument
     number = {"type": positive_float, "metavar": "X"}
-    add("--root", metavar="DIR", help="folder of the data set")
+    add("--root", metavar="DIR", help="folder of the data set, or nyu_depth_v2_labeled.mat")
     add("--train-split", metavar="FILE", help="list of training pairs; default: the authors'")
     add("--test-split", metavar="FILE", help="list of test pairs; default: the authors'")
     add("--depth-scale", **number, help="value of 1 m in a depth PNG; default: the data set's")
@@ -448,8 +468,19 @@ def run_command(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except (FileExistsError, NotADirectoryError) as error:
+        sys.exit(f"error: {error.filename} must be a folder, but a file is there")
     except (OSError, ValueError) as error:
         sys.exit("error: " + re.sub(inside_worker, "", str(error)).strip())
+    except (RuntimeError, MemoryError) as error:
+        text = re.sub(inside_worker, "", str(error)).strip().split("\n")[0] or "out of memory"
+        if re.search("Bus error|shared memory|/torch_", text):
+            remedy = "in Docker, use --ipc=host or --shm-size=8g"
+        elif re.search("(out of|enough) memory|allocate|ALLOC_FAILED|DataLoader worker", text):
+            remedy = "smaller batches or images, or fewer --workers, may fit in memory"
+        else:
+            raise
+        sys.exit(f"error: {text.rstrip('.')}; {remedy}")
 
 
 def main() -> None:
@@ -458,7 +489,7 @@ def main() -> None:
     add_data_options(parser)
     args = parser.parse_args()
     scale = (args.depth_scale, args.max_depth)
-    for part in ("train", "test"):
+    for part in ("test",) if str(args.root).endswith(".mat") else ("train", "test"):
         split = getattr(args, f"{part}_split")
         dataset = DepthDataset(args.data, args.root, split, part == "train", *scale)
         print(f"{part}: {describe(dataset)}")

@@ -83,10 +83,10 @@ CROPS |= {("list", 240, 320): (192, 256), ("list", 64, 70): (64, 64)}  # 7/8, in
 @pytest.mark.parametrize("name, height, width", CROPS)
 def test_random_crops_have_the_recipes_size(name, height, width):
     image, depth = torch.zeros(1, 3, height, width).byte(), torch.ones(1, 1, height, width)
-    new_image, new_depth = data.augment(image, depth, data.DATASETS[name])
+    new_image, new_depth = data.augment(image, depth, name)
     assert new_image.shape[2:] == new_depth.shape[2:] == CROPS[name, height, width]
     assert new_depth.mean() > 0.95  # little of the crop lies outside
-    with pytest.raises(AssertionError, match="smaller"):
+    with pytest.raises(ValueError, match=f"{height} x 60"):
         data.augment(image[..., :60], depth[..., :60], data.DATASETS[name])
 
 
@@ -274,3 +274,30 @@ def test_rows_of_other_columns_are_refused(tmp_path):
     data.check_columns(path, ["a", "b"])
     with pytest.raises(ValueError, match=r"rows\.csv"):
         data.check_columns(path, ["a", "c"])
+
+
+# ---- What all scripts share ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, remedy",
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--ipc=host"),
+        (RuntimeError("unable to write to file </torch_7>: No space left"), "--shm-size"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--workers"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 12 bytes\nat x"), "smaller"),
+        (MemoryError(), "smaller"),
+        (
+            ValueError("Caught ValueError in worker 0.\nTraceback\nValueError: a.png breaks"),
+            "a.png",
+        ),
+    ],
+)
+def test_an_error_of_the_machine_is_one_sentence_with_the_remedy(error, remedy):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        data.run_command(main)
+    assert stop.value.code.startswith("error: ") and "\n" not in stop.value.code
+    assert remedy in stop.value.code and ("ipc" in stop.value.code) == ("m-si" in stop.value.code)
