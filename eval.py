@@ -1,6 +1,6 @@
 """Measure a checkpoint of CaBins as the paper does (Sec. 4.3), and show what it predicts.
 
-python eval.py runs/toy/best.pt                     a row for the paper's table, beside its own rows
+python eval.py runs/toy/best.pt                     a row of the paper's table, beside the quoted ones
 python eval.py runs/toy/best.pt --explain 4         figures of bins, prompts and depth
 python eval.py runs/toy/best.pt --images *.jpg      depth of your own pictures
 """
@@ -30,7 +30,7 @@ Predict = Callable[[Tensor], Tensor | np.ndarray]  # images (B, 3, H, W) -> metr
 HEADINGS = {"abs_rel": "AbsRel", "sq_rel": "SqRel", "rmse": "RMSE", "rmse_log": "RMSElog"}
 HEADINGS |= {"log10": "log10", "d1": "d<1.25", "d2": "d<1.25²", "d3": "d<1.25³"}
 COLUMNS = {"nyu": ["abs_rel", "rmse", "log10", "d1", "d2", "d3"]}  # Table 1; Table 2 has all
-QUOTED = {  # of Tables 1 and 2: the methods with CLIP, and NeWCRFs, the best without; † as there
+QUOTED = {  # Tables 1 and 2: the methods with CLIP, and the best one without; †: reimplemented
     "nyu": """
         NeWCRFs        0.095 0.334 0.041 0.922 0.992 0.998
         DepthCLIP      0.388 1.167 0.156 0.394 0.683 0.851
@@ -157,7 +157,7 @@ def open_folder(folder: str | Path) -> Path:
 
 
 def new_name(path: str, taken: set[str]) -> str:
-    """A name for the results of the image `path`, which is flattened. Adds it to `taken`."""
+    """One file name for `path`, without a picture's suffix. It is new to `taken`, and added."""
     name = SUFFIX.sub("", path).strip(f"{os.sep} ").replace(os.sep, "_")
     while name.lower() in taken:
         name += "_"
@@ -256,7 +256,7 @@ def find_pictures(arguments: list[str]) -> tuple[list[Path], int]:
         pattern = glob.escape(argument) if os.path.exists(argument) else argument
         pattern += "/*" if os.path.isdir(argument) else ""
         found = sorted(glob.glob(pattern, recursive=True))
-        is_file = os.path.isfile(argument)  # which counts as a picture, whatever its suffix
+        is_file = os.path.isfile(argument)  # such a file is read whatever its suffix
         chosen = [p for p in found if is_file or (SUFFIX.search(p) and os.path.isfile(p))]
         if n := len(found) - len(chosen):
             print(f"{argument}: {n} are left out: folders, or files without a picture's suffix")
@@ -296,15 +296,15 @@ def write_picture(path: Path, start: str, model: cabins.CaBins, args: argparse.N
     picture, n_frames = cabins.read_picture(image), getattr(image, "n_frames", 1)
     with data.autocast(next(model.parameters()).device, args.amp):
         found, s = cabins.predict_one(model, cabins.to_input(model, picture), picture.shape[:2])
-    depth = found.depth
+    depth, top = found.depth, model.config.max_depth
     low, high = (0, args.range) if args.range else (depth.min(), depth.max())
     figure = Figure(figsize=(12, 12))  # `save_figure` cuts its margins off
     shown = show(figure.subplots(), "depth (m)", depth, low, high)
     save_figure(f"{start}_depth.png", figure)
     colours = Image.fromarray(shown.to_rgba(depth, bytes=True)[..., :3])
     cabins.write_whole(f"{start}_colour.png", lambda partial: colours.save(partial, "png"))
-    write_depth(f"{start}_depth", depth, model.config.max_depth)
-    write_depth(f"{start}_std", found.std, model.config.max_depth)
+    write_depth(f"{start}_depth", depth, top)
+    write_depth(f"{start}_std", found.std, top)
     if args.explain is not None:
         draw_explained(f"{start}_explained.png", picture, model.config, found, s)
     first = f"; only the first of its {n_frames} frames or pages is read" if n_frames > 1 else ""
@@ -319,10 +319,10 @@ def open_network(args: argparse.Namespace) -> tuple[cabins.CaBins, dict]:
     content, path, max_depth = cabins.read_checkpoint(args.checkpoint), args.checkpoint, None
     if "config" in content:
         data.refuse(args, "released", f"is for the authors' checkpoints, and {path} is not theirs")
-    else:  # the authors' do not say their depth range
+    else:  # the authors' checkpoints do not say their depth range
         name = args.released or args.data
         if name not in QUOTED:
-            raise ValueError(f"{path} is the authors': say with --released which, nyu or kitti")
+            raise ValueError(f"{path} is the authors': give --released nyu or --released kitti")
         max_depth = data.DATASETS[name].max_depth
     model = cabins.restore(content, path, max_depth).to(data.choose_device(args.device))
     print(f"{path}, all of its {len(content['model'])} tensors: {model.config}")
@@ -330,9 +330,9 @@ def open_network(args: argparse.Namespace) -> tuple[cabins.CaBins, dict]:
 
 
 def open_data_set(args: argparse.Namespace, model: cabins.CaBins, saved: dict) -> DepthDataset:
-    """The test set. If it is that of the training, options not given are taken from `saved`.
+    """The test set. For the data set of the training, `saved` gives the options that are missing.
 
-    Depth is then measured over the network's range, and so it is for own lists and toy rooms.
+    This data set, own lists and toy rooms are measured over the depth range of the network.
     """
     known = saved if args.data in (None, saved.get("data")) else {}
     for option in ("data", "root", "test_split", "depth_scale"):
@@ -346,7 +346,7 @@ def open_data_set(args: argparse.Namespace, model: cabins.CaBins, saved: dict) -
 
 
 def measure(model: cabins.CaBins, dataset: DepthDataset, args: argparse.Namespace) -> None:
-    """Print a row for each window. With --out, keep it in results.csv, and the predictions too."""
+    """Print a row for each window. With --out, also add it to results.csv and keep the depths."""
     flip, side, keep = not args.no_flip, side_for(model, dataset), None
     if args.out:
         out, taken, recipe = open_folder(args.out), set(), dataset.recipe
