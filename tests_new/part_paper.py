@@ -36,35 +36,29 @@ def test_number_tokens_are_the_tokens_of_the_printed_number():
     assert torch.equal(two_digits[:, 0], clip_tokenizer.tokenize(["2.5", "80.0"], 9))
 
 
-CLIP_KNOWN = {  # the first three values of CLIP's own embedding of image 0 and of text 0
-    "RN50": ([-0.89232415, -0.17029873, 0.15963185], [-1.518179, 0.2903049, 0.15889318]),
-    "RN101": ([0.85525256, -1.7576025, -2.4198878], [1.3894114, 0.88841105, -0.52293265]),
-    "ViT-B/16": ([-1.3473095, 0.38172603, -0.33779722], [1.3894114, 0.88841105, -0.52293265]),
+CLIP_IMAGE = {  # of CLIP's own embedding of an image, and of z at row 4, column 2
+    "RN50": ([-0.89232415, -0.17029873, 0.15963185], [-0.8921474, -0.1697332, 0.1597825]),
+    "RN101": ([0.85525256, -1.7576025, -2.4198878], [0.7441988, -1.782209, -2.416223]),
+    "ViT-B/16": ([-1.3473095, 0.38172603, -0.33779722], [0.4498522, -0.307845, -1.415948]),
 }
-CLIP_TEXTS = ["a photo of a cat.", "This object is giant", "extremely close", "2.7415", "farthest"]
+CLIP_TEXT = {1024: [-1.518179, 0.2903049, 0.15889318], 512: [1.3894114, 0.88841105, -0.52293265]}
 cached_made_tensor = functools.cache(made_tensor)  # the three text encoders share most weights
 
 
-@pytest.mark.parametrize("backbone", CLIP_KNOWN)
+@pytest.mark.parametrize("backbone", CLIP_IMAGE)
 def test_embeddings_are_those_of_clips_own_code(backbone):
     """z̄ is CLIP's image embedding, although here every token asks, and not the mean alone."""
     with torch.device("meta"):  # names and shapes alone
         clip = cabins.CLIP(cabins.BACKBONES[backbone])
-    shapes = {name: tuple(tensor.shape) for name, tensor in clip.state_dict().items()}
-    made = {name: cached_made_tensor(name, shape) for name, shape in shapes.items()}
-    clip.load_state_dict(made, assign=True)
+    state = {k: cached_made_tensor(k, tuple(v.shape)) for k, v in clip.state_dict().items()}
+    clip.load_state_dict(state, assign=True)
     with torch.inference_mode():
-        _, z_bar, z = clip.eval().visual(torch.from_numpy(normal("image", (2, 3, 224, 224))))
-        t = clip.encode_text(clip_tokenizer.tokenize(CLIP_TEXTS))
-    close(z_bar[0, :3], CLIP_KNOWN[backbone][0])
-    close(t[0, :3], CLIP_KNOWN[backbone][1])
-    assert z.shape == (*z_bar.shape, *((14, 14) if backbone == "ViT-B/16" else (7, 7)))
-    if GOLDENS.is_dir():
-        golden, name = np.load(GOLDENS / "clip_embeddings.npz"), backbone.replace("/", "-")
-        close(z_bar, golden[f"{name}/image"])
-        close(t, golden[f"{name}/text"])
-        known = json.loads((GOLDENS / "clip_state_dicts.json").read_text())[name]
-        assert {k: list(shape) for k, shape in shapes.items()} == known
+        _, z_bar, z = clip.eval().visual(torch.from_numpy(normal("image", (1, 3, 224, 224))))
+        t = clip.encode_text(clip_tokenizer.tokenize("a photo of a cat."))
+    for found, expected in zip((z_bar[0], z[0, :, 4, 2]), CLIP_IMAGE[backbone]):
+        close(found[:3], expected)
+    close(t[0, :3], CLIP_TEXT[t.shape[1]])
+    assert z.shape[2:] == ((14, 14) if backbone == "ViT-B/16" else (7, 7))
 
 
 def small_clip(**sizes) -> cabins.CLIP:
@@ -110,10 +104,12 @@ def test_fact_6_every_bin_stays_open_and_none_is_wider_than_the_others_leave():
     assert b[7].item() == pytest.approx(100 / 125.5) and b[8].item() == pytest.approx(0.1 / 125.5)
 
 
-def test_positions_are_resized_without_aligned_corners():
+def test_positions_are_resized_without_aligned_corners_and_feature_maps_with_them():
     grid = torch.tensor([[9.0], [0], [1], [2], [3]])  # of the mean token, then of 2 x 2 locations
     found = cabins.resize_positions(grid, 2, 4).flatten().tolist()
     assert found == [9, 0, 0.25, 0.75, 1, 2, 2.25, 2.75, 3]
+    found = cabins.resize(torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]]), (2, 3))
+    assert found.tolist() == [[[[0, 0.5, 1], [2, 2.5, 3]]]]
 
 
 # ---- Sec. 3.2.2  CaBins: Eq. 2 -------------------------------------------------------------------
@@ -271,11 +267,6 @@ def test_eq_5_depth_is_the_mean_of_the_centres_under_p():
     assert cabins.expected_depth(centers, p).tolist() == [[[[2.5]]]]
 
 
-def test_resize_puts_corner_pixels_on_corner_pixels():
-    found = cabins.resize(torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]]), (2, 3))
-    assert found.tolist() == [[[[0, 0.5, 1], [2, 2.5, 3]]]]
-
-
 def test_fact_5_text_learns_through_eight_channels_of_one_convolution(released_model):
     """No loss asks s to mean anything. With these weights at 0, the prompts learn nothing."""
     assert released_model.depth_decoder.fuse.weight.shape == (2048, 2056, 1, 1)
@@ -368,7 +359,7 @@ def test_eq_6_silog_by_hand():
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
-def test_silog_and_its_gradient_are_those_of_a_variance_and_a_squared_mean(unbiased):
+def test_fact_7_eq_6_is_a_variance_and_15_percent_of_a_squared_mean(unbiased):
     target = torch.rand(2, 1, 4, 5, generator=generator()).double() * 9 + 0.5
     mask = torch.rand(2, 1, 4, 5, generator=generator(1)) < 0.6
     one, two = ((target * 1.5 + 0.2 * target.sin()).requires_grad_() for _ in range(2))
@@ -378,13 +369,6 @@ def test_silog_and_its_gradient_are_those_of_a_variance_and_a_squared_mean(unbia
     (loss + formula).backward()
     assert loss.item() == pytest.approx(formula.item(), rel=1e-9)
     close(one.grad, two.grad, 1e-9)
-
-
-def test_fact_7_silog_forgives_a_wrong_scale_to_85_percent():
-    target = torch.rand(2, 1, 20, 20, generator=generator(), dtype=torch.double) * 9 + 0.5
-    for factor in (0.5, 1.2, 3.0):
-        loss = cabins.silog_loss(target * factor, target, target > 0).item()
-        assert loss == pytest.approx(10 * math.sqrt(0.15) * abs(math.log(factor)), rel=1e-6)
 
 
 def test_eq_7_chamfer_by_hand():
@@ -400,8 +384,8 @@ class NoTable(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(result):
-            assert not torch.is_tensor(x) or x.numel() < 64 * 600, operation
+        tensors = filter(torch.is_tensor, torch.utils._pytree.tree_leaves(result))
+        assert all(x.numel() < 64 * 600 for x in tensors), operation
         return result
 
 
@@ -441,7 +425,9 @@ def test_losses_without_error_or_without_truth_have_finite_gradients():
     centers = torch.linspace(1, 9, 16).repeat(2, 1).requires_grad_()
     for target in (torch.full((2, 1, 8, 8), 2.0), torch.zeros(2, 1, 8, 8)):
         prediction = cabins.Prediction(depth, centers, None, None)
-        cabins.total_loss(prediction, target, 1e-3).backward()
+        loss = cabins.total_loss(prediction, target, 1e-3)
+        loss.backward()
+        assert target.any() or loss.item() == pytest.approx(1e-5)
         assert depth.grad.isfinite().all() and centers.grad.isfinite().all()
 
 
@@ -463,17 +449,14 @@ def test_fact_11_eq_3s_decoder_hardly_learns():
 
 def test_metrics_by_hand():
     depth, target = torch.tensor([1.25, 3, 3.5, 9, 1.8]), torch.tensor([1.0, 2, 5, 4, 1])
-    ratios, errors = (1.25, 1.5, 0.7, 2.25, 1.8), (0.25, 1, 1.5, 5, 0.8)
-    expected = {
-        "abs_rel": (0.25 + 1 / 2 + 1.5 / 5 + 5 / 4 + 0.8) / 5,
-        "sq_rel": (0.25**2 + 1 / 2 + 1.5**2 / 5 + 5**2 / 4 + 0.8**2) / 5,
-        "rmse": math.sqrt(sum(x**2 for x in errors) / 5),
-        "rmse_log": math.sqrt(sum(math.log(x) ** 2 for x in ratios) / 5),
-        "log10": sum(abs(math.log10(x)) for x in ratios) / 5,
-        "d1": 0.0,  # a ratio of exactly 1.25 does not count
-        "d2": 0.6,  # 1.25² = 1.56; 1 / 0.7 = 1.43
-        "d3": 0.8,  # 1.25³ = 1.95
-    }
+    logs = [math.log(ratio) for ratio in (1.25, 1.5, 0.7, 2.25, 1.8)]
+    expected = {"abs_rel": (0.25 + 1 / 2 + 1.5 / 5 + 5 / 4 + 0.8) / 5}
+    expected["sq_rel"] = (0.25**2 + 1 / 2 + 1.5**2 / 5 + 5**2 / 4 + 0.8**2) / 5
+    expected["rmse"] = math.sqrt((0.25**2 + 1 + 1.5**2 + 5**2 + 0.8**2) / 5)
+    expected["rmse_log"] = math.sqrt(sum(x**2 for x in logs) / 5)
+    expected["log10"] = sum(abs(x) for x in logs) / math.log(10) / 5
+    # 1.25 itself does not count. Below 1.25² = 1.56 are 1.5 and 1 / 0.7, below 1.25³ = 1.95 is 1.8.
+    expected |= {"d1": 0.0, "d2": 0.6, "d3": 0.8}
     found = {k: v.item() for k, v in cabins.depth_metrics(depth, target).items()}
     assert found == pytest.approx(expected, rel=1e-6)
     for wrong in ((depth[:0], target[:0]), (depth[:3], target), (depth[None], target[None])):
@@ -489,6 +472,8 @@ def test_semantic_prompts_are_the_papers_eight_phrases():
     (ids,) = inputs_of(model.clip.token_embedding, lambda: model(torch.zeros(2, 3, 64, 64)))
     phrases = ["giant", "extremely close", "close", "not in distance", "a little remote", "far"]
     assert torch.equal(ids, clip_tokenizer.tokenize([*phrases, "farthest", "unseen"], 5))
+    t, *_ = inputs_of(model.trans_decoder, lambda: model(torch.zeros(2, 3, 64, 64)))
+    close(t[1], model.clip.encode_text(ids, model.prompts).detach(), 1e-5)  # in this order
 
 
 @pytest.fixture
@@ -520,9 +505,7 @@ PREDICTED_CABINS += "0.8176 2.027 3.018 3.9136 5.1963 6.8924 8.0021 9.376"
 GRADIENT_NORMS = {
     "contexts": 0.012867416325285208,
     "gamma": 0.0005481540862108899,
-    "clip_model.visual.conv1.weight": 0.2296860701479876,
     "context_decoder.decoder.5.cross_attn.k_proj.weight": 7.897430609852824e-06,
-    "decoder.up3._net.3.weight": 79.12691072372812,
     "computeAdaptiveBin.regressor.4.weight": 1.2583868473592394,
 }
 
@@ -542,9 +525,6 @@ def released(tmp_path_factory) -> Path:
         state = cabins.CaBins(cabins.Config(), cabins.CLIP(architecture)).state_dict()
     shapes = {their_name(name): tuple(tensor.shape) for name, tensor in state.items()}
     shapes["contexts"] = (1, 8, 512)
-    if GOLDENS.is_dir():
-        known = json.loads((GOLDENS / "cabins_rn101_state_dict.json").read_text())
-        assert {name: list(shape) for name, shape in shapes.items()} == known
     made = {f"module.{name}": made_tensor(name, shape) for name, shape in shapes.items()}
     path = tmp_path_factory.mktemp("released") / "CaBins_nyu.pt"
     torch.save({"model": made, "optimizer": {}, "epoch": 24}, path)
@@ -552,13 +532,8 @@ def released(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def released_content(released) -> dict:
-    return cabins.read_checkpoint(released)
-
-
-@pytest.fixture(scope="module")
-def released_model(released_content) -> cabins.CaBins:
-    return cabins.restore(released_content, "theirs.pt", max_depth=10.0)
+def released_model(released) -> cabins.CaBins:
+    return cabins.load_checkpoint(released, max_depth=10.0)
 
 
 def made_truth() -> torch.Tensor:
@@ -573,10 +548,6 @@ def test_the_released_networks_depth_losses_and_gradients(released_model):
     assert " ".join(texts) == PREDICTED_CABINS
     close(prediction.similarity[0, :3, 1, 2], [-0.039582014, -0.047857970, -0.037478499])
     close(prediction.depth[0, 0, 20, ::16], [4.4796448, 5.6915550, 4.2776427, 5.5420227])
-    if GOLDENS.is_dir():
-        golden = np.load(GOLDENS / "cabins_rn101_nyu.npz")
-        for name in ("centers", "similarity", "depth"):
-            close(getattr(prediction, name), golden[name])
     mask, upsampled = target > 1e-3, cabins.resize(prediction.depth, (96, 128))
     pixel = cabins.silog_loss(upsampled, target, mask, unbiased=True)
     bins = cabins.chamfer_loss(prediction.centers, target, mask)
@@ -595,17 +566,10 @@ def test_the_released_networks_depth_losses_and_gradients(released_model):
 def test_the_papers_settings_are_the_defaults_and_wrong_ones_are_refused_by_name():
     paper = ("RN101", "cabins", 256, 8, 8, 1e-3, 10.0, 640)
     assert dataclasses.astuple(cabins.Config())[:8] == paper
-    wrong = {
-        "backbone": ["RN102"],
-        "distance_class": ["mode"],
-        "n_bins": [1, 256.0],
-        "n_cabins": [7, 0],  # 7 does not divide 256
-        "n_prompts": [-1, 100],  # CLIP has 77 positions
-        "min_depth": [0.0, "1"],
-        "max_depth": [1e-4, "10", math.nan],
-        "longer_side": [0],
-    }
-    for field, values in wrong.items():
+    texts = {"backbone": ["RN102"], "distance_class": ["mode"], "min_depth": [0.0, "1"]}
+    # 7 does not divide 256, and CLIP has 77 positions
+    counts = {"n_bins": [1, 256.0], "n_cabins": [7, 0], "n_prompts": [-1, 100], "longer_side": [0]}
+    for field, values in (texts | counts | {"max_depth": [1e-4, "10", math.nan]}).items():
         for value in values:
             with pytest.raises(ValueError, match=f"{field}.*{re.escape(str(value))}"):
                 cabins.Config(**{field: value})
@@ -623,23 +587,22 @@ def test_checkpoints_hold_the_network_its_settings_and_more(tiny, tiny_checkpoin
         cabins.load_checkpoint(tiny_checkpoint, max_depth=80.0)
 
 
-def test_the_authors_checkpoints_need_a_range_and_get_the_size_of_their_data(
-    released_content, released_model
-):
+def test_the_authors_checkpoints_need_a_range_and_get_the_size_of_their_data(monkeypatch):
+    monkeypatch.setitem(cabins.BACKBONES, "RN101", cabins.BACKBONES["tiny"])
+    content = {"model": cabins.CaBins(cabins.Config()).state_dict()}
     with pytest.raises(ValueError, match="max_depth"):
-        cabins.restore(released_content, "theirs.pt")
-    kitti = cabins.restore(released_content, "theirs.pt", max_depth=80.0)
-    for model, expected in ((released_model, (10, 640, 518.86)), (kitti, (80, 1216, 721.54))):
+        cabins.restore(content, "theirs.pt")
+    for expected in ((10, 640, 518.86), (80, 1216, 721.54)):
+        model = cabins.restore(content, "theirs.pt", expected[0])
         assert dataclasses.astuple(model.config)[-3:] == expected
 
 
 def test_checkpoints_of_earlier_versions_load(vit, tmp_path):
     config = dataclasses.asdict(vit.config)
     config["image_width"] = config.pop("longer_side")
-    names = {"trans_decoder.": "context_decoder.", "reassemble.": "clip.visual.reassemble."}
-    names["depth_decoder.fuse."] = "depth_decoder.reduce."
-    state = vit.state_dict()
-    for new, old in names.items():
+    state, names = vit.state_dict(), ["trans_decoder. context_decoder."]
+    names += ["reassemble. clip.visual.reassemble.", "depth_decoder.fuse. depth_decoder.reduce."]
+    for new, old in map(str.split, names):
         state = {re.sub(f"^{new}", old, name): tensor for name, tensor in state.items()}
     torch.save({"config": config, "model": state}, tmp_path / "old.pt")
     loaded = cabins.load_checkpoint(tmp_path / "old.pt")
@@ -664,40 +627,30 @@ def test_downloads_are_whole_checked_and_kept(tmp_path, monkeypatch):
 # ---- Your own pictures: infer --------------------------------------------------------------------
 
 
-def test_infer_gives_mean_and_std_of_depth_at_the_pictures_size(tiny, tmp_path):
+def test_infer_gives_mean_and_std_of_depth_and_leaves_each_part_in_its_mode(tmp_path):
+    model = cabins.CaBins(TINY)
+    model.clip.visual.eval()
     array = np.random.default_rng(0).integers(0, 255, (90, 141, 3), np.uint8)
     Image.fromarray(array).save(tmp_path / "a.png")
     negative = np.ascontiguousarray(array[..., ::-1])[..., ::-1]  # strides, as from OpenCV
-    found = cabins.infer(tiny, array)
+    found = cabins.infer(model, array)
+    assert model.training and model.bins.training and not model.clip.visual.training
     for picture in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(array), negative):
-        assert all(np.array_equal(a, b) for a, b in zip(found, cabins.infer(tiny, picture)))
+        assert all(np.array_equal(a, b) for a, b in zip(found, cabins.infer(model, picture)))
     assert all(x.dtype == np.float32 for x in found)
     # by hand: the longer side is that of training, and reducing averages pixels
     image = torch.from_numpy(array).permute(2, 0, 1)[None] / 255
     image = F.interpolate(image, (82, 128), mode="bilinear", antialias=True)
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
-    outputs = []
-    handle = tiny.depth_decoder.register_forward_hook(lambda *args: outputs.append(args[2]))
+    inputs = inputs_of(model.eval().depth_decoder, lambda: model((image - mean) / deviation))
     with torch.no_grad():
-        c = tiny((image - mean) / deviation).centers
-    handle.remove()
-    depth = cabins.expected_depth(c, outputs[0])
-    std = (outputs[0] * (c[..., None, None] - depth).square()).sum(1, keepdim=True).sqrt()
+        c, p = model((image - mean) / deviation).centers, model.depth_decoder(*inputs)
+    depth = cabins.expected_depth(c, p)
+    std = (p * (c[..., None, None] - depth).square()).sum(1, keepdim=True).sqrt()
     close(found.depth, cabins.resize(depth, (90, 141))[0, 0], 1e-5)
     close(found.std, cabins.resize(std, (90, 141))[0, 0], 1e-3)
     close(found.centers, c[0], 1e-6)
     close(found.cabins, cabins.distance_classes(c, 8)[0], 1e-6)
-
-
-def test_infer_leaves_a_training_network_as_it_was():
-    model = cabins.CaBins(TINY).train()
-    model.clip.visual.eval()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with cabins.eval_mode(model):
-        assert not any(module.training for module in model.modules())
-    cabins.infer(model, np.zeros((64, 64, 3), np.uint8))
-    assert model.training and model.trans_decoder.training and not model.clip.visual.training
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_pictures_of_any_size_mode_and_orientation(tiny, tmp_path):
