@@ -166,13 +166,10 @@ def new_name(path: str, taken: set[str]) -> str:
 
 
 def write_depth(path: str, depth: np.ndarray, max_depth: float, scale: float = 1000) -> None:
-    """Write metres (H, W) as a 16-bit PNG, whose name is `path` and the unit.
-
-    The value of 1 m is `scale`, or the first of 1000, 100, 10 and 1 with which `max_depth` fits.
-    """
+    """Write metres (H, W) as a 16-bit PNG in which 1 m is `scale`, or less if 16 bits are too few."""
     units = {1000: "_mm", 100: "_cm", 10: "_dm", 1: "_m"}
     scale = next((s for s in (scale, *units) if max_depth * s <= 65535), 1)
-    path = f"{path}{units.get(scale, '')}.png"  # KITTI's scale of 256 has no name
+    path = f"{path}{units.get(scale, '')}.png"  # KITTI's 256 has no name
     image = Image.fromarray((depth * scale).round().clip(0, 65535).astype(np.uint16))
     cabins.write_whole(path, lambda partial: image.save(partial, "png"))
 
@@ -222,8 +219,7 @@ def draw_explained(path: str | Path, image: np.ndarray, config, found, s, truth=
     axis.vlines(found.centers, 0, 0.06, "black", linewidth=0.4, transform=across)
     axis.vlines(found.cabins, 0, 1, "black", "--", linewidth=0.8, transform=across)
     title = f"{len(found.centers)} bin centres (ticks) and {len(s)} distances e (dashed)"
-    axis.set(xlabel="depth (m)", ylabel="share of pixels per metre", title=title)
-    axis.margins(x=0)
+    axis.set(xlabel="depth (m)", ylabel="share of pixels per metre", title=title, xmargin=0)
     axis.legend(loc="upper right")
 
     texts = [str(round(e, 4)) for e in found.cabins.tolist()]
@@ -330,16 +326,13 @@ def open_network(args: argparse.Namespace) -> tuple[cabins.CaBins, dict]:
 
 
 def open_data_set(args: argparse.Namespace, model: cabins.CaBins, saved: dict) -> DepthDataset:
-    """The test set. For the data set of the training, `saved` gives the options that are missing.
-
-    This data set, own lists and toy rooms are measured over the depth range of the network.
-    """
+    """The test set. For the data set of the training, `saved` gives the options that are missing."""
     known = saved if args.data in (None, saved.get("data")) else {}
     for option in ("data", "root", "test_split", "depth_scale"):
         setattr(args, option, getattr(args, option) or known.get(option))
     if args.data is None:
         raise ValueError(f"{args.checkpoint} does not say what data it is for: give --data")
-    if known or args.data in ("list", "toy"):
+    if known or args.data in ("list", "toy"):  # the others have a depth range of their own
         args.max_depth = args.max_depth or model.config.max_depth
     options = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
     return DepthDataset(args.data, args.root, args.test_split, **options)
