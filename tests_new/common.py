@@ -10,7 +10,6 @@ them, and six real pictures, are used where they lie in ../shared.
 import contextlib
 import csv
 import dataclasses
-import functools
 import hashlib
 import io
 import itertools
@@ -119,8 +118,6 @@ def few_rooms(monkeypatch):
 
 
 class Ran(NamedTuple):
-    """What a script left behind: its exit status, standard output and standard error."""
-
     status: int
     out: str
     err: str

@@ -54,23 +54,19 @@ def broken(tmp_path_factory) -> Path:
     nan = state | {"prompts": state["prompts"] * math.nan}
     clip = {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
     run = {"args": vars(train.parse_args([])[0]), "lists": [0, 0], "step": 1}
-    files = {
-        "newer": content | {"config": config | {"n_heads": 4}},
-        "shapes": content | {"config": config | {"n_bins": 128}},
-        "setting": content | {"config": config | {"backbone": "RN102"}},
-        "noconfig": content | {"config": ["tiny"]},
-        "nan": content | {"model": nan},
-        "args": content | {"args": ["toy"]},
-        "state": content | run | {"optimizer": {}, "scheduler": {}},
-        "list": [1, 2],
-        "numbers": {"model": {"prompts": 1}},
-        "other": {"state_dict": {"a": torch.zeros(1)}},
-        "theirs": {"model": {"module.contexts": torch.zeros(1, 8, 512)}},
-        "evil": {"model": state, "args": Evil()},
-        "clip": clip,
-        "less": {k: v for k, v in clip.items() if k != "visual.bn1.bias"},
-        "noclip": {k: v for k, v in clip.items() if k.startswith("visual.")},
+    settings = {
+        "newer": {"n_heads": 4},
+        "shapes": {"n_bins": 128},
+        "setting": {"backbone": "RN102"},
     }
+    files = {name: content | {"config": config | value} for name, value in settings.items()}
+    files |= {"noconfig": content | {"config": ["tiny"]}, "args": content | {"args": ["toy"]}}
+    files |= {"nan": content | {"model": nan}, "numbers": {"model": {"prompts": 1}}, "list": [1, 2]}
+    files |= {"state": content | run | {"optimizer": {}, "scheduler": {}}, "clip": clip}
+    files |= {"other": {"state_dict": {"a": torch.zeros(1)}}, "evil": {"model": state, "a": Evil()}}
+    files["theirs"] = {"model": {"module.contexts": torch.zeros(1, 8, 512)}}
+    files["less"] = {k: v for k, v in clip.items() if k != "visual.bn1.bias"}
+    files["noclip"] = {k: v for k, v in clip.items() if k.startswith("visual.")}
     for name, value in files.items():
         torch.save(value, root / f"{name}.pt")
     with zipfile.ZipFile(root / "script.pt", "w") as archive:  # as TorchScript's are
@@ -115,9 +111,8 @@ WRONG = {
     TRAIN: """
         [cut].txt | nothing.txt [] | [8bit].txt | [depth_narrow].txt | [rgb_narrow].txt
         | [small].txt | good.txt --clip [none.pt] | good.txt --clip [a] | good.txt --clip [text.pt]
-        | good.txt --clip [void.pt] | good.txt --clip [list.pt] | good.txt --clip [other.pt]
-        | good.txt --clip [less.pt] | good.txt --clip [noclip.pt] | good.txt --clip [evil.pt]
-        | good.txt --clip [script.pt]""",
+        | good.txt --clip [other.pt] | good.txt --clip [less.pt] | good.txt --clip [noclip.pt]
+        | good.txt --clip [evil.pt] | good.txt --clip [script.pt]""",
     "eval.py": """
         [none.pt] | [a] | [cut.pt] | [bit.pt] | [text.pt] | [void.pt] | [list.pt] | [other.pt]
         | [numbers.pt] | [newer.pt] | [shapes.pt] | [setting.pt] | [noconfig.pt] | [nan.pt]
