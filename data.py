@@ -440,7 +440,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     add("--train-split", metavar="FILE", help="list of training pairs; default: the authors'")
     add("--test-split", metavar="FILE", help="list of test pairs; default: the authors'")
     add("--depth-scale", **number, help="value of 1 m in a depth PNG; default: the data set's")
-    add("--max-depth", **number, help="end of the depth range in metres; default: the data set's")
+    about = "end of the depth range in metres; default: the data set's, or the network's"
+    add("--max-depth", **number, help=about)
     return group
 
 
