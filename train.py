@@ -9,6 +9,7 @@ import argparse
 import fcntl
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -29,32 +30,27 @@ import eval as evaluation
 
 DEFAULTS = {"data": "toy", "backbone": "RN101", "distance_class": "cabins", "epochs": 25}
 DEFAULTS |= {"batch_size": 8, "lr": 3.57e-5, "seed": 0, "as_released": False, "compile": False}
-TOY_DEFAULTS = {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # the demo has no pretrained weights
+DEMO_DEFAULTS = {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # it has no pretrained weights
 MAX_NORM = 0.1  # NOTE(paper silent): the released code clips gradients at this norm
-LOG_EVERY, PRINT_EVERY = 10, 100  # steps
+LOG_EVERY, PRINT_EVERY = 10, 100  # steps; the last step of an epoch is logged too
 SAVE_EVERY = 600  # seconds; last.pt is also saved at the end of each epoch
 DEMO, NEW_DEMO = Path("runs/toy"), Path("runs/toy/new")  # a new demo replaces the old one
-FILES = ("last.pt", "best.pt", "log.csv", "metrics.csv")  # of each run
+FILES = ("last.pt", "best.pt", "log.csv", "metrics.csv")  # what tells that a folder has a run
+MOVABLE = {"root", "train_split", "test_split", "device", "workers", "compile", "out", "resume"}
 LOG_COLUMNS = ["step", "epoch", "loss", "bins", "lr"]
 stops: list[int] = []  # the signals that this process has received
 
 
 def parameter_groups(model: cabins.CaBins, as_released: bool = False) -> list[dict]:
-    """The trained parameters, each in exactly one group. All groups share one learning rate."""
+    """The trained parameters: CLIP's image encoder, and the rest. Both share one learning rate."""
     # NOTE(differs): the released optimizer has the token embedding, but neither p nor γ.
     model.clip.token_embedding.requires_grad_(as_released)
-    prefixes = {
-        "image encoder": ("clip.visual.", "reassemble."),
-        "prompts and gamma": ("prompts", "trans_decoder.gamma"),
-        "token embedding": "clip.token_embedding.",
-        "bins and decoders": "",  # everything else
-    }
-    groups = {name: [] for name in prefixes}
+    never = ("prompts", "trans_decoder.gamma") if as_released else ()
+    groups = {"image encoder": [], "the rest": []}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            group = next(g for g, prefix in prefixes.items() if name.startswith(prefix))
-            groups[group].append(parameter)
-    del groups["prompts and gamma" if as_released else "token embedding"]
+        if parameter.requires_grad and name not in never:
+            is_image = name.startswith("clip.visual.")
+            groups["image encoder" if is_image else "the rest"].append(parameter)
     return [{"name": name, "params": parameters} for name, parameters in groups.items()]
 
 
@@ -79,19 +75,20 @@ def batches(n_pairs: int, batch_size: int, steps: range, seed: int, as_released:
 class Learner:
     """A network with its optimizer and its schedule. No step waits for the device."""
 
-    def __init__(self, model, recipe, n_steps, device, lr, amp, seed, as_released, compile):
-        self.recipe, self.device, self.seed, self.as_released = recipe, device, seed, as_released
-        self.model = model = model.to(device)
-        self.amp = data.autocast(device, amp)
+    def __init__(self, model, recipe, n_steps, lr, amp="off", seed=0, as_released=False):
+        """`model` is on its device. `recipe` says how `data.augment` draws."""
+        self.model, self.recipe, self.seed, self.as_released = model, recipe, seed, as_released
+        self.device = next(model.parameters()).device
+        self.amp = data.autocast(self.device, amp)
         self.rank, self.n_processes = data.rank_of()
-        if self.n_processes > 1 and device.type == "cuda":  # torch has it for GPUs only
+        if self.n_processes > 1 and self.device.type == "cuda":  # torch has it for GPUs only
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         groups = parameter_groups(model, as_released)
         self.optimizer = torch.optim.AdamW(groups, lr, weight_decay=0.1, fused=True)
         # The rate rises from lr / 25 to lr and falls to lr / 2500. Momentum goes 0.95, 0.85, 0.95.
         self.scheduler = OneCycleLR(self.optimizer, lr, n_steps, final_div_factor=100)
-        network = nn.parallel.DistributedDataParallel(model) if self.n_processes > 1 else model
-        self.network = torch.compile(network) if compile else network
+        ddp = nn.parallel.DistributedDataParallel
+        self.network = ddp(model) if self.n_processes > 1 else model
 
     def forward(self, batch: dict, number: int) -> tuple[cabins.Prediction, Tensor, Tensor]:
         """Prediction, truth and loss of the whole batch `number`, from this process's share."""
@@ -137,8 +134,6 @@ class Run:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # among the processes of this machine
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun started several
             if self.device.type == "cuda":
-                if local_rank >= (n := torch.cuda.device_count()):
-                    raise ValueError(f"--nproc_per_node may be at most {n}, the number of GPUs")
                 torch.cuda.set_device(local_rank)
             dist.init_process_group(timeout=timedelta(days=1))  # a validation can take long
         self.rank, self.n_processes = data.rank_of()
@@ -151,10 +146,11 @@ class Run:
         model = cabins.restore(saved, args.resume) if saved else self.new_model()
         if local_rank == 0 and self.n_processes > 1:
             dist.barrier()
-        options = {k: getattr(args, k) for k in ("lr", "amp", "seed", "as_released", "compile")}
-        self.learner = Learner(model, self.dataset.recipe, self.n_steps, self.device, **options)
+        how = args.lr, args.amp, args.seed, args.as_released
+        self.learner = Learner(model.to(self.device), self.dataset.recipe, self.n_steps, *how)
+        if args.compile:
+            self.learner.network = torch.compile(self.learner.network)
         self.side = evaluation.side_for(model, self.test_set)
-        self.predict = evaluation.predictor(model, longer_side=self.side)
         if saved:
             self.restore_progress(saved)
 
@@ -168,10 +164,9 @@ class Run:
         n_pairs = len(self.dataset)
         if n > n_pairs:
             raise ValueError(f"--batch-size {n} is more than the {n_pairs} training pairs")
-        for size in (n, n_pairs % n) if args.as_released else (n,):  # the last batch may be smaller
-            if size % (k := self.n_processes):
-                what = f"{k} processes cannot share a batch of {size} pairs"
-                raise ValueError(f"{what}: change --batch-size, or use one process")
+        sizes = [n, n_pairs % n] if args.as_released else [n]  # the last batch may be smaller
+        if any(size % self.n_processes for size in sizes):
+            raise ValueError(f"{self.n_processes} processes cannot share batches of {sizes} pairs")
         if self.rank == 0 and not data.has_truth(self.test_set):
             raise ValueError("no test pair has depth inside the range: check them with data.py")
         self.per_epoch = math.ceil(n_pairs / n) if args.as_released else n_pairs // n
@@ -194,7 +189,7 @@ class Run:
             cabins.load_strictly(model, start.state_dict(), args.init)
             if self.rank == 0:
                 was, now = start.config.max_depth, config.max_depth
-                print(f"starts from {args.init}, for depths to {was} m; now to {now} m")
+                print(f"starts from {args.init}: depths to {was} m before, to {now} m now")
             return model
         model = cabins.CaBins(config, None if args.clip == "none" else cabins.load_clip(args.clip))
         if args.as_released:  # NOTE(differs): the released prompts start 44 times larger
@@ -205,17 +200,17 @@ class Run:
         """Claim --out before the work begins. The files of another run are not overwritten."""
         self.out, resume = Path(self.args.out), self.args.resume
         claim(self.out)
-        is_own = resume and Path(resume).resolve().parent == self.out.resolve()
-        found = [] if is_own else [self.out / name for name in FILES if (self.out / name).exists()]
         data.check_columns(Path(resume or self.out / "log.csv").with_name("log.csv"), LOG_COLUMNS)
-        if found and self.out == DEMO and self.args.data == "toy" and not resume:
-            print(f"{DEMO} holds a trained demo; this run replaces it after the first validation")
-            self.out = NEW_DEMO
-            claim(self.out)
-            for name in FILES:  # of a run that was stopped before its first validation
-                (NEW_DEMO / name).unlink(missing_ok=True)
-        elif found:
+        found = [self.out / name for name in FILES if (self.out / name).exists()]
+        if not found or (resume and Path(resume).resolve().parent == self.out.resolve()):
+            return
+        if resume or self.out != DEMO or self.args.data != "toy":
             raise ValueError(f"{found[0]} is another run's: --resume it, or choose another --out")
+        print(f"{DEMO} holds a trained demo; this run replaces it after the first validation")
+        self.out = NEW_DEMO
+        claim(self.out)
+        for name in FILES:  # of a run that was stopped before its first validation
+            (NEW_DEMO / name).unlink(missing_ok=True)
 
     def restore_progress(self, saved: dict) -> None:
         """Continue the optimizer, the schedule, the best network and the tables of a run."""
@@ -230,16 +225,15 @@ class Run:
         saved.clear()
         if self.rank > 0:
             return
-        if is_new := path.resolve().parent != self.out.resolve():
+        if path.resolve().parent != self.out.resolve():
+            shutil.copy(path, self.out / "last.pt")
             for source in map(path.with_name, FILES[1:]):
                 if source.exists():
                     shutil.copy(source, self.out)
         if not (self.out / "best.pt").exists():  # the best network was not kept with last.pt
             self.best = math.inf
-        drop_rows(self.out / "log.csv", self.step + 1)
-        drop_rows(self.out / "metrics.csv", self.step)  # an interrupted validation is repeated
-        if is_new:
-            self.save("last.pt")
+        for name in ("log.csv", "metrics.csv"):
+            drop_rows(self.out / name, self.step)
 
     def announce(self) -> None:
         """Print what is trained, on what, and what is not."""
@@ -248,115 +242,105 @@ class Run:
         print(f"training on {where}: {data.describe(self.dataset)}")
         if self.lists[0] == self.lists[1]:
             print("the test list is the training list: the metrics say nothing of new images")
-        groups = self.learner.optimizer.param_groups
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        for group in [*groups, {"name": "frozen text encoder", "params": frozen}]:
-            n = sum(p.numel() for p in group["params"])
-            print(f"{group['name']:20} {n:>12,} parameters in {len(group['params'])} tensors")
+        parts = {group["name"]: group["params"] for group in self.learner.optimizer.param_groups}
+        parts["frozen text encoder"] = [p for p in model.parameters() if not p.requires_grad]
+        for name, parameters in parts.items():
+            n = sum(p.numel() for p in parameters)
+            print(f"{name:20} {n:>12,} parameters in {len(parameters)} tensors")
         if args.as_released:
             std, gamma = model.prompts.std().item(), model.trans_decoder.gamma.mean().item()
             print(f"as released: prompts of std {std:.2g} and gamma {gamma:.2g} are never stepped")
 
     def log(self, prediction: cabins.Prediction, depth: Tensor, lr: float, loss: float) -> str:
-        """Add a row to log.csv, and return it as a text."""
+        """Add a row to log.csv, and return it as a text. Without a terminal, print some rows."""
         mask = depth > self.learner.model.config.min_depth
         if not mask.any():
             raise ValueError(f"step {self.step} has no valid depth: check the data with data.py")
         bins = cabins.chamfer_loss(prediction.centers.detach(), depth, mask).item()
         row = dict(zip(LOG_COLUMNS, (self.step, self.step / self.per_epoch, loss, bins, lr)))
+        text = ", ".join(f"{name} {row[name]:.3g}" for name in LOG_COLUMNS[1:])
         if self.rank == 0:
             data.append_row(self.out / "log.csv", row)
-        return ", ".join(f"{name} {row[name]:.3g}" for name in LOG_COLUMNS[1:])
+            if self.step % PRINT_EVERY == 0 and not sys.stderr.isatty():
+                print(f"step {self.step} of {self.n_steps}: {text}", flush=True)
+        return text
 
     def save(self, name: str) -> None:
         """Write last.pt, from which training continues exactly, or best.pt, the network alone."""
-        if self.rank == 0:
-            state = {"args": vars(self.args), "lists": self.lists, "step": self.step}
-            if name == "last.pt":
-                state["optimizer"] = self.learner.optimizer.state_dict()
-                state["scheduler"] = self.learner.scheduler.state_dict()
-            cabins.save_checkpoint(self.out / name, self.learner.model, best=self.best, **state)
+        state = {"args": vars(self.args), "lists": self.lists, "step": self.step}
+        if name == "last.pt":
+            state["optimizer"] = self.learner.optimizer.state_dict()
+            state["scheduler"] = self.learner.scheduler.state_dict()
+        cabins.save_checkpoint(self.out / name, self.learner.model, best=self.best, **state)
+        if name == "last.pt" and self.out == NEW_DEMO and (NEW_DEMO / "best.pt").exists():
+            for path in NEW_DEMO.iterdir():
+                path.replace(DEMO / path.name)
+            NEW_DEMO.rmdir()
+            self.out = DEMO
 
     def validate(self) -> None:
         """Measure on the test set, draw, and keep the network if it is the best so far."""
-        if self.rank == 0:
-            data.use_tf32(False)
-            measure, epoch = evaluation.evaluate_windows, self.step // self.per_epoch
-            self.windows = measure(self.predict, self.test_set, self.args.workers, progress=True)
-            row = next(iter(self.windows.values()))
-            data.append_row(self.out / "metrics.csv", {"step": self.step, "epoch": epoch, **row})
-            evaluation.draw_samples(self.out, self.learner.model, self.test_set, 1)
-            draw_curves(self.out)
-            metrics = ", ".join(f"{name} {value:.3f}" for name, value in row.items())
-            tqdm.write(f"epoch {epoch}/{self.args.epochs}: {metrics}")
-            if row["abs_rel"] < self.best:
-                self.best = row["abs_rel"]
-                self.save("best.pt")
-                self.save("last.pt")  # which holds the best metric too
-                if self.out == NEW_DEMO:
-                    for path in NEW_DEMO.iterdir():
-                        path.replace(DEMO / path.name)
-                    NEW_DEMO.rmdir()
-                    self.out = DEMO
-            data.use_tf32(True)
-        if dist.is_initialized():
-            dist.barrier()  # the other processes wait for the first
-
-    def report(self) -> None:
-        """Print the rows of last.pt and best.pt in the paper's table."""
-        rows = {f"last.pt, {window}": row for window, row in self.windows.items()}
-        table = np.genfromtxt(self.out / "metrics.csv", delimiter=",", names=True).reshape(-1)
-        for best in table[table["abs_rel"] == self.best][:1]:
-            rows[f"best.pt, {next(iter(rows))[9:]}"] = best
-        for name in self.windows:
-            print(evaluation.protocol(self.test_set, name, flip=True, longer_side=self.side))
-        print(evaluation.format_table(self.args.data, rows))
-        print(f"{self.out} has last.pt, and best.pt: the lowest AbsRel on these test images")
+        data.use_tf32(False)
+        model, epoch = self.learner.model, self.step // self.per_epoch
+        predict = evaluation.predictor(model, longer_side=self.side)
+        windows = evaluation.evaluate_windows(predict, self.test_set, self.args.workers, True)
+        data.use_tf32(True)
+        row = next(iter(windows.values()))  # of the paper's window
+        data.append_row(self.out / "metrics.csv", {"step": self.step, "epoch": epoch, **row})
+        evaluation.draw_samples(self.out, model, self.test_set, 1)
+        draw_curves(self.out)
+        metrics = ", ".join(f"{name} {value:.3f}" for name, value in row.items())
+        tqdm.write(f"epoch {epoch}/{self.args.epochs}: {metrics}")
+        if row["abs_rel"] < self.best:
+            self.best = row["abs_rel"]
+            self.save("best.pt")
+        if self.step == self.n_steps:
+            for name in windows:
+                print(evaluation.protocol(self.test_set, name, flip=True, longer_side=self.side))
+            rows = {f"last.pt, {name}": row for name, row in windows.items()}
+            print(evaluation.format_table(self.args.data, rows))
+            print(f"{self.out}: best.pt has the lowest AbsRel on these images, {self.best:.3f}")
 
 
 def train(args: argparse.Namespace, saved: dict) -> None:
     """Train from the start, or from what last.pt holds, to the last epoch."""
     run = Run(args, saved)
-    if run.rank == 0:
+    learner, is_first = run.learner, run.rank == 0
+    if is_first:
         run.announce()
     data.use_tf32(True)
-    if run.step and run.step % run.per_epoch == 0:  # it may have stopped before this
-        run.validate()
-    learner, next_save = run.learner, time.monotonic() + SAVE_EVERY
     learner.model.train()
     steps, n_pairs = range(run.step, run.n_steps), len(run.dataset)
     order = batches(n_pairs, args.batch_size, steps, args.seed, args.as_released)
     loader = data.load(run.dataset, run.device, args.workers, batch_sampler=order)
-    bar = tqdm(loader, "training", run.n_steps, initial=run.step, disable=run.rank > 0 or None)
+    bar = tqdm(loader, "training", run.n_steps, initial=run.step, disable=not is_first or None)
+    next_save = time.monotonic() + SAVE_EVERY
     for batch in bar:
         lr = learner.scheduler.get_last_lr()[0]
         prediction, depth, result = learner.step(batch, run.step + 1)
         run.step += 1
         is_end = run.step % run.per_epoch == 0
-        is_log = run.step % LOG_EVERY == 0 or run.step == run.n_steps
+        is_log = is_end or run.step % LOG_EVERY == 0
         stop = agreed_stop(run.device) if is_log or run.n_processes == 1 else 0
-        if is_log or is_end or stop:
+        if is_log or stop:
             loss, norm = result.tolist()
             if not math.isfinite(loss + norm):  # the weights, too, are not finite any more
                 raise ValueError(f"step {run.step} has loss {loss} and gradient norm {norm}")
         if is_log:
-            row = run.log(prediction, depth, lr, loss)
-            bar.set_postfix_str(row)
-            if run.rank == 0 and bar.disable and run.step % PRINT_EVERY == 0:
-                print(f"step {run.step} of {run.n_steps}: {row}", flush=True)
-        if stop or is_end or (is_log and time.monotonic() > next_save):
+            bar.set_postfix_str(run.log(prediction, depth, lr, loss))
+        if is_first and is_end:
+            run.validate()
+        if is_first and (is_end or stop or (is_log and time.monotonic() > next_save)):
             run.save("last.pt")
             next_save = time.monotonic() + SAVE_EVERY
+        if (is_end or stop) and run.n_processes > 1:
+            dist.barrier()  # the other processes wait for the first
         if stop:
-            if run.rank == 0:
+            if is_first:
                 draw_curves(run.out)
                 remedy = f"continue with --resume {run.out}/last.pt"
                 tqdm.write(f"stopped after step {run.step} of {run.n_steps}; {remedy}")
             sys.exit(128 + stop)
-        if is_end:
-            run.validate()
-    if run.rank == 0:
-        run.report()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -389,11 +373,11 @@ def claim(folder: Path) -> None:
         print(f"{folder} cannot be locked ({error.strerror}): start no second run there")
 
 
-def drop_rows(path: Path, first: int) -> None:
-    """Remove the rows from step `first` on, and a row that was not written to its end."""
+def drop_rows(path: Path, last: int) -> None:
+    """Remove the rows of steps after `last`, and a row that was not written to its end."""
     if path.exists():
         header, *rows = path.read_text().splitlines(keepends=True) or [""]
-        rows = [r for r in rows if r.endswith("\n") and int(r.split(",")[0]) < first]
+        rows = [r for r in rows if r.endswith("\n") and int(r.split(",")[0]) <= last]
         cabins.write_whole(path, lambda partial: partial.write_text("".join([header, *rows])))
 
 
@@ -407,54 +391,50 @@ def draw_curves(out: Path) -> None:
         if (out / file).exists():
             curves = np.genfromtxt(out / file, delimiter=",", names=True)
             axis.plot(curves["epoch"], curves[name], marker=".")
-            xlim = (0, np.ceil(curves["epoch"].max()))
-            axis.set(title=name, xlabel="epoch", xlim=xlim, ylim=(0, None))
+            axis.set(title=name, xlabel="epoch", xlim=(0, None), ylim=(0, None))
     evaluation.save_figure(out / "curves.png", figure)
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     """The options of a run, and the content of the checkpoint that it resumes, or {}."""
     parser = data.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    # No option has a default of its own here, so that what was typed can be told apart.
     add = data.add_data_options(parser).add_argument
     add("--data", choices=data.DATASETS, help="default: toy, rooms drawn on the fly")
     group = parser.add_argument_group("training")
     data.add_device_options(group, "bf16 on GPUs that have it, else off")
-    add = group.add_argument
+    add, switch = group.add_argument, {"action": argparse.BooleanOptionalAction}
     add("--backbone", choices=cabins.BACKBONES, help="default: RN101; toy: tiny")
     add("--clip", metavar="NAME|FILE|none", help="CLIP's weights; default: the backbone's own")
     add("--init", metavar="CKPT", help="start from its weights, train.py's or the authors'")
     add("--distance-class", choices=cabins.DISTANCE_CLASSES, help="see Table 3; default: cabins")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network")
+    add("--compile", **switch, help="torch.compile the network")
     add("--epochs", type=data.positive_int, metavar="N", help="default: 25; toy: 3")
     add("--batch-size", type=data.positive_int, metavar="N", help="of all processes; default: 8")
     add("--lr", type=data.positive_float, metavar="X", help="default: 3.57e-5; toy: 2e-3")
     add("--seed", type=data.whole_number, metavar="N", help="default: 0")
-    about = "as the released code does: see README's table"
-    add("--as-released", action=argparse.BooleanOptionalAction, help=about)
+    add("--as-released", **switch, help="as the released code does: see README's table")
     add("--out", metavar="DIR", help="default: runs/DATA")
     add("--resume", nargs="?", const="", metavar="CKPT", help="continue; default: OUT/last.pt")
-    options = vars(parser.parse_args(argv))
-    typed = {name: value for name, value in options.items() if value is not None}
-    name, saved = typed.get("data", DEFAULTS["data"]), {}
-    known = DEFAULTS | {"out": f"runs/{name}"} | (TOY_DEFAULTS if name == "toy" else {})
-    if "resume" in typed:
-        typed["resume"] = path = typed["resume"] or f"{typed.get('out', known['out'])}/last.pt"
+    parser.set_defaults(**DEFAULTS)
+    typed, saved = parser.parse_args(argv), {}
+    parser.set_defaults(out=f"runs/{typed.data}", **(DEMO_DEFAULTS if typed.data == "toy" else {}))
+    if typed.resume is not None:
+        path = typed.resume or f"{typed.out or parser.get_default('out')}/last.pt"
         saved = cabins.read_checkpoint(path)
         if not {"args", "lists", "step", "optimizer", "scheduler"} <= saved.keys():
             raise ValueError(f"{path} is no last.pt of train.py: it cannot be resumed")
-        known = {k: v for k, v in saved["args"].items() if k in options}
-        movable = {"root", "train_split", "test_split", "out", "compile", "device", "workers"}
-        for name in typed.keys() - movable - {"resume"}:
-            if typed[name] != known.get(name):
-                what = f"{path} was trained with another --{name.replace('_', '-')}"
-                raise ValueError(f"{what}, {known.get(name)}: start a new run with --init {path}")
-        known["out"] = str(Path(path).parent)
-        table, end = Path(path).with_name("metrics.csv"), saved["scheduler"].get("total_steps")
-        if saved["step"] == end and table.exists() and f"\n{end}," in table.read_text():
+        known = {name: v for name, v in saved["args"].items() if name in vars(typed)}
+        parser.set_defaults(**known | {"out": str(Path(path).parent)})
+    args = parser.parse_args(argv)
+    if saved:
+        args.resume = path
+        for name in known.keys() - MOVABLE:
+            if getattr(args, name) != known[name]:
+                what = f"{path} was trained with another --{name.replace('_', '-')}, {known[name]}"
+                raise ValueError(f"{what}: start a new run with --init {path}")
+        if saved["step"] == saved["scheduler"].get("total_steps"):
             parser.exit(message=f"{path} has finished: to train more, start anew with --init\n")
-    args = argparse.Namespace(**(options | known | typed))
-    if args.init and not saved:
+    elif args.init:
         data.refuse(args, "clip", "is not for --init, which has CLIP's weights")
     for name in ("root", "train_split", "test_split"):
         if value := getattr(args, name):
@@ -472,10 +452,13 @@ def main() -> None:
         signal.signal(number, note_stop)
     try:
         train(args, saved)
-    except RuntimeError:  # the same signal has ended a worker or another process
-        if not stops:
+    except RuntimeError as error:
+        if stops:  # the same signal has ended a worker or another process
+            sys.exit(128 + stops[0])
+        if not re.search("memory|DataLoader worker", str(error)):
             raise
-        sys.exit(128 + stops[0])
+        remedy = "try a smaller --batch-size or fewer --workers; in Docker, --shm-size=8g"
+        raise OSError(f"{str(error).splitlines()[0]} {remedy}") from None
 
 
 if __name__ == "__main__":

@@ -94,10 +94,10 @@ def make_step(model: cabins.CaBins, size, n: int, setting: Setting, device, comp
     """A training step on n random images."""
     image = torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8)
     batch = {"image": image, "depth": 10 * torch.rand(n, 1, *size)}
-    options = {"lr": 1e-5, "amp": setting.amp, "seed": 0, "as_released": False}
-    options["compile"] = compile and not setting.plain
-    network = copy.deepcopy(model).train()
-    learner = Learner(network, data.Recipe(crop=size), 10**6, device, **options)
+    network = copy.deepcopy(model).train().to(device)
+    learner = Learner(network, data.Recipe(crop=size), 10**6, lr=1e-5, amp=setting.amp)
+    if compile and not setting.plain:
+        learner.network = torch.compile(learner.network)
     if setting.plain:
         network.to(memory_format=torch.contiguous_format)
         for group in learner.optimizer.param_groups:
