@@ -26,8 +26,8 @@ import time
 import warnings
 import zipfile
 import zlib
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes that tests start, too
 
@@ -117,10 +117,7 @@ def few_rooms(monkeypatch):
     monkeypatch.setattr(data, "TOY_ROOMS", rooms)
 
 
-class Ran(NamedTuple):
-    status: int
-    out: str
-    err: str
+Ran = namedtuple("Ran", "status out err")
 
 
 def run_script(script: str, *arguments) -> Ran:

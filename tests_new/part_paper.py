@@ -1,6 +1,6 @@
 from common import *
 
-# ---- Sec. 3.1  CLIP's tokenizer and encoders -----------------------------------------------------
+# ---- Sec. 3.1 and 3.2.1  CLIP, its image encoder and Eq. 1 ---------------------------------------
 
 
 def test_tokenizer_gives_clips_ids():
@@ -16,8 +16,6 @@ def test_tokenizer_gives_clips_ids():
         "日本語のテキスト": [39121, 44353, 34002, 252, 21575, 2429, 228, 47121, 32421, 486],
         "": [],
     }
-    if GOLDENS.is_dir():
-        known |= dict(json.loads((GOLDENS / "tokens.json").read_text()))
     for text, ids in known.items():
         assert clip_tokenizer.encode(text) == ids, text
     ids = clip_tokenizer.tokenize(["far", "extremely close"], length=5)
@@ -32,8 +30,6 @@ def test_number_tokens_are_the_tokens_of_the_printed_number():
     depths = torch.cat([*depths, torch.tensor(edges)])
     texts = [str(round(depth, 4)) for depth in depths.tolist()]
     assert torch.equal(cabins.number_tokens(depths), clip_tokenizer.tokenize(texts, 11))
-    two_digits = cabins.number_tokens(torch.tensor([[2.5], [80.0]]), integer_digits=2)
-    assert torch.equal(two_digits[:, 0], clip_tokenizer.tokenize(["2.5", "80.0"], 9))
 
 
 CLIP_IMAGE = {  # of CLIP's own embedding of an image, and of z at row 4, column 2
@@ -54,10 +50,8 @@ def test_embeddings_are_those_of_clips_own_code(backbone):
     with torch.inference_mode():
         _, z_bar, z = clip.eval().visual(torch.from_numpy(normal("image", (1, 3, 224, 224))))
         t = clip.encode_text(clip_tokenizer.tokenize("a photo of a cat."))
-    for found, expected in zip((z_bar[0], z[0, :, 4, 2]), CLIP_IMAGE[backbone]):
-        close(found[:3], expected)
+    close(torch.stack([z_bar[0, :3], z[0, :3, 4, 2]]), CLIP_IMAGE[backbone])
     close(t[0, :3], CLIP_TEXT[t.shape[1]])
-    assert z.shape[2:] == ((14, 14) if backbone == "ViT-B/16" else (7, 7))
 
 
 def small_clip(**sizes) -> cabins.CLIP:
@@ -85,9 +79,6 @@ def test_clip_is_read_from_half_precision_archives_and_from_plain_files(tmp_path
         cabins.load_checkpoint(tmp_path / "archive.pt")
 
 
-# ---- Sec. 3.2.1  Image encoder, and Eq. 1 --------------------------------------------------------
-
-
 def test_eq_1_a_bins_centre_lies_half_its_width_above_all_bins_before_it():
     b = torch.tensor([[0.5, 0.25, 0.25]])  # of 8 m: bins from 2, 6 and 8 m on
     assert cabins.bin_centers(b, 2.0, 10.0).tolist() == [[4.0, 7.0, 9.0]]
@@ -95,10 +86,9 @@ def test_eq_1_a_bins_centre_lies_half_its_width_above_all_bins_before_it():
 
 def test_fact_6_every_bin_stays_open_and_none_is_wider_than_the_others_leave():
     bins = cabins.AdaptiveBins(64, 256)
-    last = [module for module in bins.modules() if isinstance(module, nn.Linear)][-1]
-    last.bias.data[:] = -9.0
-    last.bias.data[7] = 99.9
-    last.weight.data.zero_()
+    bins.mlp[-1].weight.data.zero_()
+    bins.mlp[-1].bias.data[:] = -9.0
+    bins.mlp[-1].bias.data[7] = 99.9
     b = bins(torch.randn(1, 64))[0]
     assert b[7].item() == pytest.approx(100 / 125.5) and b[8].item() == pytest.approx(0.1 / 125.5)
 
@@ -119,7 +109,6 @@ def test_eq_2_weighs_centres_near_the_groups_mean_most():
     weights = [math.exp(1 / (abs(x - 7 / 3) + 1e-4)) for x in (1, 2, 4)]
     by_hand = (weights[0] + 2 * weights[1] + 4 * weights[2]) / sum(weights)
     assert cabins.distance_classes(c, 1).item() == pytest.approx(by_hand, rel=1e-9)
-    assert by_hand == pytest.approx(2.0636174, abs=1e-6)
 
 
 def test_table_3_groups_are_of_neighbouring_bins_and_the_median_is_a_bin_centre():
@@ -160,18 +149,13 @@ def test_the_text_of_a_distance_is_its_number_with_four_decimals(tiny):
     (ids,) = inputs_of(tiny.clip.token_embedding, lambda: tiny(image))
     texts = [str(round(e, 4)) for e in tiny(image).cabins.flatten().tolist()]
     assert torch.equal(ids, clip_tokenizer.tokenize(texts, 9))  # two digits before the point
-    (x,) = inputs_of(tiny.clip.transformer.resblocks, lambda: tiny(image))
-    assert x.shape == (16, 17, 64)  # and eight prompts: 17 positions of CLIP's 77
 
 
-@torch.no_grad()
 def test_prompts_stand_between_start_and_number_and_what_follows_the_end_changes_nothing(tiny):
     words = torch.tensor(clip_tokenizer.encode("a photo of"))  # prompts that are words' embeddings
     expected = tiny.clip.encode_text(clip_tokenizer.tokenize("a photo of 2.5"))
     prompts, ids = tiny.clip.token_embedding(words), cabins.number_tokens(torch.tensor([2.5]), 2)
-    for following in (0, 7):
-        padded = F.pad(ids, (0, 20), value=following)
-        close(tiny.clip.encode_text(padded, prompts), expected, 1e-5)
+    close(tiny.clip.encode_text(F.pad(ids, (0, 20), value=7), prompts), expected, 1e-5)
 
 
 def test_fact_1_no_gradient_passes_through_the_digits():
@@ -189,11 +173,10 @@ def test_fact_1_no_gradient_passes_through_the_digits():
 def test_fact_3_the_text_jumps_where_the_number_does_not(released_model):
     texts = cabins.number_tokens(torch.tensor([2.9999, 3.0]), 2)
     assert set(texts[0].tolist()) & set(texts[1].tolist()) == {49406, 269, 49407, 0}  # the point
-    with torch.no_grad():
-        image = torch.from_numpy(normal("image", (1, 3, 96, 128)))
-        _, z_bar, z = released_model.clip.visual(image)
-        t = released_model.clip.encode_text(texts, released_model.prompts)[None]
-        s = cabins.cosine_similarity(z, released_model.trans_decoder(t, z_bar, z))[0]
+    image = torch.from_numpy(normal("image", (1, 3, 96, 128)))
+    _, z_bar, z = released_model.clip.visual(image)
+    t = released_model.clip.encode_text(texts, released_model.prompts)[None]
+    s = cabins.cosine_similarity(z, released_model.trans_decoder(t, z_bar, z))[0]
     assert (s[1] - s[0]).abs().max() > 0.01 * s[0].abs().max()
 
 
@@ -202,8 +185,7 @@ def test_fact_10_the_last_digit_turns_t_nearly_as_far_as_a_metre_does():
     scales = [x.std().item() for x in (clip.token_embedding.weight, clip.positional_embedding)]
     assert scales == pytest.approx([1, 0.01], rel=0.02)
     e = torch.rand(40, generator=generator()) * 8 + 1
-    with torch.no_grad():
-        t, near, far = (clip.encode_text(cabins.number_tokens(e + x, 2)) for x in (0, 1e-4, 1))
+    t, near, far = (clip.encode_text(cabins.number_tokens(e + x, 2)) for x in (0, 1e-4, 1))
     angles = [F.cosine_similarity(t, x).clamp(max=1).arccos().mean().item() for x in (near, far)]
     assert angles == pytest.approx([0.23, 0.37], rel=0.1)  # radians
 
@@ -247,7 +229,6 @@ def test_trans_decoder_has_six_layers_and_drops_a_tenth_anew_in_each_training_st
 def test_eq_4_similarity_is_the_cosine_of_each_location_and_each_text():
     z, t = torch.randn(2, 64, 3, 4, generator=generator()), torch.randn(2, 8, 64)
     s = cabins.cosine_similarity(z, t)
-    assert s.shape == (2, 8, 3, 4)
     expected = F.cosine_similarity(z[1, :, 2, 3], t[1, 5], dim=0)
     assert s[1, 5, 2, 3].item() == pytest.approx(expected.item(), abs=1e-6)
 
@@ -272,10 +253,9 @@ def test_fact_5_text_learns_through_eight_channels_of_one_convolution(released_m
 
 def test_fact_8_a_padded_1x1_convolution_shifts_x4(tiny):
     x = torch.zeros(1, 328, 15, 20)  # x4 and s
-    with torch.no_grad():
-        border = tiny.depth_decoder.fuse(x)
-        x[:, :, 0] = 1
-        change = tiny.depth_decoder.fuse(x) - border
+    border = tiny.depth_decoder.fuse(x)
+    x[:, :, 0] = 1
+    change = tiny.depth_decoder.fuse(x) - border
     assert change.shape[2:] == (17, 22) and not change[:, :, 0].any() and change[:, :, 1].any()
     rows = cabins.resize(change, (30, 40))[0, :, :, 20].abs().amax(0)
     assert rows[0] == 0 and rows.argmax() == 2  # row 0 of x4 stands at 29 / 16 = 1.8
@@ -293,9 +273,8 @@ def test_fact_9_the_heads_two_convolutions_are_one_linear_map(tiny):
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 97), (427, 65), (96, 128)])
 def test_fact_6_depth_never_leaves_the_range_of_the_centres_at_any_size_of_image(tiny, size):
-    with torch.no_grad():
-        image = torch.randn(2, 3, *size, generator=generator()) * 3
-        (depth, c, e, s), half = tiny(image), tiny(image, upsample=False).depth
+    image = torch.randn(2, 3, *size, generator=generator()) * 3
+    (depth, c, e, s), half = tiny(image), tiny(image, upsample=False).depth
     assert c.shape == (2, 256) and e.shape == (2, 8) and depth.shape == (2, 1, *size)
     assert s.shape == (2, 8, *(x // 32 for x in size))
     assert half.shape == (2, 1, *(2 * ((x + 1) // 4) for x in size))
@@ -308,8 +287,7 @@ def test_fact_6_depth_never_leaves_the_range_of_the_centres_at_any_size_of_image
 
 def test_a_batch_equals_singles(tiny):
     image = torch.randn(3, 3, 70, 90, generator=generator())
-    with torch.no_grad():
-        batch, singles = tiny(image), [tiny(i[None]) for i in image]
+    batch, singles = tiny(image), [tiny(i[None]) for i in image]
     for name in batch._fields:
         close(torch.cat([getattr(s, name) for s in singles]), getattr(batch, name), 1e-5)
 
@@ -332,8 +310,7 @@ def test_every_parameter_learns_but_those_of_the_text_encoder(kind):
         is_frozen = name.startswith("clip.") and not name.startswith("clip.visual.")
         assert (parameter.grad is None) == is_frozen, name
         assert is_frozen or parameter.grad.isfinite().all(), name
-    expected = "cabins" if kind == "semantic" else kind
-    close(prediction.cabins, cabins.distance_classes(prediction.centers, 8, expected), 1e-6)
+    close(prediction.cabins, cabins.distance_classes(prediction.centers, 8, kind), 1e-6)
 
 
 # ---- Sec. 3.3  Losses: Eq. 6 to 8 ----------------------------------------------------------------
@@ -344,7 +321,6 @@ def test_eq_6_silog_by_hand():
     g = [math.log(2), 0.0]  # the third pixel is not valid
     by_hand = 10 * math.sqrt((g[0] ** 2 + g[1] ** 2) / 2 - 0.85 * ((g[0] + g[1]) / 2) ** 2)
     assert cabins.silog_loss(depth, target, target > 0).item() == pytest.approx(by_hand)
-    assert by_hand == pytest.approx(3.7165, abs=1e-4)
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
@@ -380,10 +356,8 @@ def test_chamfer_and_its_gradient_are_those_of_a_table_of_pixels_and_centres(spr
         loss = cabins.chamfer_loss(one, target, mask)
         loss.backward()
     assert max(event.self_cpu_memory_usage for event in profile.function_events) < 4 * 600 * 64
-    expected = 0
-    for i in (0, 2):
-        table = (target[i][mask[i]][:, None] - two[i]).square()
-        expected = expected + (table.amin(1).mean() + table.amin(0).mean()) / 3
+    tables = [(target[i][mask[i]][:, None] - two[i]).square() for i in (0, 2)]
+    expected = sum(table.amin(1).mean() + table.amin(0).mean() for table in tables) / 3
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     close(one.grad, two.grad, 1e-5)
@@ -457,15 +431,17 @@ def test_semantic_prompts_are_the_papers_eight_phrases():
 
 @pytest.fixture
 def vit(monkeypatch) -> cabins.CaBins:
-    """A network on a small ViT of twelve blocks."""
+    """A network on a small ViT of twelve blocks, with made weights."""
     sizes = cabins.BACKBONES["tiny"]._replace(layers=(12,), width=64, is_vit=True)
     monkeypatch.setattr(cabins, "BACKBONES", cabins.BACKBONES | {"RN50": sizes})
-    torch.manual_seed(0)
-    return cabins.CaBins(cabins.Config(backbone="RN50", longer_side=128))
+    model = cabins.CaBins(cabins.Config(backbone="RN50", longer_side=128))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    model.load_state_dict({name: made_tensor(name, shape) for name, shape in shapes.items()})
+    return model
 
 
 def test_vit_is_tapped_after_blocks_3_6_9_12_and_brought_to_strides_4_8_16_32(vit):
-    image, blocks = torch.randn(2, 3, 90, 128, generator=generator()), []
+    image, blocks = torch.from_numpy(normal("image", (2, 3, 90, 128))), []
     for block in vit.clip.visual.transformer.resblocks:
         block.register_forward_hook(lambda _, inputs, output: blocks.append(output))
     taps = [inputs_of(stage, lambda: vit(image))[0] for stage in vit.reassemble]
@@ -474,6 +450,7 @@ def test_vit_is_tapped_after_blocks_3_6_9_12_and_brought_to_strides_4_8_16_32(vi
     pyramid, s = inputs_of(vit.depth_decoder, lambda: vit(image))
     sizes = [(8, 24, 32), (16, 12, 16), (32, 6, 8), (64, 3, 4)]  # of the width: 1/8, 1/4, 1/2, 1
     assert [tuple(x.shape[1:]) for x in pyramid] == sizes
+    close([x[0, 1, 2, 3].item() for x in pyramid], [0.5572053, 0.6477839, 0.6523997, -3.09675])
     assert s.shape == (2, 8, 6, 8) and vit(image).depth.shape == (2, 1, 90, 128)
 
 
@@ -552,8 +529,7 @@ def test_checkpoints_hold_the_network_its_settings_and_more(tiny, tiny_checkpoin
     assert cabins.read_checkpoint(tiny_checkpoint)["args"] == {"data": "toy"}
     loaded = cabins.load_checkpoint(tiny_checkpoint)
     assert loaded.config == TINY and not loaded.training
-    for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, tiny.state_dict()[name]), name
+    assert all(torch.equal(x, tiny.state_dict()[n]) for n, x in loaded.state_dict().items())
     for conv in (loaded.clip.visual.conv2, cabins.CaBins(TINY).depth_decoder.features):
         assert conv.weight.is_contiguous(memory_format=torch.channels_last)  # faster
     with pytest.raises(ValueError, match="80"):
@@ -571,8 +547,7 @@ def test_the_authors_checkpoints_need_a_range_and_get_the_size_of_their_data(mon
 
 
 def test_checkpoints_of_earlier_versions_load(vit, tmp_path):
-    config = dataclasses.asdict(vit.config)
-    config["image_width"] = config.pop("longer_side")
+    config = {"backbone": "RN50", "image_width": 128}
     state, names = vit.state_dict(), ["trans_decoder. context_decoder."]
     names += ["reassemble. clip.visual.reassemble.", "depth_decoder.fuse. depth_decoder.reduce."]
     for new, old in map(str.split, names):
@@ -613,8 +588,7 @@ def test_infer_gives_mean_and_std_of_depth_and_leaves_each_part_in_its_mode(tmp_
     image = F.interpolate(image, (82, 128), mode="bilinear", antialias=True)
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     inputs = inputs_of(model.eval().depth_decoder, lambda: model((image - mean) / deviation))
-    with torch.no_grad():
-        c, p = model((image - mean) / deviation).centers, model.depth_decoder(*inputs)
+    c, p = model((image - mean) / deviation).centers, model.depth_decoder(*inputs)
     depth = cabins.expected_depth(c, p)
     std = (p * (c[..., None, None] - depth).square()).sum(1, keepdim=True).sqrt()
     close(found.depth, cabins.resize(depth, (90, 141))[0, 0], 1e-5)
