@@ -42,16 +42,12 @@ stops: list[int] = []  # the signals that this process has received
 
 
 def parameter_groups(model: cabins.CaBins, as_released: bool = False) -> list[dict]:
-    """The trained parameters: CLIP's image encoder, and the rest. Both share one learning rate."""
+    """What the optimizer trains: one group, because all share one rate and one weight decay."""
     # NOTE(differs): the released optimizer has the token embedding, but neither p nor γ.
     model.clip.token_embedding.requires_grad_(as_released)
     never = ("prompts", "trans_decoder.gamma") if as_released else ()
-    groups = {"image encoder": [], "the rest": []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name not in never:
-            is_image = name.startswith("clip.visual.")
-            groups["image encoder" if is_image else "the rest"].append(parameter)
-    return [{"name": name, "params": parameters} for name, parameters in groups.items()]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return [{"params": [p for name, p in trained.items() if name not in never]}]
 
 
 def seed_of(*numbers: int) -> int:
@@ -87,8 +83,7 @@ class Learner:
         self.optimizer = torch.optim.AdamW(groups, lr, weight_decay=0.1, fused=True)
         # The rate rises from lr / 25 to lr and falls to lr / 2500. Momentum goes 0.95, 0.85, 0.95.
         self.scheduler = OneCycleLR(self.optimizer, lr, n_steps, final_div_factor=100)
-        ddp = nn.parallel.DistributedDataParallel
-        self.network = ddp(model) if self.n_processes > 1 else model
+        self.network = nn.parallel.DistributedDataParallel(model) if self.n_processes > 1 else model
 
     def forward(self, batch: dict, number: int) -> tuple[cabins.Prediction, Tensor, Tensor]:
         """Prediction, truth and loss of the whole batch `number`, from this process's share."""
@@ -242,14 +237,14 @@ class Run:
         print(f"training on {where}: {data.describe(self.dataset)}")
         if self.lists[0] == self.lists[1]:
             print("the test list is the training list: the metrics say nothing of new images")
-        parts = {group["name"]: group["params"] for group in self.learner.optimizer.param_groups}
-        parts["frozen text encoder"] = [p for p in model.parameters() if not p.requires_grad]
-        for name, parameters in parts.items():
-            n = sum(p.numel() for p in parameters)
-            print(f"{name:20} {n:>12,} parameters in {len(parameters)} tensors")
+        trained = self.learner.optimizer.param_groups[0]["params"]
+        n, total = (sum(p.numel() for p in part) for part in (trained, model.parameters()))
+        print(f"{n:,} of {total:,} parameters are trained; CLIP's text encoder is frozen")
         if args.as_released:
             std, gamma = model.prompts.std().item(), model.trans_decoder.gamma.mean().item()
-            print(f"as released: prompts of std {std:.2g} and gamma {gamma:.2g} are never stepped")
+            print(
+                f"as released: its tokens are trained; p (std {std:.2g}) and γ ({gamma:.2g}) are not"
+            )
 
     def log(self, prediction: cabins.Prediction, depth: Tensor, lr: float, loss: float) -> str:
         """Add a row to log.csv, and return it as a text. Without a terminal, print some rows."""
@@ -321,7 +316,9 @@ def train(args: argparse.Namespace, saved: dict) -> None:
         run.step += 1
         is_end = run.step % run.per_epoch == 0
         is_log = is_end or run.step % LOG_EVERY == 0
-        stop = agreed_stop(run.device) if is_log or run.n_processes == 1 else 0
+        stop = max(stops, default=0)
+        if run.n_processes > 1:  # they stop together, at a step that is logged
+            stop = is_log and learner.gather(torch.tensor([stop], device=run.device)).max().item()
         if is_log or stop:
             loss, norm = result.tolist()
             if not math.isfinite(loss + norm):  # the weights, too, are not finite any more
@@ -351,15 +348,6 @@ def note_stop(number: int, _) -> None:
     if not dist.is_initialized():  # torchrun sends each process the signal once more
         signal.signal(number, signal.SIG_DFL)
     os.write(2, b"\nstopping when the step is done and saved\n")
-
-
-def agreed_stop(device: torch.device) -> int:
-    """The signal that any process has received, or 0. All processes must ask at the same step."""
-    stop = stops[0] if stops else 0
-    if dist.is_initialized():
-        stop = torch.tensor(stop, device=device)
-        dist.all_reduce(stop, dist.ReduceOp.MAX)
-    return int(stop)
 
 
 def claim(folder: Path) -> None:

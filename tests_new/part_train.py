@@ -104,14 +104,17 @@ def test_dropout_and_augmentation_depend_on_seed_step_and_process_alone(monkeypa
         seeds.append(generator.initial_seed())
         return image / 255, depth
 
-    def maps(number: int, rank=0, seed=0) -> torch.Tensor:
-        learner.rank, learner.seed = rank, seed
-        return learner.forward(batch, number)[0].similarity
-
     monkeypatch.setattr(data, "augment", augment)
-    first = maps(1)
-    assert torch.equal(first, maps(1))
-    assert not any(torch.equal(first, other) for other in (maps(1, 1), maps(2), maps(1, 0, 1)))
+    maps = []
+    for number, learner.rank, learner.seed in (
+        (1, 0, 0),
+        (1, 0, 0),
+        (1, 1, 0),
+        (2, 0, 0),
+        (1, 0, 1),
+    ):
+        maps.append(learner.forward(batch, number)[0].similarity)
+    assert [torch.equal(maps[0], other) for other in maps[1:]] == [True, False, False, False]
     assert seeds[0] == seeds[1] == seeds[2] and len(set(seeds)) == 3  # not of the process
 
 
@@ -131,7 +134,6 @@ def test_a_step_does_not_wait_for_the_device(amp):
         result = learner.step(batch, 1)[2]
         with pytest.raises(AssertionError):
             result[0].item()
-    assert result.isfinite().all()
 
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 asks the driver, even so")
@@ -204,66 +206,7 @@ def test_the_released_training_loop(released, monkeypatch):  # noqa: F811
         assert after.get(name, torch.zeros(())).item() == pytest.approx(moved, rel=0.08), name
 
 
-@needs_samples
-@pytest.mark.parametrize("name, window", [("nyu", "eigen"), ("kitti", "full")])
-def test_real_pairs_are_trained_and_evaluated(name, window, quick, tmp_path):
-    split, one, out = SAMPLES / name / "split.txt", tmp_path / "one.txt", tmp_path / "out"
-    one.write_text(split.read_text().splitlines()[0])
-    lists = ["--root", SAMPLES / name, "--train-split", split, "--test-split", one]
-    options = ["--data", name, *lists, "--backbone", "tiny", "--epochs", 1, "--batch-size", 2]
-    ran = run_train(*options, "--out", out)
-    assert ran.status == 0 and f"window {window}" in ran.out
-
-
 # ---- Runs: several processes, interruptions, folders ---------------------------------------------
-
-SCRIPT = """
-import sys
-sys.path.insert(0, {here!r})
-import torch, torch.nn.functional as F
-import data, train
-torch.set_num_threads(1)
-data.TOY_ROOMS = {{"train": range({n_rooms}), "test": range(1_000_000, 1_000_002)}}
-train.LOG_EVERY, train.SAVE_EVERY = 1, 0
-train.draw_curves = train.evaluation.draw_samples = lambda *_: None
-{more}
-data.run_command(train.main)
-"""
-PROCESSES = """
-# a process would have the statistics of its own images, which torch joins on GPUs only
-torch.nn.BatchNorm2d.forward = lambda self, x: F.batch_norm(
-    x, self.running_mean, self.running_var, self.weight, self.bias)
-torch.nn.Dropout.forward = lambda self, x: x
-"""
-
-
-def run_processes(folder: Path, n: int) -> str:
-    """What a run of `n` processes prints."""
-    folder.mkdir()
-    (folder / "script.py").write_text(SCRIPT.format(here=str(HERE), n_rooms=9, more=PROCESSES))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-    # phrases as prompts: a number on the edge between two decimals could be written in two ways
-    options = "--distance-class semantic --epochs 2 --batch-size 4 --workers 0 --out ."
-    command = [sys.executable, *(torchrun if n > 1 else []), "script.py", *options.split()]
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": 180}
-    ran = subprocess.run(command, cwd=folder, check=False, **how)
-    assert ran.returncode == 0, ran.stdout
-    return ran.stdout
-
-
-def test_two_processes_learn_what_one_learns(tmp_path):
-    folders = tmp_path / "one", tmp_path / "two"
-    for n, folder in enumerate(folders, 1):
-        assert run_processes(folder, n).count("epoch 2/2") == 1  # only the first process speaks
-    for file, n_rows in (("log.csv", 4), ("metrics.csv", 2)):
-        tables = [np.genfromtxt(f / file, delimiter=",", skip_header=1) for f in folders]
-        assert len(tables[0]) == n_rows
-        np.testing.assert_allclose(*tables, rtol=1e-5)
-    one, two = (cabins.read_checkpoint(folder / "last.pt")["model"] for folder in folders)
-    for name, tensor in one.items():
-        if tensor.is_floating_point():  # Adam makes a step out of the rounding of a tiny gradient
-            difference = (two[name] - tensor).abs()
-            assert difference.mean() < 1e-6 and difference.max() < 2e-4, name
 
 
 @contextlib.contextmanager
@@ -282,6 +225,44 @@ def short_runs():
 def quick():
     with short_runs() as patch:
         yield patch
+
+
+SCRIPT = f"""
+import sys
+sys.path[:0] = {sys.path}
+from {__name__} import *
+if "--distance-class" in sys.argv:
+    # a process would have the statistics of its own images, which torch joins on GPUs only
+    nn.BatchNorm2d.forward = lambda self, x: F.batch_norm(
+        x, self.running_mean, self.running_var, self.weight, self.bias)
+    nn.Dropout.forward = lambda self, x: x
+with short_runs():
+    data.run_command(train.main)
+"""
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    # phrases as prompts: a number on the edge between two decimals could be written in two ways
+    options = ["--distance-class", "semantic", "--epochs", "2", "--batch-size", "4"]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": 180}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    folders = []
+    for start in ([], torchrun):
+        folders.append(tmp_path / f"out{len(start)}")
+        command = [sys.executable, *start, "script.py", *options, "--workers", "0", "--out"]
+        ran = subprocess.run([*command, folders[-1]], cwd=tmp_path, check=False, **how)
+        assert ran.returncode == 0, ran.stdout
+        assert ran.stdout.count("epoch 2/2") == 1  # only the first process speaks
+    for file, n_rows in (("log.csv", 4), ("metrics.csv", 2)):
+        tables = [np.genfromtxt(f / file, delimiter=",", skip_header=1) for f in folders]
+        assert len(tables[0]) == n_rows
+        np.testing.assert_allclose(*tables, rtol=1e-5)
+    one, two = (cabins.read_checkpoint(folder / "last.pt")["model"] for folder in folders)
+    for name, tensor in one.items():
+        if tensor.is_floating_point():  # Adam makes a step out of the rounding of a tiny gradient
+            difference = (two[name] - tensor).abs()
+            assert difference.mean() < 1e-6 and difference.max() < 2e-4, name
 
 
 EIGHT_STEPS = ("--epochs", 2, "--batch-size", 2)
@@ -339,9 +320,8 @@ def test_a_stopped_run_has_done_its_step_and_goes_on_exactly(number, whole_run, 
 
 
 def test_a_folder_has_one_run_until_that_is_killed_and_then_goes_on(whole_run, quick, tmp_path):
-    script = SCRIPT.format(here=str(HERE), n_rooms=8, more="")
     options = map(str, (*EIGHT_STEPS, "--workers", 1, "--out", tmp_path))
-    run = subprocess.Popen([sys.executable, "-c", script, *options])
+    run = subprocess.Popen([sys.executable, "-c", SCRIPT, *options])
     deadline, last = time.monotonic() + 120, tmp_path / "last.pt"
     while not (last.exists() and Path(f"{last}.partial").exists()):  # in the middle of saving
         assert run.poll() is None and time.monotonic() < deadline
@@ -395,7 +375,7 @@ def test_resuming_refuses_what_would_change_the_run_and_frees_the_checkpoint(who
 
 def test_the_best_network_is_never_replaced_by_a_worse_one(quick, tmp_path):
     metrics, found = dict.fromkeys(evaluation.HEADINGS, 1.0), iter([0.5, 0.7, 0.5])
-    measure = lambda *_, **__: {"whole": metrics | {"abs_rel": next(found)}}
+    measure = lambda *_: {"whole": metrics | {"abs_rel": next(found)}}
     quick.setattr(evaluation, "evaluate_windows", measure)
     assert run_train("--epochs", 3, "--batch-size", 8, "--out", tmp_path).status == 0
     last, best = (cabins.read_checkpoint(tmp_path / f"{name}.pt") for name in ("last", "best"))
@@ -431,15 +411,14 @@ def test_a_new_demo_replaces_the_old_one_when_it_has_a_best_network(whole_run, q
     assert (demo / "log.csv").read_text().count("\n") == 3
 
 
-def test_files_of_others_stay(whole_run, quick, tmp_path):
+@pytest.mark.parametrize("name", ["log.csv", "best.pt", "runs/toy/log.csv"])
+def test_files_of_others_stay(name, quick, tmp_path):
     quick.chdir(tmp_path)
-    for name in ("log.csv", "best.pt", "runs/toy/log.csv"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("time,note\n1,mine\n")
-        ran = run_train(*EIGHT_STEPS, "--out", Path(name).parent)
-        assert ran.status == 1 and "another" in ran.err or "other" in ran.err
-        assert (tmp_path / name).read_text() == "time,note\n1,mine\n"
-        (tmp_path / name).unlink()
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text("time,note\n1,mine\n")
+    ran = run_train(*EIGHT_STEPS, "--out", Path(name).parent)
+    assert ran.status == 1 and "other" in ran.err  # another run's, or other columns
+    assert Path(name).read_text() == "time,note\n1,mine\n"
 
 
 def test_a_run_that_learns_nothing_ends_and_saves_nothing(quick, tmp_path):
@@ -474,18 +453,17 @@ def test_training_starts_from_a_checkpoint_and_draws_its_curves(tiny_checkpoint,
 
 def test_own_pairs_are_trained_and_their_faults_found_first(own_pairs, quick, tmp_path):
     def own(training: str, test: str, name: str, *options) -> Ran:
-        options += ("--train-split", own_pairs / training, "--test-split", own_pairs / test)
-        options += ("--epochs", 1, "--batch-size", 2, "--out", tmp_path / name)
-        options += ("--backbone", "tiny")
-        return run_train("--data", "list", "--root", own_pairs, *options)
+        lists = ["--train-split", own_pairs / training, "--test-split", own_pairs / test]
+        options += ("--data", "list", "--root", own_pairs, *lists, "--backbone", "tiny")
+        return run_train(*options, "--epochs", 1, "--batch-size", 2, "--out", tmp_path / name)
 
     ran = own("train.txt", "train.txt", "same")
     assert ran.status == 0 and "test list" in ran.out and "1000" in ran.out
-    config = cabins.load_checkpoint(tmp_path / "same" / "last.pt").config
-    assert (config.longer_side, config.focal) == (128, 518.8579)
+    content = cabins.read_checkpoint(tmp_path / "same" / "last.pt")
+    assert (content["config"]["longer_side"], content["config"]["focal"]) == (128, 518.8579)
     assert own("train.txt", "test.txt", "far", "--max-depth", 1).status == 1  # no truth is so near
     assert not (tmp_path / "far").exists()
     ran = own("none.txt", "test.txt", "none")
     assert ran.status == 1 and "--train-split" in ran.err and "none.txt" in ran.err
-    (tmp_path / "same" / "metrics.csv").unlink()  # as if it had not been measured
+    torch.save(content | {"step": 1}, tmp_path / "same" / "last.pt")  # of a run that has not ended
     assert own("train.txt", "test.txt", "same", "--resume").status == 1  # another test list
