@@ -363,17 +363,16 @@ def test_chamfer_and_its_gradient_are_those_of_a_table_of_pixels_and_centres(spr
     close(one.grad, two.grad, 1e-5)
 
 
-def test_eq_8_adds_a_tenth_of_the_bins_loss_after_upsampling_the_prediction():
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_eq_8_adds_a_tenth_of_the_bins_loss_after_upsampling_the_prediction(unbiased):
     target = torch.rand(2, 1, 20, 30, generator=generator()) * 9 + 0.5
     target[0, 0, 3:9] = 1e-3  # not above min_depth: not valid
-    depth = torch.rand(2, 1, 10, 15, generator=generator(1)) * 9 + 0.5
-    c, mask = torch.linspace(1, 9, 16).repeat(2, 1), target > 1e-3
-    large = F.interpolate(depth, (20, 30), mode="bilinear", align_corners=True)
-    for unbiased in (False, True):
-        loss = cabins.total_loss(cabins.Prediction(depth, c, None, None), target, 1e-3, unbiased)
-        expected = cabins.silog_loss(large, target, mask, unbiased)
-        expected += 0.1 * cabins.chamfer_loss(c, target, mask)
-        assert loss.item() == pytest.approx(expected.item())
+    depth, c = target[..., ::2, ::2] + 1, torch.linspace(1, 9, 16).repeat(2, 1)
+    large, mask = cabins.resize(depth, (20, 30)), target > 1e-3
+    pixel = cabins.silog_loss(large, target, mask, unbiased)
+    bins = cabins.chamfer_loss(c, target, mask)
+    loss = cabins.total_loss(cabins.Prediction(depth, c, None, None), target, 1e-3, unbiased)
+    assert loss.item() == pytest.approx((pixel + 0.1 * bins).item())
 
 
 @pytest.mark.parametrize("truth", [2.0, 0.0])
@@ -588,6 +587,8 @@ def test_infer_gives_mean_and_std_of_depth_and_leaves_each_part_in_its_mode(tmp_
     image = F.interpolate(image, (82, 128), mode="bilinear", antialias=True)
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     inputs = inputs_of(model.eval().depth_decoder, lambda: model((image - mean) / deviation))
+    (seen,) = inputs_of(model.clip.visual, lambda: cabins.infer(model, array))
+    close(seen, (image - mean) / deviation, 1e-5)
     c, p = model((image - mean) / deviation).centers, model.depth_decoder(*inputs)
     depth = cabins.expected_depth(c, p)
     std = (p * (c[..., None, None] - depth).square()).sum(1, keepdim=True).sqrt()
