@@ -9,7 +9,6 @@ import argparse
 import fcntl
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -32,8 +31,8 @@ DEFAULTS = {"data": "toy", "backbone": "RN101", "distance_class": "cabins", "epo
 DEFAULTS |= {"batch_size": 8, "lr": 3.57e-5, "seed": 0, "as_released": False, "compile": False}
 DEMO_DEFAULTS = {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # it has no pretrained weights
 MAX_NORM = 0.1  # NOTE(paper silent): the released code clips gradients at this norm
-LOG_EVERY, PRINT_EVERY = 10, 100  # steps; the last step of an epoch is logged too
-SAVE_EVERY = 600  # seconds; last.pt is also saved at the end of each epoch
+LOG_EVERY, PRINT_EVERY = 10, 100  # steps; the last one of an epoch is logged too
+SAVE_EVERY = 600  # seconds; last.pt is also saved after each validation
 DEMO, NEW_DEMO = Path("runs/toy"), Path("runs/toy/new")  # a new demo replaces the old one
 FILES = ("last.pt", "best.pt", "log.csv", "metrics.csv")  # what tells that a folder has a run
 MOVABLE = {"root", "train_split", "test_split", "device", "workers", "compile", "out", "resume"}
@@ -443,7 +442,7 @@ def main() -> None:
     except RuntimeError as error:
         if stops:  # the same signal has ended a worker or another process
             sys.exit(128 + stops[0])
-        if not re.search("memory|DataLoader worker", str(error)):
+        if "memory" not in str(error) and "DataLoader worker" not in str(error):
             raise
         remedy = "try a smaller --batch-size or fewer --workers; in Docker, --shm-size=8g"
         raise OSError(f"{str(error).splitlines()[0]} {remedy}") from None
