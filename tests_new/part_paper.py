@@ -216,6 +216,7 @@ def test_fact_4_eq_3_is_the_identity_at_first():
 
 def test_trans_decoder_has_six_layers_and_drops_a_tenth_anew_in_each_training_step():
     decoder = cabins.TransDecoder(512)
+    assert decoder.layers[5].mlp[1](torch.ones(1)).item() == pytest.approx(0.8413447)  # 1 Φ(1)
     nn.init.ones_(decoder.gamma)
     assert not torch.equal(decoder(*TEXTS_AND_IMAGE), decoder(*TEXTS_AND_IMAGE))
     dropouts = [module for module in decoder.modules() if isinstance(module, nn.Dropout)]
@@ -612,8 +613,7 @@ def test_pictures_of_any_size_mode_and_orientation(tiny, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a phone held upright: to be turned by a quarter, clockwise
     Image.fromarray(grey).save(tmp_path / "phone.png", exif=exif)
-    upright = cabins.read_picture(tmp_path / "phone.png")
-    assert np.array_equal(upright[..., 0], np.rot90(grey, -1))
+    assert np.array_equal(cabins.read_picture(tmp_path / "phone.png")[..., 0], np.rot90(grey, -1))
     real, missing = np.zeros((4, 5, 3)), None  # None is what OpenCV gives for a missing file
     for wrong in (real, missing, grey, grey[:0, :, None].repeat(3, 2), Image.new("F", (9, 9))):
         with pytest.raises(ValueError):
