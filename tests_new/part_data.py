@@ -276,28 +276,23 @@ def test_rows_of_other_columns_are_refused(tmp_path):
         data.check_columns(path, ["a", "c"])
 
 
-# ---- What all scripts share ----------------------------------------------------------------------
+def fail(error: Exception):
+    raise error
 
 
-@pytest.mark.parametrize(
-    "error, remedy",
-    [
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--ipc=host"),
-        (RuntimeError("unable to write to file </torch_7>: No space left"), "--shm-size"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--workers"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 12 bytes\nat x"), "smaller"),
-        (MemoryError(), "smaller"),
-        (
-            ValueError("Caught ValueError in worker 0.\nTraceback\nValueError: a.png breaks"),
-            "a.png",
-        ),
-    ],
-)
-def test_an_error_of_the_machine_is_one_sentence_with_the_remedy(error, remedy):
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as stop:
-        data.run_command(main)
-    assert stop.value.code.startswith("error: ") and "\n" not in stop.value.code
-    assert remedy in stop.value.code and ("ipc" in stop.value.code) == ("m-si" in stop.value.code)
+def test_what_the_machine_lacks_is_one_sentence_with_the_remedy():
+    worker = "DataLoader worker (pid 7) is killed by signal: "
+    remedies = {
+        RuntimeError(f"{worker}Bus error."): "--ipc=host",
+        RuntimeError("unable to write to file </torch_7>: No space left"): "--shm-size",
+        RuntimeError(f"{worker}Killed."): "--workers",
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 12 bytes\nat x"): "smaller",
+        MemoryError(): "smaller",
+    }
+    for error, remedy in remedies.items():
+        with pytest.raises(SystemExit) as stop:
+            data.run_command(functools.partial(fail, error))
+        assert stop.value.code.startswith("error: ") and stop.value.code.count("\n") == 0
+        assert remedy in stop.value.code and ("ipc" in stop.value.code) == (
+            remedy[:4] in ("--ip", "--sh")
+        )
