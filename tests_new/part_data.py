@@ -291,7 +291,7 @@ def test_what_the_machine_lacks_is_one_sentence_with_the_remedy():
     }
     for error, remedy in remedies.items():
         with pytest.raises(SystemExit) as stop:
-            data.run_command(functools.partial(fail, error))
+            data.run_command(lambda error=error: fail(error))
         assert stop.value.code.startswith("error: ") and stop.value.code.count("\n") == 0
         assert remedy in stop.value.code and ("ipc" in stop.value.code) == (
             remedy[:4] in ("--ip", "--sh")
