@@ -1,34 +1,41 @@
-"""Every identity and claim of CaBins, in the order of the paper: python -m pytest -q
+"""What CaBins guarantees, in the order of the paper: python -m pytest -q test_cabins.py
 
-Goldens are what the authors' and CLIP's own code computed on made weights. A few of their values
-stand here; the files themselves, and real pictures, are used where they lie in ../shared.
+After Sec. 3 and 4 come checkpoints, pictures, reliability and wrong commands. "Goldens" are what
+the authors' code and CLIP's own code computed with made weights. A few of their values stand here.
+The rest is used where it lies in ../shared.
 """
 
-import functools
+import contextlib
+import csv
+import dataclasses
 import hashlib
-import http.server
 import io
+import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 import zipfile
 import zlib
+from collections import namedtuple
 from pathlib import Path
-from typing import ClassVar
+from unittest import mock
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes that tests start, too
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 import cabins
 import clip_tokenizer
@@ -36,34 +43,38 @@ import data
 import eval as evaluation
 import train
 
-HERE = Path(__file__).parent
-GOLDENS, SAMPLES = HERE.parent / "shared" / "goldens", HERE.parent / "shared" / "samples"
+torch.set_num_threads(1)  # on small networks several threads only wait for each other
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings("ignore:CLIP has random weights"),
+]
+HERE = Path(cabins.__file__).resolve().parent
+GOLDENS = HERE.parent / "shared" / "goldens"
 needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="no ../shared/goldens here")
-needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="no ../shared/samples here")
-TINY = cabins.Config(backbone="tiny", image_width=128)
-TINY_CAMERA = cabins.Config(backbone="tiny", image_width=128, focal=100.0)
+TINY = cabins.Config(backbone="tiny", longer_side=128)
 
 
 def normal(name: str, shape: tuple) -> np.ndarray:
+    """Numbers that depend on the name alone, as the goldens' inputs and weights do."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     return rng.standard_normal(math.prod(shape), dtype=np.float32).reshape(shape)
 
 
 def made_tensor(name: str, shape: tuple) -> torch.Tensor:
-    """The goldens' weight of this name and shape (theirs, not ours)."""
+    """The goldens' weight that has this name in the released code, and this shape."""
     n = normal(name, shape)
     if name.endswith("num_batches_tracked"):
         return torch.tensor(0)
+    if name.endswith("logit_scale"):
+        return torch.tensor(1 / 0.07).log()
     if name == "gamma":
-        pass
-    elif name.endswith("running_var"):
+        return torch.from_numpy(n)
+    if name.endswith("running_var"):
         n = np.exp(np.float32(0.2) * n)
     elif name.endswith("running_mean"):
         n = 0.1 * n
-    elif len(shape) == 1 and name.endswith("weight"):
-        n = 1 + 0.1 * n
     elif len(shape) < 2:
-        n = 0.05 * n
+        n = 1 + 0.1 * n if name.endswith("weight") and shape else 0.05 * n
     elif name.endswith(("embedding", "embedding.weight", "contexts")):
         n = 0.02 * n
     else:
@@ -72,10 +83,10 @@ def made_tensor(name: str, shape: tuple) -> torch.Tensor:
 
 
 def close(actual, expected, tolerance=1e-4):
-    """Relative to the largest expected value."""
-    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
+    """Assert equality relative to the largest expected value."""
+    actual, expected = torch.as_tensor(actual).detach(), torch.as_tensor(expected)
     assert actual.shape == expected.shape
-    error = (actual.detach() - expected).abs().max() / expected.abs().max()
+    error = (actual - expected).abs().max() / expected.abs().max()
     assert error < tolerance, f"relative error {error:.2e}"
 
 
@@ -85,1256 +96,17 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(scope="module")
 def tiny() -> cabins.CaBins:
+    """A network of random weights, in eval mode. No test changes it."""
     torch.manual_seed(0)
     return cabins.CaBins(TINY).eval()
 
 
-# ---- Sec. 3.1  CLIP's tokenizer ------------------------------------------------------------------
-
-
-def test_tokenizer_known_answers():
-    known = {
-        "a photo of a cat.": [320, 1125, 539, 320, 2368, 269],
-        "farthest": [1578, 35343],
-        "79.1234": [278, 280, 269, 272, 273, 274, 275],
-        "mojibake cafÃ©": [617, 3252, 11878, 15304],
-        "<|startoftext|> inside <|endoftext|>": [49406, 2912, 49407],
-        "日本語のテキスト": [39121, 44353, 34002, 252, 21575, 2429, 228, 47121, 32421, 486],
-        "": [],
-    }
-    for text, ids in known.items():
-        assert clip_tokenizer.encode(text) == ids
-    assert clip_tokenizer.merge("farthest") == ("far", "thest</w>")
-
-
-@needs_goldens
-def test_tokenizer_goldens():
-    for text, ids in json.loads((GOLDENS / "tokens.json").read_text()):
-        assert clip_tokenizer.encode(text) == ids, text
-
-
-def test_tokenize_pads_and_refuses_what_does_not_fit():
-    ids = clip_tokenizer.tokenize(["far", "extremely close"], length=5)
-    assert ids.tolist() == [[49406, 2384, 49407, 0, 0], [49406, 6519, 2660, 49407, 0]]
-    with pytest.raises(ValueError, match="'extremely close' is 4 tokens long; at most 3 fit"):
-        clip_tokenizer.tokenize("extremely close", length=3)
-
-
-# ---- Sec. 3.1  CLIP's encoders -------------------------------------------------------------------
-
-CLIP_KNOWN = {  # image 0, text 0: first three values of CLIP's own embedding
-    "RN50": ([-0.89232415, -0.17029873, 0.15963185], [-1.518179, 0.2903049, 0.15889318]),
-    "RN101": ([0.85525256, -1.7576025, -2.4198878], [1.3894114, 0.88841105, -0.52293265]),
-    "ViT-B/16": ([-1.3473095, 0.38172603, -0.33779722], [1.3894114, 0.88841105, -0.52293265]),
-}
-CLIP_TEXTS = ["a photo of a cat.", "This object is giant", "extremely close", "2.7415", "farthest"]
-
-
-def made_clip_state(backbone: str) -> dict[str, torch.Tensor]:
-    with torch.device("meta"):  # names and shapes alone
-        state = cabins.CLIP(cabins.BACKBONES[backbone]).state_dict()
-    state = {k: v for k, v in state.items() if not k.startswith(("visual.reassemble.", "logit"))}
-    made = {k: made_tensor(k, tuple(v.shape)) for k, v in state.items()}
-    return made | {"logit_scale": torch.tensor(1 / 0.07).log()}
-
-
-@pytest.mark.parametrize("backbone", CLIP_KNOWN)
-def test_clips_own_embeddings(backbone, tmp_path):
-    state = made_clip_state(backbone)
-    torch.save(state, tmp_path / "clip.pt")
-    clip = cabins.load_clip(tmp_path / "clip.pt").eval()
-    image = torch.from_numpy(normal("image", (2, 3, 224, 224)))
-    with torch.no_grad():
-        pyramid, z_bar, z = clip.visual(image)
-        t = clip.encode_text(clip_tokenizer.tokenize(CLIP_TEXTS))
-        short = clip.encode_text(clip_tokenizer.tokenize(CLIP_TEXTS, 9))
-    assert [tuple(x.shape[2:]) for x in pyramid] == [(56, 56), (28, 28), (14, 14), (7, 7)]
-    assert [x.shape[1] for x in pyramid] == clip.visual.channels
-    assert z.shape == (2, z_bar.shape[1], *((14, 14) if backbone == "ViT-B/16" else (7, 7)))
-    image_known, text_known = CLIP_KNOWN[backbone]
-    close(z_bar[0, :3], image_known)
-    close(t[0, :3], text_known)
-    close(short, t, 1e-5)  # what comes after the end token changes nothing
-    if GOLDENS.is_dir():
-        name = backbone.replace("/", "-")
-        golden = np.load(GOLDENS / "clip_embeddings.npz")
-        close(z_bar, golden[f"{name}/image"])
-        close(t, golden[f"{name}/text"])
-        shapes = json.loads((GOLDENS / "clip_state_dicts.json").read_text())[name]
-        assert {k: list(v.shape) for k, v in state.items()} == shapes
-
-
-def test_vit_is_tapped_where_dpt_taps_it_and_as_wide():
-    vit = cabins.CLIP(cabins.BACKBONES["ViT-B/16"]).visual
-    assert vit.taps == [3, 6, 9, 12] and vit.channels == [96, 192, 384, 768]
-
-
-def test_text_encoder_is_causal_and_frozen(tiny):
-    ids = clip_tokenizer.tokenize("2.7415", 9)
-    longer = F.pad(ids, (0, 5), value=7)
-    close(tiny.clip.encode_text(ids), tiny.clip.encode_text(longer), 1e-5)
-    frozen = {n for n, p in tiny.clip.named_parameters() if not p.requires_grad}
-    assert frozen == {n for n, _ in tiny.clip.named_parameters() if not n.startswith("visual.")}
-
-
-class ClipLike(torch.nn.Module):
-    """Something to script with CLIP's tensors in it."""
-
-    def __init__(self, clip):
-        super().__init__()
-        self.visual, self.transformer = clip.visual, clip.transformer
-        self.token_embedding, self.ln_final = clip.token_embedding, clip.ln_final
-        for name in ("positional_embedding", "text_projection", "logit_scale"):
-            setattr(self, name, getattr(clip, name))
-        self.register_buffer("context_length", torch.tensor(77))
-
-    def forward(self, x):
-        return x
-
-
-def test_load_clip_reads_half_precision_torchscript_and_plain_files(tiny, tmp_path, monkeypatch):
-    plain, archive = tmp_path / "plain.pt", tmp_path / "archive.pt"
-    half = cabins.CLIP(cabins.BACKBONES["tiny"])
-    half.load_state_dict(tiny.clip.state_dict())
-    torch.save(half.half().state_dict(), plain)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.trace(ClipLike(half), torch.zeros(1)).save(archive)
-    with pytest.raises(ValueError, match="archive.pt .* of another kind; expected a CLIP file"):
-        cabins.load_clip(archive)
-    known = {"tiny": hashlib.sha256(archive.read_bytes()).hexdigest()}
-    monkeypatch.setattr(cabins, "CLIP_SHA256", known)
-    for path in (plain, archive):
-        clip = cabins.load_clip(path)
-        assert clip.architecture == cabins.BACKBONES["tiny"]
-        assert all(p.dtype == torch.float32 for p in clip.parameters())
-        close(clip.visual.conv1.weight, tiny.clip.visual.conv1.weight, 1e-3)
-
-
-# ---- Sec. 3.2.1  Adaptive bins, Eq. 1 -----------------------------------------------------------
-
-
-def test_widths_sum_to_one_and_centers_increase_inside_the_range(tiny):
-    b = tiny.bins(torch.randn(5, 64, generator=generator()) * 10)
-    c = cabins.bin_centers(b, 1e-3, 10.0)
-    close(b.sum(1), torch.ones(5), 1e-6)
-    assert (b > 0).all() and (c.diff(dim=1) > 0).all() and c.min() > 1e-3 and c.max() < 10
-
-
-def test_bin_centers_are_eq_1():
-    b = torch.tensor([[0.5, 0.25, 0.25]])
-    assert cabins.bin_centers(b, 2.0, 10.0).tolist() == [[4.0, 7.0, 9.0]]
-
-
-# ---- Sec. 3.2.2  CaBins, Eq. 2 -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["cabins", "median", "mean"])
-def test_each_distance_lies_inside_its_group(kind):
-    c = (torch.rand(3, 256, generator=generator()) * 80).sort(1).values
-    e = cabins.distance_classes(c, 8, kind)
-    groups = c.unflatten(1, (8, 32))
-    assert e.shape == (3, 8)
-    assert (e >= groups.min(2).values).all() and (e <= groups.max(2).values).all()
-
-
-def test_distance_classes_known_answers():
-    c = torch.tensor([[1.0, 2.0, 3.0, 6.0]])
-    assert cabins.distance_classes(c, 1, "mean").item() == 3.0
-    assert cabins.distance_classes(c, 1, "median").item() == 2.0  # the lower one, a bin centre
-    assert cabins.distance_classes(c, 1).item() == 3.0  # the centre at the mean takes all weight
-    # by hand: m = 1.5; deviations .5, .5; equal weights
-    assert cabins.distance_classes(torch.tensor([[1.0, 2.0]]), 1).item() == 1.5
-    # m = 0.4/3; weights softmax(1/(0.1334), 1/(0.0334), 1/(0.1668)) to 4 digits
-    w = torch.softmax(1 / (torch.tensor([0.4 / 3, 0.1 / 3, 0.5 / 3]) + 1e-4), 0)
-    e = cabins.distance_classes(torch.tensor([[0.0, 0.1, 0.3]]), 1).item()
-    assert e == pytest.approx((w[1] * 0.1 + w[2] * 0.3).item(), rel=1e-5)
-
-
-def test_epsilon_is_that_of_eq_2():
-    e = cabins.distance_classes(torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.double), 1).item()
-    assert e == pytest.approx(2.0636174, abs=1e-6)  # with ε = 1e-3 it is another
-
-
-def test_equal_widths_give_group_means():
-    c = cabins.bin_centers(torch.full((1, 256), 1 / 256), 1e-3, 10.0)
-    close(cabins.distance_classes(c, 8), cabins.distance_classes(c, 8, "mean"), 1e-5)
-
-
-# ---- Sec. 3.2.3  Prompts, Eq. 3 ------------------------------------------------------------------
-
-
-def test_number_tokens_equal_tokenised_strings():
-    g = generator()
-    depths = torch.cat([torch.rand(3000, generator=g) * top for top in (0.01, 1, 10, 80, 9999)])
-    edges = [0, 1e-4, 5e-5, 1e-3, 0.5, 0.12345, 2.00005, 9.99995, 10, 80, 99.99995, 100, 9999]
-    depths = torch.cat([depths, torch.tensor(edges)])
-    texts = [str(round(depth, 4)) for depth in depths.tolist()]
-    assert torch.equal(cabins.number_tokens(depths), clip_tokenizer.tokenize(texts, 11))
-    assert cabins.number_tokens(depths[:6].reshape(2, 3), 2).shape == (2, 3, 9)
-
-
-def test_prompts_stand_between_start_and_text(tiny):
-    ids = cabins.number_tokens(torch.tensor([2.5]), 2)
-    with torch.no_grad():
-        # prompts that are the embeddings of words must be those words
-        words = clip_tokenizer.encode("a photo of")
-        expected = tiny.clip.encode_text(clip_tokenizer.tokenize("a photo of 2.5"))
-        prompts = tiny.clip.token_embedding(torch.tensor(words))
-        close(tiny.clip.encode_text(ids, prompts), expected, 1e-5)
-
-
-def test_gamma_zero_leaves_t_as_it_was(tiny):
-    t, z_bar, z = torch.randn(2, 8, 64), torch.randn(2, 64), torch.randn(2, 64, 3, 4)
-    decoder = cabins.ContextDecoder(64, 64, 4, 2).eval()
-    assert not torch.equal(decoder(t, z_bar, z), t)
-    torch.nn.init.zeros_(decoder.gamma)
-    assert torch.equal(decoder(t, z_bar, z), t)
-
-
-# ---- Sec. 3.2.4  Depth prediction, Eq. 4 and 5 ---------------------------------------------------
-
-
-def test_similarity_is_a_cosine():
-    z, t = torch.randn(2, 64, 3, 4, generator=generator()), torch.randn(2, 8, 64)
-    s = cabins.cosine_similarity(z, t)
-    assert s.shape == (2, 8, 3, 4) and s.abs().max() <= 1
-    expected = F.cosine_similarity(z[1, :, 2, 3], t[1, 5], dim=0)
-    assert s[1, 5, 2, 3].item() == pytest.approx(expected.item(), abs=1e-6)
-
-
-def test_depth_is_a_convex_combination_of_centers(tiny):
-    with torch.no_grad():
-        prediction = tiny(torch.randn(2, 3, 96, 128, generator=generator()))
-    low, high = prediction.centers[:, 0], prediction.centers[:, -1]
-    depth = prediction.depth.flatten(1)
-    assert (depth.min(1).values >= low).all() and (depth.max(1).values <= high).all()
-    p = torch.eye(256)[None, :, :, None]  # certain of bin i at pixel i
-    close(cabins.expected_depth(prediction.centers[:1], p)[0, 0, :, 0], prediction.centers[0], 1e-6)
-
-
-@pytest.mark.parametrize("size", [(64, 64), (65, 97), (100, 333), (427, 65), (96, 128)])
-def test_any_size(tiny, size):
-    with torch.no_grad():
-        prediction = tiny(torch.randn(1, 3, *size))
-    assert prediction.depth.shape == (1, 1, *size) and prediction.depth.isfinite().all()
-    assert prediction.similarity.shape[:2] == (1, 8)
-
-
-def test_batch_equals_singles(tiny):
-    image = torch.randn(3, 3, 70, 90, generator=generator())
-    with torch.no_grad():
-        batch, singles = tiny(image), [tiny(i[None]) for i in image]
-    for name in batch._fields:
-        close(torch.cat([getattr(s, name) for s in singles]), getattr(batch, name), 1e-5)
-
-
-@pytest.mark.parametrize("kind", cabins.DISTANCE_CLASSES)
-def test_every_distance_class_trains_every_parameter(kind):
-    torch.manual_seed(0)
-    model = cabins.CaBins(cabins.Config(backbone="tiny", distance_class=kind))
-    prediction = model(torch.randn(2, 3, 64, 64))
-    cabins.total_loss(prediction, torch.rand(2, 1, 64, 64) * 9 + 0.5, 1e-3).backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None) == parameter.requires_grad, name
-        if parameter.requires_grad:
-            assert parameter.grad.isfinite().all(), name
-    assert model.prompts.grad.abs().sum() > 0  # through the frozen text encoder
-
-
-def test_forward_asks_nothing_of_the_host(tiny):
-    """No value of a tensor is read on the way: the meta device has none to read."""
-    model = cabins.CaBins(TINY).to("meta").eval()
-    assert model(torch.empty(2, 3, 96, 128, device="meta")).depth.shape == (2, 1, 96, 128)
-
-
-def test_forward_compiles_as_one_graph(tiny):
-    image = torch.randn(2, 3, 96, 128, generator=generator())
-    compiled = torch.compile(tiny, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        close(compiled(image).depth, tiny(image).depth, 1e-5)
-
-
-@pytest.mark.parametrize("max_depth", [10.0, 80.0])
-def test_bfloat16_agrees_within_a_hundredth(max_depth):
-    torch.manual_seed(0)
-    model = cabins.CaBins(cabins.Config(backbone="tiny", max_depth=max_depth)).eval()
-    torch.nn.init.normal_(model.depth_decoder.logits.weight, std=30)  # as sure as a trained one
-    image = torch.randn(2, 3, 96, 128, generator=generator())
-    with torch.no_grad():
-        exact = model(image)
-        with torch.autocast("cpu", torch.bfloat16):
-            rounded = model(image)
-    assert exact.depth.std() > 0.02 * max_depth
-    for name, tensor in rounded._asdict().items():
-        assert tensor.dtype == torch.float32, name
-    assert ((rounded.depth - exact.depth).abs() / exact.depth).mean() < 0.01
-    assert ((rounded.centers - exact.centers).abs() / exact.centers).max() < 0.01
-    assert ((rounded.cabins - exact.cabins).abs() / exact.cabins).max() < 0.01
-
-
-def test_no_logits_are_kept_beside_the_probabilities(tiny):
-    """The largest map of all is kept once for Eq. 5, in float32, and once before the logits."""
-    kept = []
-    pyramid = [torch.randn(1, c, 64 // 2**i, 96 // 2**i) for i, c in enumerate((40, 80, 160, 320))]
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        p = tiny.depth_decoder(pyramid, torch.randn(1, 8, 8, 12))
-        cabins.expected_depth(torch.linspace(1, 9, 256)[None], p)
-    maps = {t.data_ptr() for t in kept if t.numel() == p.numel()}
-    assert len(maps) == 2 and p.data_ptr() in maps
-
-
-# ---- The released network, on made weights -------------------------------------------------------
-
-PREDICTED_CABINS = [
-    "0.8196",
-    "2.0312",
-    "3.0201",
-    "3.9133",
-    "5.197",
-    "6.891",
-    "8.0013",
-    "9.3794",
-    "0.8176",
-    "2.027",
-    "3.018",
-    "3.9136",
-    "5.1963",
-    "6.8924",
-    "8.0021",
-    "9.376",
-]
-GRADIENT_NORMS = {
-    "contexts": 0.012867416325285208,
-    "gamma": 0.0005481540862108899,
-    "clip_model.visual.conv1.weight": 0.2296860701479876,
-    "context_decoder.decoder.5.cross_attn.k_proj.weight": 7.897430609852824e-06,
-    "decoder.up3._net.3.weight": 79.12691072372812,
-    "computeAdaptiveBin.regressor.4.weight": 1.2583868473592394,
-}
-
-
-def their_name(name: str) -> str:
-    for theirs, ours in cabins.RELEASED_NAMES.items():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    return name
-
-
 @pytest.fixture(scope="module")
-def released(tmp_path_factory) -> Path:
-    """A checkpoint as the authors' are, with the goldens' weights."""
-    architecture = cabins.BACKBONES["RN101"]._replace(context_length=30)
-    with torch.device("meta"):  # names and shapes alone
-        state = cabins.CaBins(cabins.Config(), cabins.CLIP(architecture)).state_dict()
-    state["prompts"] = state["prompts"][None]
-    state["clip.logit_scale"] = torch.tensor(1 / 0.07).log()
-    made = {}
-    for ours, tensor in state.items():
-        name = their_name(ours)
-        made[name] = tensor if name == "clip_model.logit_scale" else made_tensor(name, tensor.shape)
-    if GOLDENS.is_dir():
-        shapes = json.loads((GOLDENS / "cabins_rn101_state_dict.json").read_text())
-        assert {k: list(v.shape) for k, v in made.items()} == shapes
-    path = tmp_path_factory.mktemp("released") / "CaBins_nyu.pt"
-    made = {f"module.{name}": tensor for name, tensor in made.items()}
-    torch.save({"model": made, "optimizer": {}, "epoch": 24}, path)
+def tiny_checkpoint(tiny, tmp_path_factory) -> Path:
+    """The checkpoint of `tiny`, as train.py would save it after training on toy rooms."""
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.pt"
+    cabins.save_checkpoint(path, tiny, args={"data": "toy"})
     return path
-
-
-def made_truth() -> torch.Tensor:
-    target = np.minimum(np.abs(normal("depth", (2, 1, 96, 128))) * np.float32(10 / 3), 10)
-    return torch.from_numpy(np.where(target < 0.2, 0, target).astype(np.float32))
-
-
-def test_released_network(released):
-    with pytest.raises(ValueError, match="is the authors': give max_depth, 10 for NYU or 80"):
-        cabins.load_checkpoint(released)
-    model = cabins.load_checkpoint(released, max_depth=10.0)
-    image = torch.from_numpy(normal("image", (2, 3, 96, 128)))
-    target = made_truth()
-    prediction = model(image)
-    assert [str(round(e, 4)) for e in prediction.cabins.flatten().tolist()] == PREDICTED_CABINS
-    if GOLDENS.is_dir():
-        golden = np.load(GOLDENS / "cabins_rn101_nyu.npz")
-        close(prediction.centers, golden["centers"])
-        close(prediction.similarity, golden["similarity"])
-        close(model(image, upsample=False).depth, golden["depth"])
-    mask = target > 1e-3
-    assert mask.sum() == 23429
-    chamfer = cabins.chamfer_loss(prediction.centers, target, mask)
-    assert chamfer.item() == pytest.approx(0.0005933056818321347, rel=1e-4)
-    g = (prediction.depth[mask].log() - target[mask].log()).double()
-    unbiased = 10 * (g.var() + 0.15 * g.mean() ** 2).sqrt()
-    assert unbiased.item() == pytest.approx(9.66595458984375, rel=1e-4)
-    (unbiased + 0.1 * chamfer).backward()
-    norms = {their_name(n): p.grad.norm() for n, p in model.named_parameters() if p.requires_grad}
-    for name, norm in GRADIENT_NORMS.items():
-        assert norms[name].item() == pytest.approx(norm, rel=1e-3), name
-
-
-# ---- Sec. 3.3  Losses, Eq. 6 to 8 ----------------------------------------------------------------
-
-
-def test_both_forms_of_silog_agree():
-    depth, target = torch.rand(2, 2, 1, 30, 40, generator=generator()).mul(9).add(0.5).double()
-    mask = torch.rand(2, 1, 30, 40, generator=generator(1)) < 0.6
-    g = depth[mask].log() - target[mask].log()
-    variance_form = 10 * (g.var(correction=0) + 0.15 * g.mean() ** 2).sqrt()
-    assert cabins.silog_loss(depth, target, mask).item() == pytest.approx(variance_form.item())
-
-
-def test_losses_without_error_or_without_truth_have_finite_gradients():
-    depth = torch.full((2, 1, 8, 8), 2.0, requires_grad=True)
-    centers = torch.linspace(1, 9, 16).repeat(2, 1).requires_grad_()
-    for target in (torch.full((2, 1, 8, 8), 2.0), torch.zeros(2, 1, 8, 8)):
-        prediction = cabins.Prediction(depth, centers, None, None)
-        cabins.total_loss(prediction, target, 1e-3).backward()
-        assert depth.grad.isfinite().all() and centers.grad.isfinite().all()
-    assert cabins.chamfer_loss(centers, target, target > 0).item() == 0
-
-
-def test_random_networks_images_and_truths():
-    """Finite losses and gradients and depth inside the range, whatever the sizes and the truth."""
-    random = np.random.default_rng(0)
-    clip = cabins.CLIP(cabins.BACKBONES["tiny"])
-    kinds = ("dense", "sparse", "one pixel", "none", "constant", "the range's ends")
-    for i in range(72):
-        torch.manual_seed(i)
-        distance_class = str(random.choice(cabins.DISTANCE_CLASSES))
-        n_cabins = 8 if distance_class == "semantic" else int(random.integers(1, 10))
-        low = 10 ** random.uniform(-4, 0)
-        sizes = {"n_cabins": n_cabins, "n_bins": n_cabins * int(random.integers(2, 20))}
-        sizes |= {"n_prompts": int(random.integers(0, 20))}
-        sizes |= {"min_depth": low, "max_depth": low * 10 ** random.uniform(0.1, 3)}
-        model = cabins.CaBins(cabins.Config("tiny", distance_class, **sizes), clip).train()
-        batch, height, width = 1 + i % 2, *random.integers(64, 90, 2)  # of one: BatchNorm as well
-        top = model.config.max_depth
-        target = low + (top - low) * torch.rand(batch, 1, height, width)
-        if (kind := kinds[i % len(kinds)]) == "sparse":
-            target *= torch.rand_like(target) < 0.01
-        elif kind in ("one pixel", "none"):
-            kept, target = target[0, 0, 5, 7].item(), torch.zeros_like(target)
-            target[0, 0, 5, 7] = kept if kind == "one pixel" else 0
-        elif kind == "constant":
-            target[:] = top / 2 + low / 2
-        elif kind == "the range's ends":
-            target = torch.where(target > top / 2, top, low)
-        prediction = model(torch.randn(batch, 3, height, width) * random.uniform(0, 3))
-        loss = cabins.total_loss(prediction, target, low)
-        model.zero_grad()
-        loss.backward()
-        gradients = [p.grad for p in model.parameters() if p.requires_grad]
-        assert loss.isfinite() and all(g.isfinite().all() for g in gradients), (i, kind, sizes)
-        assert low < prediction.depth.min() and prediction.depth.max() < top, (i, kind, sizes)
-
-
-def brute_force_chamfer(centers, target, mask):
-    total = 0
-    for c, x, valid in zip(centers, target, mask):
-        table = (x[valid][:, None] - c).square()
-        total += table.min(1).values.mean() + table.min(0).values.mean() if valid.any() else 0
-    return total / len(centers)
-
-
-@pytest.mark.parametrize("spread", [10.0, 0.05])  # 0.05: most centres see no pixel
-def test_chamfer_equals_brute_force(spread):
-    g = generator()
-    target = 4 + spread * (torch.rand(3, 1, 20, 30, generator=g) - 0.4)
-    mask = torch.rand(3, 1, 20, 30, generator=g) < 0.7
-    mask[1] = False
-    mask[2] = torch.arange(600).reshape(1, 20, 30) == 7  # one valid pixel
-    gradients = []
-    for chamfer in (cabins.chamfer_loss, brute_force_chamfer):
-        c = (torch.rand(3, 64, generator=generator(1)) * 10).sort(1).values.requires_grad_()
-        loss = chamfer(c, target, mask)
-        loss.backward()
-        gradients.append((loss.detach(), c.grad))
-    close(gradients[0][0], gradients[1][0], 1e-5)
-    close(gradients[0][1], gradients[1][1], 1e-5)
-
-
-def test_total_loss_upsamples_the_prediction_first():
-    target = torch.rand(2, 1, 20, 30, generator=generator()) * 9 + 0.5
-    depth = torch.rand(2, 1, 10, 15, generator=generator(1)) * 9 + 0.5
-    centers = torch.linspace(1, 9, 16).repeat(2, 1)
-    loss = cabins.total_loss(cabins.Prediction(depth, centers, None, None), target, 1e-3)
-    upsampled = F.interpolate(depth, (20, 30), mode="bilinear", align_corners=True)
-    mask = target > 1e-3
-    expected = cabins.silog_loss(upsampled, target, mask)
-    expected += 0.1 * cabins.chamfer_loss(centers, target, mask)
-    assert loss.item() == pytest.approx(expected.item())
-
-
-# ---- Sec. 4.3  Metrics ---------------------------------------------------------------------------
-
-
-def test_depth_metrics_by_hand():
-    metrics = cabins.depth_metrics(torch.tensor([1.0, 4.0]), torch.tensor([1.0, 2.0]))
-    expected = {
-        "abs_rel": 0.5,
-        "sq_rel": 1.0,
-        "rmse": 2**0.5,
-        "rmse_log": math.log(2) / 2**0.5,
-        "log10": math.log10(2) / 2,
-        "d1": 0.5,
-        "d2": 0.5,
-        "d3": 0.5,
-    }
-    assert {k: v.item() for k, v in metrics.items()} == pytest.approx(expected, rel=1e-6)
-    with pytest.raises(ValueError, match="not empty"):
-        cabins.depth_metrics(torch.empty(0), torch.empty(0))
-
-
-@needs_samples
-def test_metrics_of_a_surface_on_real_pairs():
-    """The released code's metrics of a made surface on three pairs of NYU."""
-    nyu = data.DepthDataset("nyu", SAMPLES / "nyu", SAMPLES / "nyu" / "split.txt")
-    y, x = torch.meshgrid(torch.arange(480.0), torch.arange(640.0), indexing="ij")
-    surface = 10 * (0.30 + 0.25 * (x / 37).sin() * (y / 23).cos())
-    metrics = evaluation.evaluate(lambda image: surface[None, None], nyu)
-    known = {"abs_rel": 0.4585017, "rmse": 1.8179230, "log10": 0.2152407, "d1": 0.3069172}
-    for name, value in known.items():
-        assert metrics[name] == pytest.approx(value, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "name, size, window, pixels",
-    [
-        ("nyu", (480, 640), "eigen", 238_560),
-        ("kitti", (375, 1242), "nested", 232_574),
-        ("kitti", (375, 1242), "full", 251_354),
-        ("kitti", (370, 1224), "full", 244_455),
-    ],
-)
-def test_window_sizes(name, size, window, pixels):
-    rows, columns = data.evaluation_windows(name, *size)[window]
-    assert rows.start >= 0 and columns.start >= 0
-    assert (rows.stop - rows.start) * (columns.stop - columns.start) == pixels
-
-
-class Pairs(data.DepthDataset):
-    """Made pairs in the place of toy rooms."""
-
-    def __init__(self, depths):
-        super().__init__("toy")
-        self.depths, self.pairs = depths, list(range(len(depths)))
-
-    def __getitem__(self, i):
-        depth = self.depths[i]
-        size = torch.tensor(depth.shape[1:])
-        return {"image": torch.zeros(3, *depth.shape[1:]), "depth": depth, "path": "", "size": size}
-
-
-def test_evaluation_protocol():
-    few, many = torch.zeros(1, 64, 64), torch.full((1, 64, 64), 2.0)
-    few[0, 0, :2] = 4.0
-    few[0, 0, 2], few[0, 0, 3] = 10.0, 1e-3  # at the range's ends: not measured
-    pairs = Pairs([few, many, torch.zeros(1, 64, 64)])  # the last has no truth: left out
-    metrics = evaluation.evaluate(lambda image: torch.full((1, 1, 64, 64), 2.0), pairs)
-    assert metrics["abs_rel"] == pytest.approx(0.25)  # images count alike: 1/2 and 0
-    infinite = torch.full((1, 1, 64, 64), torch.inf)
-    far = evaluation.evaluate(lambda image: infinite, Pairs([many]))
-    assert far["rmse"] == pytest.approx(8)  # inf is the maximum
-    near = evaluation.evaluate(lambda image: infinite * 0, Pairs([many]))
-    assert near["rmse"] == pytest.approx(2 - 1e-3)  # NaN is the minimum
-    with pytest.raises(ValueError, match="none of the 1 images has ground truth"):
-        evaluation.evaluate(lambda image: infinite, Pairs([torch.zeros(1, 64, 64)]))
-
-
-def test_kept_predictions_give_the_same_row(tiny, tmp_path):
-    truth = [data.DepthDataset("toy")[i]["depth"] for i in range(3)]
-    pairs = Pairs(truth)
-    predict = evaluation.keep_predictions(lambda image: next(depths)[None] * 1.1, pairs, tmp_path)
-    depths = iter(truth)
-    row = evaluation.evaluate(predict, pairs)
-    files = iter(sorted(tmp_path.iterdir()))
-    again = evaluation.evaluate(
-        lambda image: torch.from_numpy(data.read_depth(next(files)) / 1000)[None, None], pairs
-    )
-    assert again == pytest.approx(row, abs=1e-3) and row["abs_rel"] == pytest.approx(0.1, rel=1e-3)
-    for label, metrics in (("a", row), ("b", again)):
-        data.append_row(tmp_path / "results.csv", {"label": label, "protocol": "how", **metrics})
-    lines = (tmp_path / "results.csv").read_text().splitlines()
-    assert lines[0].startswith("label,protocol,abs_rel") and len(lines) == 3
-
-
-def test_flip_averaging_is_at_the_decoders_size(tiny):
-    image = torch.randn(1, 3, 96, 128, generator=generator())
-    with torch.no_grad():
-        straight = tiny(image, upsample=False).depth
-        mirrored = tiny(image.flip(-1), upsample=False).depth.flip(-1)
-    assert straight.shape == (1, 1, 48, 64)
-    expected = cabins.resize((straight + mirrored) / 2, (96, 128))
-    close(evaluation.predictor(tiny)(image), expected, 1e-5)
-    close(evaluation.predictor(tiny, flip=False)(image), cabins.resize(straight, (96, 128)), 1e-5)
-
-
-def test_quoted_rows_are_the_papers():
-    for name in ("nyu", "kitti"):
-        lines = evaluation.format_table(name, {}).splitlines()
-        columns = len(lines[0].split())
-        assert all(len(line.split("(quoted)")[1].split()) == columns for line in lines[1:])
-    assert "CaBins (quoted)           0.120    0.401" in evaluation.format_table("nyu", {})
-
-
-# ---- Your own pictures, and figures --------------------------------------------------------------
-
-
-def run_eval_main(monkeypatch, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
-    evaluation.main()
-
-
-def run_eval(monkeypatch, *arguments) -> int:
-    with pytest.raises(SystemExit) as stop:
-        run_eval_main(monkeypatch, *arguments)
-    return stop.value.code
-
-
-def test_pictures_of_every_kind(tiny, tmp_path, monkeypatch, capsys):
-    cabins.save_checkpoint(tmp_path / "tiny.pt", tiny, args={"data": "toy"})
-    folder = tmp_path / "in"
-    folder.mkdir()
-    grey = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120), np.uint8))
-    for mode in ("L", "RGB", "RGBA", "P", "CMYK", "1"):
-        suffix = "tif" if mode == "CMYK" else "png"
-        grey.convert(mode).save(folder / f"{mode}.{suffix}")
-    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(folder / "deep.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a phone held upright
-    grey.save(folder / "phone.jpg", exif=exif)
-    grey.resize((30, 20)).save(folder / "small.png")
-    grey.save(folder / "phone.png")  # the same name twice
-    (folder / "broken.jpg").write_bytes((folder / "phone.jpg").read_bytes()[:300])
-    (folder / "notes.txt").write_text("no picture")
-    out = tmp_path / "out"
-    options = ("--images", folder, "--out", out, "--ply", "--fov", 60, "--explain")
-    assert run_eval(monkeypatch, tmp_path / "tiny.pt", *options) == 1
-    printed = capsys.readouterr()
-    assert "broken.jpg is left out: " in printed.err and "cannot be read as a pict" in printed.err
-    assert "10 of 11 pictures written" in printed.out and "median" in printed.out
-    names = {p.name for p in out.iterdir()}
-    assert len(names) == 60 and not any(name.endswith(".partial") for name in names)
-    depth = Image.open(out / "phone_depth_mm.png")
-    assert depth.size == (90, 120) and depth.mode.startswith("I")  # upright
-    assert depth.text["Description"].startswith("depth by CaBins, ")
-    assert depth.text["Description"].endswith("tiny.pt, in 1/1000 m")
-    assert Image.open(out / "phone_colour.png").size == (90, 120)
-    line = next(line for line in printed.out.splitlines() if "phone.jpg: " in line)
-    assert all(name in line for name in ("phone_std_mm.png", "phone_explained.png", "phone.ply"))
-    assert "focal length of 77.9 pixels, from --fov" in line
-    found = cabins.infer(tiny, folder / "phone.jpg")
-    for name, values in (("depth", found.depth), ("std", found.std)):
-        written = np.asarray(Image.open(out / f"phone_{name}_mm.png"))
-        assert np.array_equal(written, (values * 1000).round())
-    grey_line = next(line for line in printed.out.splitlines() if "deep.png: " in line)
-    assert f"greatest grey value, {int(np.max(grey)) * 257}, is white" in grey_line
-    assert 0 < np.asarray(depth).max() < 10_000
-    assert Image.open(out / "phone__depth_mm.png").size == (120, 90)
-    deep = cabins.read_picture(folder / "deep.png") / 255
-    close(deep, np.asarray(grey.convert("RGB")) / 255, 0.01)
-    # the point cloud, read back
-    header, points = (out / "L.ply").read_bytes().split(b"end_header\n")
-    assert b"element vertex 10800" in header and len(points) == 10800 * 15
-    x, y, z = np.frombuffer(points[:12], "<f4")
-    focal = 60 / math.tan(math.radians(30))
-    assert (x, y) == pytest.approx((-59.5 * z / focal, -44.5 * z / focal), rel=1e-5)
-    assert list(points[12:15]) == [np.asarray(grey)[0, 0]] * 3
-
-
-def test_pictures_beyond_65_m_and_none(tmp_path, monkeypatch):
-    far = cabins.CaBins(cabins.Config(backbone="tiny", max_depth=80.0, image_width=128))
-    cabins.save_checkpoint(tmp_path / "far.pt", far)
-    Image.new("RGB", (80, 70)).save(tmp_path / "a.png")
-    command = (tmp_path / "far.pt", "--out", tmp_path / "out", "--images")
-    assert run_eval(monkeypatch, *command, tmp_path / "*.png") == 0
-    for name in ("depth", "std"):
-        picture = Image.open(tmp_path / "out" / f"a_{name}_cm.png")
-        assert picture.text["Description"].endswith("in 1/100 m")
-    with pytest.raises(FileNotFoundError, match="none.png: no picture there"):
-        run_eval_main(monkeypatch, *command, tmp_path / "none.png")
-    own = (tmp_path / "far.pt", "--out", tmp_path, "--images", tmp_path / "a.png")
-    with pytest.raises(ValueError, match="is the folder of .*a.png, which must stay"):
-        run_eval_main(monkeypatch, *own)
-    for option, value in (("--fov", 180), ("--focal", "nan"), ("--explain", 0)):
-        with pytest.raises(ValueError, match=f"{option} is .*; it must be above 0 and below"):
-            run_eval_main(monkeypatch, *command, tmp_path / "a.png", "--ply", option, value)
-
-
-def test_thin_pictures_and_odd_values(tiny, tmp_path, monkeypatch, capsys):
-    cabins.save_checkpoint(tmp_path / "tiny.pt", tiny, args={"data": "toy"})
-    Image.new("RGB", (1, 300)).save(tmp_path / "$thin_{$.png")
-    Image.fromarray(np.zeros((20, 20), np.float32)).save(tmp_path / "float.tif")
-    options = ("--images", tmp_path, "--out", tmp_path / "out")
-    assert run_eval(monkeypatch, tmp_path / "tiny.pt", *options) == 1
-    assert "the picture has floating-point values" in capsys.readouterr().err
-    assert Image.open(tmp_path / "out" / "$thin_{$_depth_mm.png").size == (1, 300)
-    with torch.no_grad():
-        tiny.prompts[0, 0], kept = math.nan, tiny.prompts[0, 0].item()
-        cabins.save_checkpoint(tmp_path / "nan.pt", tiny)
-        tiny.prompts[0, 0] = kept
-    with pytest.raises(ValueError, match="nan.pt holds values that are not finite, in prompts"):
-        cabins.load_checkpoint(tmp_path / "nan.pt")
-
-
-def test_what_is_explained_is_the_networks(tiny, tmp_path, monkeypatch):
-    image = torch.randn(1, 3, 96, 128, generator=generator())
-    found, s = cabins.look(tiny, image, (90, 120))
-    with torch.no_grad():
-        prediction = tiny(image)
-    close(found.centers, prediction.centers[0], 1e-5)
-    close(found.cabins, prediction.cabins[0], 1e-6)
-    close(s, prediction.similarity[0], 1e-5)
-    assert found.depth.shape == found.std.shape == (90, 120)
-    assert 0 < found.std.min() and found.std.max() < 10 / 2
-    shown = []
-    monkeypatch.setattr(evaluation, "show_bins", lambda _, found, texts, *__: shown.extend(texts))
-    picture = np.zeros((90, 120, 3), np.uint8)
-    evaluation.draw_explained(tmp_path / "a.png", picture, tiny.config, found, s)
-    assert shown == [str(round(e, 4)) for e in prediction.cabins[0].tolist()]
-
-
-def test_the_readmes_python(tiny, tmp_path, monkeypatch, capsys):
-    code = (HERE / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-    (tmp_path / "runs" / "toy").mkdir(parents=True)
-    cabins.save_checkpoint(tmp_path / "runs" / "toy" / "best.pt", tiny)
-    Image.new("RGB", (100, 80)).save(tmp_path / "photo.jpg")
-    monkeypatch.chdir(tmp_path)
-    found = {}
-    exec(code, found)  # noqa: S102
-    assert found["depth"].shape == (80, 100) and "(256,)" in capsys.readouterr().out
-
-
-# ---- Sec. 4.2  Data ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["nyu", "kitti", "toy"])
-def test_augmentation_keeps_image_and_depth_together(name):
-    recipe = data.DATASETS[name]._replace(gamma=0.0, brightness=0.0, colour=0.0)
-    h, w = {"nyu": (427, 565), "kitti": (352, 1216), "toy": (96, 128)}[name]
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    # rows and columns in the image, as brightness of green and red, and in the depth, as a number
-    image = torch.stack([x * 255 / (w - 1), y * 255 / (h - 1), torch.full((h, w), 255)])
-    image = image.round().byte().expand(8, -1, -1, -1)
-    depth = (y * w + x + 1.0).expand(8, 1, h, w)
-    out, found = data.augment(image, depth, recipe, generator(3))
-    assert out.shape[2:] == found.shape[2:] == recipe.crop
-    mean, std = torch.tensor([cabins.Config.image_mean, cabins.Config.image_std])[..., None, None]
-    out = out * std + mean
-    inside = (found[:, 0] > 0) & (out[:, 2] > 0.999)  # blue fades where zeros come in
-    assert inside.float().mean() > 0.95
-    number = found[:, 0].long() - 1
-    column, row = out[:, 0] * (w - 1), out[:, 1] * (h - 1)
-    assert (column - number % w)[inside].abs().max() < 0.6 + (w - 1) / 510 + 0.1
-    assert (row - number // w)[inside].abs().max() < 0.6 + (h - 1) / 510 + 0.1
-    mirrored = (number % w)[:, recipe.crop[0] // 2].diff(dim=1).median(1).values
-    assert set(mirrored.tolist()) == {1, -1}  # some are flipped, some are not
-    again = data.augment(image, depth, recipe, generator(3))
-    assert torch.equal(again[1], found)
-
-
-def test_augmentation_recolours_inside_the_recipe():
-    image = torch.full((64, 3, 96, 128), 128, dtype=torch.uint8)
-    out, _ = data.augment(image, torch.ones(64, 1, 96, 128), "toy", generator())
-    mean, std = torch.tensor([cabins.Config.image_mean, cabins.Config.image_std])[..., None, None]
-    value = (out * std + mean)[:, :, 48, 64]
-    same = ((value - 128 / 255).abs() < 1e-4).all(1)
-    assert 16 < same.sum() < 48  # half of them
-    low, high = (128 / 255) ** 1.1 * 0.9 * 0.9, (128 / 255) ** 0.9 * 1.1 * 1.1
-    assert value.min() > low and value.max() < high
-
-
-def test_toy_rooms_are_exact_and_reproducible():
-    image, depth = data.draw_room(5)
-    again = data.draw_room(5)
-    assert np.array_equal(image, again[0]) and np.array_equal(depth, again[1])
-    assert image.shape == (96, 128, 3) and image.dtype == np.uint8
-    assert depth.shape == (96, 128) and 0.3 < depth.min() and depth.max() < 10
-    # walls are planes, and on a plane 1 / depth is linear in the pixel: no second difference
-    flat = np.abs(np.diff(1 / depth.astype(np.float64), n=2, axis=1)) < 1e-5
-    assert flat.mean() > 0.7
-    train_set, test_set = data.DepthDataset("toy", train=True), data.DepthDataset("toy")
-    assert not set(train_set.pairs) & set(test_set.pairs) and len(test_set) == 64
-    assert train_set[0]["image"].dtype == torch.uint8
-    assert test_set[0]["image"].dtype == torch.float32
-
-
-def write_pair(folder: Path, name: str, height=480, width=640, depth=1500):
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height), (10, 20, 30)).save(folder / f"rgb_{name}.jpg")
-    values = np.full((height, width), depth, np.uint16)
-    Image.fromarray(values).save(folder / f"sync_depth_{name}.png")
-
-
-def test_nyu_files_are_found_whatever_folder_and_suffix(tmp_path):
-    write_pair(tmp_path / "sync" / "kitchen", "1")
-    split = tmp_path / "list.txt"
-    split.write_text("/kitchen/rgb_1.png /kitchen/sync_depth_1.png 518.8579\r\n\r\n")
-    pair = data.DepthDataset("nyu", tmp_path, split, train=True)[0]
-    assert pair["image"].shape == (3, 427, 565) and pair["image"].dtype == torch.uint8
-    assert pair["depth"].shape == (1, 427, 565) and pair["depth"].unique().tolist() == [1.5]
-    pair = data.DepthDataset("nyu", tmp_path, split)[0]
-    assert pair["image"].shape == (3, 480, 640) and pair["image"].dtype == torch.float32
-
-
-def test_own_lists(tmp_path):
-    write_pair(tmp_path / "x", "1", 240, 320)
-    write_pair(tmp_path / "x", "2", 200, 320)
-    split = tmp_path / "list.txt"
-    split.write_text("x/rgb_1.jpg x/sync_depth_1.png\n")
-    own = data.DepthDataset("list", tmp_path, split, True, depth_scale=500, max_depth=20)
-    assert own[0]["depth"].max() == 3 and own.recipe.max_depth == 20
-    image, depth = data.augment(
-        own[0]["image"][None], own[0]["depth"][None], own.recipe, generator()
-    )
-    assert image.shape[2:] == depth.shape[2:] == (192, 256)
-    with pytest.raises(ValueError, match="'list' needs --train-split"):
-        data.DepthDataset("list", tmp_path, train=True)
-    split.write_text("x/rgb_1.jpg x/sync_depth_1.png\nx/rgb_2.jpg x/sync_depth_2.png\n")
-    with pytest.raises(
-        ValueError, match="rgb_2.jpg has 200 x 320 pixels, but the first of the list 240 x 320"
-    ):
-        data.DepthDataset("list", tmp_path, split, train=True)[1]
-
-
-def test_labelled_mat(tmp_path):
-    h5py = pytest.importorskip("h5py", reason="h5py, which is optional, is not installed")
-    depth = np.random.default_rng(0).uniform(1, 9, (3, 640, 480)).astype(np.float32)
-    with h5py.File(tmp_path / "nyu.mat", "w") as file:
-        file["images"] = (
-            np.arange(3 * 3 * 640 * 480, dtype=np.uint32).astype(np.uint8).reshape(3, 3, 640, 480)
-        )
-        file["rawDepths"] = depth
-    split = tmp_path / "list.txt"
-    split.write_text("bath/rgb_00002.jpg bath/sync_depth_00002.png 518.8579\n")
-    nyu = data.DepthDataset("nyu", tmp_path / "nyu.mat", split)
-    sample = nyu[0]
-    assert torch.equal(sample["depth"][0], torch.from_numpy(depth[2].T))
-    mean, std = torch.tensor([cabins.Config.image_mean, cabins.Config.image_std])[..., None, None]
-    image = (sample["image"] * std + mean) * 255
-    assert image[:, :7].abs().max() < 1e-3 and image[:, :, 632:].abs().max() < 1e-3  # black frame
-    value = (2 * 3 * 640 * 480 + 1 * 640 * 480 + 20 * 480 + 10) % 256  # green, column 20, row 10
-    assert image[1, 10, 20].item() == pytest.approx(value, abs=1e-3)
-    split.write_text("bath/rgb.jpg bath/depth.png 518.8579\n")
-    with pytest.raises(FileNotFoundError, match="2 of the 2 files .* not below .*: bath/rgb.jpg"):
-        data.DepthDataset("nyu", tmp_path / "nyu.mat", split)
-    split.write_text("bath/rgb_00003.jpg bath/sync_depth_00003.png 518.8579\n")
-    with pytest.raises(ValueError, match="nyu.mat has no pair 3"):
-        data.DepthDataset("nyu", tmp_path / "nyu.mat", split)[0]
-    with pytest.raises(ValueError, match="can only be NYU's test set; nyu train needs a folder"):
-        data.DepthDataset("nyu", tmp_path / "nyu.mat", split, train=True)
-
-
-def test_checking_a_data_set(tmp_path, monkeypatch, capsys):
-    for i in range(3):
-        write_pair(tmp_path / "sync", str(i), depth=2000 + i)
-    split = tmp_path / "list.txt"
-    split.write_text("".join(f"rgb_{i}.jpg sync_depth_{i}.png 1\n" for i in range(3)))
-    monkeypatch.chdir(tmp_path)
-    command = [
-        "data.py",
-        "nyu",
-        "--root",
-        ".",
-        "--train-split",
-        "list.txt",
-        "--test-split",
-        "list.txt",
-    ]
-    monkeypatch.setattr(sys, "argv", command)
-    data.main()
-    printed = capsys.readouterr().out
-    assert "train: 427 x 565 pixels, 100% with depth, median 2.00 m" in printed
-    assert "odd" not in printed
-    assert Image.open("runs/check_nyu_0_to_10_m.png").size[0] > 3 * 256
-    monkeypatch.setattr(sys, "argv", [*command, "--depth-scale", "100"])
-    data.main()  # a warning, as the range may really be so wide
-    assert "median is odd for depths to 10.0 m: wrong --depth-scale" in capsys.readouterr().out
-
-
-@needs_samples
-def test_real_kitti_pairs():
-    split = SAMPLES / "kitti" / "split.txt"
-    kitti = data.DepthDataset("kitti", SAMPLES / "kitti", split)
-    assert len(kitti) == 3 and kitti.n_left_out == 1
-    sample = kitti[0]
-    assert sample["image"].shape == (3, 352, 1216) and sample["size"].tolist() == [375, 1242]
-    truth = sample["depth"]
-    assert (
-        truth.shape == (1, 352, 1216) and 60 < truth.max() < 85 and (truth > 0).float().mean() > 0.1
-    )
-    windows = evaluation.evaluate_windows(lambda image: truth[None].clamp(min=1), kitti)
-    assert list(windows) == ["nested", "full"]
-    assert windows["nested"]["d1"] > 1 / 3  # one image of three is its own truth
-
-
-# ---- Sec. 4.2  Fetching, from a server on this machine -------------------------------------------
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `files` by ranges. `faults` says what goes wrong, by the end of the path, and how often."""
-
-    protocol_version = "HTTP/1.1"
-    files: ClassVar[dict[str, bytes]] = {}
-    faults: ClassVar[dict[str, list]] = {}
-    asked: ClassVar[list[tuple[str, str | None]]] = []
-
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        self.asked.append((self.path, asked := self.headers.get("Range")))
-        content = self.files.get(self.path)
-        fault = next((f for end, f in self.faults.items() if self.path.endswith(end)), ["", 0])
-        kind = fault[0] if fault[1] else ""
-        if content is None or kind == "404":
-            self.send_response(404)
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        start, end = 0, len(content) - 1
-        if asked and kind != "no ranges":
-            first, last = asked.removeprefix("bytes=").split("-")
-            start = int(first) if first else max(0, len(content) - int(last))
-            end = min(end, int(last)) if first and last else end
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{end}/{len(content)}")
-        else:
-            self.send_response(200)
-        part = content[start : end + 1]
-        self.send_header("Content-Length", str(len(part)))
-        self.end_headers()
-        if kind == "breaks":
-            fault[1] -= 1
-            self.wfile.write(part[: len(part) // 2])
-            self.close_connection = True
-        elif kind == "wrong bytes" and end < len(content) - 1:
-            self.wfile.write(bytes(b ^ 1 for b in part))
-        else:
-            self.wfile.write(part)
-
-
-def archive_of(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
-
-
-def picture_bytes(height: int, width: int, depth: int | None = None) -> bytes:
-    buffer = io.BytesIO()
-    rng = np.random.default_rng(height + (depth or 0))
-    if depth is None:
-        Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(buffer, "png")
-    else:
-        values = rng.integers(depth // 2, depth + 1, (height, width)).astype(np.uint16)
-        Image.fromarray(values).save(buffer, "png")
-    return buffer.getvalue()
-
-
-@functools.cache
-def served() -> dict[str, bytes]:
-    """Small archives in the layouts of the real ones, by path."""
-    depth = "2011_09_26_drive_000{}_sync/proj_depth/groundtruth/{}/000000000{}.png"
-    files = {}
-    for drive, number in ((1, 5), (2, 7)):
-        name = f"2011_09_26_drive_000{drive}"
-        members = {
-            f"2011_09_26/{name}_sync/{camera}/data/000000000{n}.png": picture_bytes(376 - n, 1242)
-            for camera in ("image_02", "image_03")
-            for n in (number, number + 1)
-        }
-        files[f"/raw/{name}/{name}_sync.zip"] = archive_of(members)
-    members = {
-        f"train/{depth.format(1, 'image_02', 5)}": picture_bytes(371, 1242, 5000),
-        f"train/{depth.format(1, 'image_03', 5)}": picture_bytes(371, 1242, 9),
-        f"val/{depth.format(2, 'image_02', 7)}": picture_bytes(369, 1242, 7000),
-        "../../evil/rgb_9.jpg": b"evil",
-    }
-    files["/depth/data_depth_annotated.zip"] = archive_of(members)
-    members = {}
-    for i in range(3):
-        members[f"sync/kitchen/rgb_0000{i}.jpg"] = picture_bytes(480, 640)
-        members[f"sync/kitchen/sync_depth_0000{i}.png"] = picture_bytes(480, 640, 2000 + i)
-    files["/sync.zip"] = archive_of(members | {"../../evil/rgb_9.jpg": b"evil"})
-    files["/nyu.mat"] = np.random.default_rng(0).bytes(300_000)
-    return files
-
-
-KITTI_LIST = """\
-2011_09_26/2011_09_26_drive_0001_sync/image_02/data/0000000005.jpg 2011_09_26_drive_0001_sync/proj_depth/groundtruth/image_02/0000000005.png 721.5
-2011_09_26/2011_09_26_drive_0002_sync/image_02/data/0000000007.jpg 2011_09_26_drive_0002_sync/proj_depth/groundtruth/image_02/0000000007.png 721.5
-2011_09_26/2011_09_26_drive_0002_sync/image_02/data/0000000008.jpg None 721.5
-"""
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """What is served, what was asked for, and what goes wrong; two lists of some of the files."""
-    pytest.importorskip("remotezip", reason="remotezip, which is optional, is not installed")
-    files = served()
-    handler = type("Handler", (Server,), {"files": files, "faults": {}, "asked": []})
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{httpd.server_port}"
-    sources = {
-        "nyu_train": f"{url}/sync.zip",
-        "nyu_test": f"{url}/nyu.mat",
-        "kitti_raw": url + "/raw/{drive}/{drive}_sync.zip",
-        "kitti_depth": f"{url}/depth/data_depth_annotated.zip",
-    }
-    assert sources.keys() == data.SOURCES.keys()
-    monkeypatch.setattr(data, "SOURCES", sources)
-    md5 = hashlib.md5(files["/nyu.mat"], usedforsecurity=False).hexdigest()
-    monkeypatch.setattr(data, "NYU_MAT_MD5", md5)
-    (tmp_path / "kitti.txt").write_text(KITTI_LIST)
-    pairs = "/kitchen/rgb_0000{0}.jpg /kitchen/sync_depth_0000{0}.png 518.8579\n"
-    (tmp_path / "nyu.txt").write_text(pairs.format(0) + pairs.format(2))
-    yield handler
-    httpd.shutdown()
-
-
-def files_below(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def fetch(name: str, folder: Path) -> dict[str, bytes]:
-    split = folder / f"{name}.txt"
-    data.fetch(name, folder / "root", split, split)
-    return files_below(folder / "root")
-
-
-def test_fetching_kitti_gets_what_the_list_names_and_no_more(server, tmp_path, capsys):
-    found = fetch("kitti", tmp_path)
-    assert len(found) == 4 and not any(".partial" in name for name in found)
-    image = "raw/2011_09_26/2011_09_26_drive_0002_sync/image_02/data/0000000007.png"
-    assert found[image] == picture_bytes(369, 1242)
-    printed = capsys.readouterr().out
-    assert "4 files from 127.0.0.1" in printed and "CC BY-NC-SA 3.0" in printed
-    kitti = data.DepthDataset("kitti", tmp_path / "root", tmp_path / "kitti.txt")
-    assert len(kitti) == 2 and kitti[1]["depth"].max().item() == pytest.approx(7000 / 256, rel=1e-3)
-    # what is there is not fetched again, and what was lost is
-    server.asked.clear()
-    fetch("kitti", tmp_path)
-    assert not server.asked and "0 files" in capsys.readouterr().out
-    (tmp_path / "root" / image).unlink()
-    assert fetch("kitti", tmp_path) == found and "1 files" in capsys.readouterr().out
-
-
-def test_fetching_nyu_and_its_mat(server, tmp_path):
-    found = fetch("nyu", tmp_path)
-    names = [f"sync/kitchen/{kind}_0000{i}" for i in (0, 2) for kind in ("rgb", "sync_depth")]
-    # the test pairs come from the .mat, though here the list names the same ones
-    assert {name.rsplit(".", 1)[0] for name in found} == {*names, "nyu_depth_v2_labeled"}
-
-
-def test_the_mat_gets_its_name_when_it_is_right(server, tmp_path):
-    test, mat = tmp_path / "test.txt", tmp_path / "root" / data.NYU_MAT
-    test.write_text("bath/rgb_00001.jpg bath/sync_depth_00001.png 1\n")
-    call = ("nyu", tmp_path / "root", tmp_path / "nyu.txt", test)
-    server.faults["nyu.mat"] = ["breaks", 1]
-    with pytest.raises(ValueError, match="MD5, which is deleted|fetched|IncompleteRead|broke off"):
-        data.fetch(*call)
-    assert not mat.exists() and not Path(f"{mat}.partial").exists()
-    data.fetch(*call)
-    assert mat.read_bytes() == server.files["/nyu.mat"]
-    data.fetch(*call)
-    assert len([path for path, _ in server.asked if path == "/nyu.mat"]) == 2
-
-
-@pytest.mark.parametrize(
-    "fault, sentence",
-    [
-        ("404", "404"),
-        ("no ranges", "range"),
-        ("wrong bytes", "CRC|[Bb]ad|broke off"),
-        ("breaks", "Connection broken|IncompleteRead|broke off"),
-    ],
-)
-def test_a_host_that_fails_is_one_sentence_and_what_came_stays(fault, sentence, server, tmp_path):
-    server.faults["data_depth_annotated.zip"] = [fault, 1000]
-    with pytest.raises(ValueError, match=sentence) as error:
-        fetch("kitti", tmp_path)
-    assert "\n" not in str(error.value) and "docs/data.md, By hand" in str(error.value)
-    found = files_below(tmp_path / "root")
-    assert not any(name.startswith("data_depth") or ".partial" in name for name in found)
-    server.faults.clear()
-    assert len(fetch("kitti", tmp_path)) == 4
-
-
-def test_a_break_in_the_middle_is_tried_again(server, tmp_path):
-    server.faults["drive_0001_sync.zip"] = ["breaks", 1]
-    assert len(fetch("kitti", tmp_path)) == 4
-
-
-def test_archives_that_a_user_has_are_read_from_there(server, tmp_path):
-    root = tmp_path / "root"
-    root.mkdir()
-    for path, content in server.files.items():
-        if path.endswith(".zip"):
-            (root / path.rsplit("/", 1)[1]).write_bytes(content)
-    (root / data.NYU_MAT).write_bytes(b"the user's own")
-    assert len(fetch("kitti", tmp_path)) == 5 + 4 and len(fetch("nyu", tmp_path)) == 9 + 4
-    assert not server.asked
-
-
-def test_wrong_archives_and_members_that_lead_out(server, tmp_path):
-    root = tmp_path / "root"
-    root.mkdir()
-    (root / "sync.zip").write_text("<html>Quota exceeded</html>")
-    with pytest.raises(ValueError, match="sync.zip: File is not a zip file; what came stays"):
-        fetch("nyu", tmp_path)
-    (root / "sync.zip").write_bytes(server.files["/depth/data_depth_annotated.zip"])
-    with pytest.raises(ValueError, match="sync.zip: it has no kitchen/rgb_00000.jpg; "):
-        fetch("nyu", tmp_path)
-    (root / "sync.zip").unlink()
-    (tmp_path / "nyu.txt").write_text("evil/rgb_9.jpg evil/rgb_9.jpg 1\n")
-    with pytest.raises(ValueError, match="it has no evil/rgb_9.jpg"):
-        fetch("nyu", tmp_path)
-    with pytest.raises(ValueError, match="toy cannot be fetched: only nyu and kitti can"):
-        data.fetch("toy", root)
-
-
-def test_sources_are_the_official_ones():
-    assert data.SOURCES["kitti_raw"].format(drive="D").endswith("avg-kitti/raw_data/D/D_sync.zip")
-    assert data.SOURCES["kitti_depth"].endswith("avg-kitti/data_depth_annotated.zip")
-    assert data.SOURCES["nyu_test"].endswith("nyu_depth_v2/nyu_depth_v2_labeled.mat")
-    assert data.SOURCES["nyu_train"].endswith("newcrfs/datasets/nyu/sync.zip")
-    assert all(url.startswith("https://") for url in data.SOURCES.values())
-    assert data.NYU_MAT_MD5 == "520609c519fba3ba5ac58c8fefcc3530"
-
-
-# ---- Sec. 4.1  Training --------------------------------------------------------------------------
-
-
-def test_every_trained_parameter_is_in_the_optimizer_once(tiny):
-    groups = train.parameter_groups(tiny)
-    found = [id(p) for group in groups for p in group["params"]]
-    expected = [id(p) for p in tiny.parameters() if p.requires_grad]
-    assert len(found) == len(set(found)) and set(found) == set(expected)
-    assert {g["name"]: len(g["params"]) for g in groups}["prompts and gamma"] == 2
-
-
-def test_batches_shuffle_each_epoch_and_can_start_anywhere():
-    args = train.parse_args(["--batch-size", "3"])[0]
-    whole = list(train.batches(range(10), args, range(9), 3))
-    assert whole[4:] == list(train.batches(range(10), args, range(4, 9), 3))
-    epochs = [[i for batch in whole[k : k + 3] for i in batch] for k in (0, 3, 6)]
-    assert all(len(set(epoch)) == 9 for epoch in epochs) and epochs[0] != epochs[1]
-
-
-def toy_learner(*options, device="cpu") -> tuple[train.Learner, dict]:
-    args, _ = train.parse_args(list(options))
-    recipe = data.DATASETS["toy"]
-    learner = train.Learner(cabins.CaBins(TINY), args, recipe, 100, torch.device(device))
-    image = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8, generator=generator())
-    return learner, {"image": image, "depth": torch.rand(2, 1, 96, 128) * 9 + 0.5}
-
-
-class NothingRead(torch.utils._python_dispatch.TorchDispatchMode):
-    """Refuses what would make a GPU's host wait: to read a value, or a size that depends on one."""
-
-    READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        assert not operation.__name__.startswith(self.READS), operation
-        return operation(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_a_step_does_not_wait_for_the_device(amp):
-    learner, batch = toy_learner("--amp", amp)
-    with NothingRead():
-        for number in (1, 2):
-            _, _, result = learner.step(batch, number)
-        with pytest.raises(AssertionError):
-            result[0].item()
-    assert result.isfinite().all()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_a_step_does_not_wait_for_a_gpu():
-    learner, batch = toy_learner("--amp", "bf16", device="cuda")
-    batch = {k: v.pin_memory() for k, v in batch.items()}
-    learner.step(batch, 1)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        _, _, result = learner.step(batch, 2)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert result.isfinite().all()
-
-
-DISTRIBUTED = """
-import os, sys
-sys.path.insert(0, {here!r})
-import torch.nn.functional as F
-from torch import nn
-import data, train
-# of its own images each process would have other statistics, which torch joins on GPUs only
-nn.BatchNorm2d.forward = lambda self, x: F.batch_norm(
-    x, self.running_mean, self.running_var, self.weight, self.bias)
-nn.Dropout.forward = lambda self, x: x
-data.TOY_ROOMS = {{"train": range(9), "test": range(1_000_000, 1_000_003)}}
-train.LOG_EVERY = 1
-train.draw_samples = train.draw_curves = lambda *_: None
-draw = data.draw_room
-def room(i):
-    if i == {broken} and os.environ.get("RANK") == "1":
-        raise ValueError(f"room {{i}} is on fire")
-    return draw(i)
-data.draw_room = room
-data.run_command(train.main)
-"""
-
-
-def run_processes(folder: Path, n: int, broken: int = -1) -> subprocess.CompletedProcess:
-    folder.mkdir()
-    (folder / "script.py").write_text(DISTRIBUTED.format(here=str(HERE), broken=broken))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-    # with numbers as prompts, a distance on the edge between two decimals could be written otherwise
-    options = ["--distance-class", "semantic"]
-    options += ["--epochs", "2", "--batch-size", "4", "--out", "."]
-    command = [sys.executable, *(torchrun if n > 1 else []), "script.py", *options]
-    return subprocess.run(
-        command, check=False, cwd=folder, capture_output=True, text=True, timeout=120
-    )
-
-
-def test_two_processes_learn_what_one_learns(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder, n in ((one, 1), (two, 2)):
-        run = run_processes(folder, n)
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.count("epoch 2/2") == 1  # only the first process speaks
-    for file, n_rows in (("log.csv", 4), ("metrics.csv", 2)):
-        tables = [np.genfromtxt(f / file, delimiter=",", skip_header=1) for f in (one, two)]
-        assert len(tables[0]) == n_rows
-        np.testing.assert_allclose(*tables, rtol=1e-5)
-    weights = [cabins.read_checkpoint(folder / "last.pt")["model"] for folder in (one, two)]
-    start = cabins.CaBins(TINY).state_dict()
-    for name, tensor in weights[0].items():
-        if tensor.is_floating_point():
-            # Adam makes a step out of any gradient, and out of the rounding of a tiny one too
-            difference = (weights[1][name] - tensor).abs()
-            assert difference.mean() < 1e-6 and difference.max() < 2e-4, name
-    assert not torch.equal(weights[0]["prompts"], start["prompts"])
-
-
-def test_a_process_that_ends_ends_the_run(tmp_path):
-    run = run_processes(tmp_path / "run", 2, broken=3)  # in at most 120 s
-    assert run.returncode != 0 and "error: room 3 is on fire" in run.stderr
-    assert not (tmp_path / "run" / "best.pt").exists()
-
-
-def test_shares_of_a_batch_are_augmented_as_the_whole():
-    image = torch.randint(0, 256, (4, 3, 96, 128), dtype=torch.uint8, generator=generator())
-    depth = torch.rand(4, 1, 96, 128, generator=generator())
-    whole = data.augment(image, depth, "toy", generator(1))
-    for i in (0, 1):
-        part = data.augment(image[i::2], depth[i::2], "toy", generator(1), (i, 2))
-        assert torch.equal(part[0], whole[0][i::2]) and torch.equal(part[1], whole[1][i::2])
 
 
 @pytest.fixture
@@ -1343,811 +115,682 @@ def few_rooms(monkeypatch):
     monkeypatch.setattr(data, "TOY_ROOMS", rooms)
 
 
+Ran = namedtuple("Ran", "status out err")
+
+
+def run_script(script: str, *arguments) -> Ran:
+    """Run train.py, eval.py or data.py with these arguments, in this process."""
+    main = {"train.py": train.main, "eval.py": evaluation.main, "data.py": data.main}[script]
+    out, err = io.StringIO(), io.StringIO()
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                data.run_command(main)
+                status = 0
+            except SystemExit as stop:  # Python prints a text, and exits with 1
+                status = 1 if isinstance(stop.code, str) else stop.code or 0
+                err.write(f"{stop.code}\n" if isinstance(stop.code, str) else "")
+            finally:
+                for number, handler in signals.items():
+                    signal.signal(number, handler)
+    return Ran(status, out.getvalue(), err.getvalue())
+
+
+def write_pair(folder: Path, name: str, height=480, width=640, depth=1500) -> str:
+    """Write an image and a depth map, of one value in millimetres; return their line of a list."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    small = rng.integers(0, 256, (height // 16, width // 16, 3), np.uint8)
+    Image.fromarray(small).resize((width, height)).save(folder / f"rgb_{name}.jpg")
+    values = np.full((height, width), depth, np.uint16)
+    Image.fromarray(values).save(folder / f"sync_depth_{name}.png")
+    return f"{folder.name}/rgb_{name}.jpg {folder.name}/sync_depth_{name}.png 518.8579\n"
+
+
 @pytest.fixture
-def no_figures(monkeypatch):
-    """Figures take longer than such short runs; other tests draw them."""
-    monkeypatch.setattr(train, "draw_samples", lambda *_: None)
-    monkeypatch.setattr(train, "draw_curves", lambda *_: None)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # and so does a loader's worker, to start
+def own_pairs(tmp_path) -> Path:
+    """A folder of own pairs: six of 96 x 128 pixels in rooms/, named by train.txt and test.txt."""
+    root = tmp_path / "own"
+    lines = [write_pair(root / "rooms", str(i), 96, 128, 1000 + 500 * i) for i in range(6)]
+    (root / "train.txt").write_text("".join(lines[:4]))
+    (root / "test.txt").write_text("".join(lines[4:]))
+    return root
 
 
-def run_train(*options):
-    train.train(*train.parse_args(list(map(str, options))))
+# ---- Sec. 3.1 and 3.2.1  CLIP, its image encoder and Eq. 1 ---------------------------------------
 
 
-def test_a_run_its_figures_and_its_evaluation(few_rooms, tmp_path, monkeypatch, capsys):
-    run_train("--epochs", 1, "--batch-size", 4, "--out", tmp_path)
-    for figure in ("explained_0.png", "curves.png"):
-        assert min(Image.open(tmp_path / figure).size) > 300
-    with pytest.raises(ValueError, match="was trained with batch_size 4, not 2"):
-        run_train("--resume", "--out", tmp_path, "--batch-size", 2)
-    run_train("--resume", tmp_path / "last.pt", "--out", tmp_path / "new")  # which has no best.pt
-    assert "last.pt, whole" in capsys.readouterr().out
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "last.pt").touch()
-    with pytest.raises(ValueError, match="holds another run: --resume it, or take another"):
-        run_train("--resume", tmp_path / "last.pt", "--out", tmp_path / "other")
-    assert {*cabins.read_checkpoint(tmp_path / "best.pt")} & {"optimizer", "scheduler"} == set()
-    with pytest.raises(ValueError, match="best.pt is no last.pt of train.py: it cannot be resumed"):
-        run_train("--resume", tmp_path / "best.pt")
-    capsys.readouterr()
-    run_eval_main(monkeypatch, tmp_path / "best.pt", "--no-flip")
-    printed = capsys.readouterr().out
-    assert "window whole" in printed and "flip averaging off, fp32" in printed
-    run_eval_main(monkeypatch, tmp_path / "best.pt", "--no-flip", "--amp", "bf16")
-    rounded = capsys.readouterr().out
-    assert "flip averaging off, bf16" in rounded
-    values = [float(text.splitlines()[-1].split()[2]) for text in (printed, rounded)]
-    assert values[1] == pytest.approx(values[0], rel=0.02) and rounded != printed
+def test_tokenizer_gives_clips_ids():
+    known = {
+        "a photo of a cat.": [320, 1125, 539, 320, 2368, 269],
+        "farthest": [1578, 35343],  # two pieces: far, thest
+        "79.1234": [278, 280, 269, 272, 273, 274, 275],  # single digits
+        "  a PHOTO\tof\n": [320, 1125, 539],  # lower case, white space
+        "it's": [585, 568],
+        "mojibake cafÃ©": [617, 3252, 11878, 15304],  # repaired to café
+        "<p> &amp;amp; q": [283, 335, 285, 261, 336],  # HTML is unescaped twice: <p> & q
+        "<|startoftext|> inside <|endoftext|>": [49406, 2912, 49407],
+        "日本語のテキスト": [39121, 44353, 34002, 252, 21575, 2429, 228, 47121, 32421, 486],
+        "": [],
+    }
+    for text, ids in known.items():
+        assert clip_tokenizer.encode(text) == ids, text
+    ids = clip_tokenizer.tokenize(["far", "extremely close"], length=5)
+    assert ids.tolist() == [[49406, 2384, 49407, 0, 0], [49406, 6519, 2660, 49407, 0]]
+    with pytest.raises(ValueError, match="extremely close"):  # which is never cut off
+        clip_tokenizer.tokenize("extremely close", length=3)
 
 
-RUN = """
-import sys
-sys.path.insert(0, {here!r})
-import data, train
-data.TOY_ROOMS = {{"train": range(8), "test": range(1_000_000, 1_000_002)}}
-train.LOG_EVERY = train.SAVE_EVERY = 1
-train.draw_samples = train.draw_curves = lambda *_: None
-data.run_command(train.main)
-"""
+def test_number_tokens_are_the_tokens_of_the_printed_number():
+    depths = [torch.rand(800, generator=generator()) * top for top in (0.01, 1, 10, 80, 9999)]
+    edges = [0, 1e-4, 5e-5, 1e-3, 0.5, 0.12345, 2.00005, 9.99995, 10, 80, 99.99995, 100, 9999]
+    depths = torch.cat([*depths, torch.tensor(edges)])
+    texts = [str(round(depth, 4)) for depth in depths.tolist()]
+    assert torch.equal(cabins.number_tokens(depths), clip_tokenizer.tokenize(texts, 11))
 
 
-def start_run(out: Path, *options) -> subprocess.Popen:
-    """Eight steps of training in a process of its own, each of which is logged and saved."""
-    command = [sys.executable, "-c", RUN.format(here=str(HERE)), "--epochs", "2"]
-    command += ["--batch-size", "2", "--out", str(out), *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+CLIP_IMAGE = {  # of CLIP's own embedding of an image, and of z at row 4, column 2
+    "RN50": ([-0.89232415, -0.17029873, 0.15963185], [-0.8921474, -0.1697332, 0.1597825]),
+    "RN101": ([0.85525256, -1.7576025, -2.4198878], [0.7441988, -1.782209, -2.416223]),
+    "ViT-B/16": ([-1.3473095, 0.38172603, -0.33779722], [0.4498522, -0.307845, -1.415948]),
+}
+CLIP_TEXT = {1024: [-1.518179, 0.2903049, 0.15889318], 512: [1.3894114, 0.88841105, -0.52293265]}
 
 
-def wait_until(process: subprocess.Popen, condition) -> None:
-    while process.poll() is None and not condition():
-        time.sleep(0.001)
+@pytest.mark.parametrize("backbone", CLIP_IMAGE)
+def test_embeddings_are_those_of_clips_own_code(backbone):
+    """z̄ is CLIP's image embedding, although here every token asks, and not the mean alone."""
+    with torch.device("meta"):  # names and shapes alone
+        clip = cabins.CLIP(cabins.BACKBONES[backbone])
+    state = {k: made_tensor(k, tuple(v.shape)) for k, v in clip.state_dict().items()}
+    clip.load_state_dict(state, assign=True)
+    with torch.inference_mode():
+        _, z_bar, z = clip.eval().visual(torch.from_numpy(normal("image", (1, 3, 224, 224))))
+        t = clip.encode_text(clip_tokenizer.tokenize("a photo of a cat."))
+    close(torch.stack([z_bar[0, :3], z[0, :3, 4, 2]]), CLIP_IMAGE[backbone])
+    close(t[0, :3], CLIP_TEXT[t.shape[1]])
 
 
-def same_run(one: Path, other: Path) -> None:
-    """To the last bit: weights, optimizer, schedule, best metric, both tables."""
-    contents = [cabins.read_checkpoint(folder / "last.pt") for folder in (one, other)]
-    for content in contents:
-        del content["args"]  # which name their folders
-    leaves = [torch.utils._pytree.tree_flatten_with_path(content)[0] for content in contents]
-    assert len(leaves[0]) == len(leaves[1]) > 500
-    for (path, a), (_, b) in zip(*leaves):
-        assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
-    for file in ("log.csv", "metrics.csv"):
-        assert (one / file).read_text() == (other / file).read_text(), file
+def small_clip(**sizes) -> cabins.CLIP:
+    """A CLIP of the tiny network's sizes, but for `sizes`."""
+    torch.manual_seed(1)
+    return cabins.CLIP(cabins.BACKBONES["tiny"]._replace(**sizes)).eval()
+
+
+def test_clip_is_read_from_half_precision_archives_and_from_plain_files(tmp_path):
+    clip, expected = small_clip().half(), small_clip().half().state_dict()
+    clip.ln_final.weight.data = F.pad(clip.ln_final.weight.data, (3, 0))[3:]  # part of a storage
+    for name in ("input_resolution", "context_length", "vocab_size"):  # not weights
+        clip.register_buffer(name, torch.tensor(77))
+    torch.save(clip.state_dict(), tmp_path / "plain.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript, the format of OpenAI's files, is deprecated
+        ids = clip_tokenizer.tokenize("far", 3)
+        torch.jit.trace_module(clip, {"encode_text": ids}).save(tmp_path / "archive.pt")
+    for name in ("plain.pt", "archive.pt"):
+        found = cabins.load_clip(tmp_path / name).state_dict()
+        for key, tensor in expected.items():
+            assert torch.equal(found[key], tensor.to(found[key].dtype)), key
+        assert found["visual.conv1.weight"].dtype == torch.float32
+    with pytest.raises(ValueError, match="archive.pt"):
+        cabins.load_checkpoint(tmp_path / "archive.pt")
+
+
+def test_eq_1_a_bins_centre_lies_half_its_width_above_all_bins_before_it():
+    b = torch.tensor([[0.5, 0.25, 0.25]])  # of 8 m: bins from 2, 6 and 8 m on
+    assert cabins.bin_centers(b, 2.0, 10.0).tolist() == [[4.0, 7.0, 9.0]]
+
+
+def test_fact_6_every_bin_stays_open_and_none_is_wider_than_the_others_leave():
+    bins = cabins.AdaptiveBins(64, 256)
+    bins.mlp[-1].weight.data.zero_()
+    bins.mlp[-1].bias.data[:] = -9.0
+    bins.mlp[-1].bias.data[7] = 99.9
+    b = bins(torch.randn(1, 64))[0]
+    assert b[7].item() == pytest.approx(100 / 125.5) and b[8].item() == pytest.approx(0.1 / 125.5)
+
+
+def test_positions_are_resized_without_aligned_corners_and_feature_maps_with_them():
+    grid = torch.tensor([[9.0], [0], [1], [2], [3]])  # of the mean token, then of 2 x 2 locations
+    found = cabins.resize_positions(grid, 2, 4).flatten().tolist()
+    assert found == [9, 0, 0.25, 0.75, 1, 2, 2.25, 2.75, 3]
+    found = cabins.resize(torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]]), (2, 3))
+    assert found.tolist() == [[[[0, 0.5, 1], [2, 2.5, 3]]]]
+
+
+# ---- Sec. 3.2.2  CaBins: Eq. 2 -------------------------------------------------------------------
+
+
+def test_eq_2_weighs_centres_near_the_groups_mean_most():
+    c = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.double)
+    weights = [math.exp(1 / (abs(x - 7 / 3) + 1e-4)) for x in (1, 2, 4)]
+    by_hand = (weights[0] + 2 * weights[1] + 4 * weights[2]) / sum(weights)
+    assert cabins.distance_classes(c, 1).item() == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_table_3_groups_are_of_neighbouring_bins_and_the_median_is_a_bin_centre():
+    c = torch.tensor([[1.0, 2, 4, 9, 10, 20, 30, 60]])
+    assert cabins.distance_classes(c, 2, "mean").tolist() == [[4, 30]]
+    assert cabins.distance_classes(c, 2, "median").tolist() == [[2, 20]]  # the lower one
+    with pytest.raises(ValueError, match="mode"):
+        cabins.distance_classes(c, 2, "mode")
+
+
+def test_fact_2_eq_2_picks_the_centre_nearest_to_the_mean_and_depends_on_the_unit():
+    b = torch.rand(300, 256, generator=generator()).double() + 0.1
+    # metres and units of a metre: how far e is from the nearest centre, the mean and the median
+    known = {(10, 1): (0.0004, 0.0106, 0.0266), (10, 100): (0.0105, 0.0006, 0.0280)}
+    for (metres, units), expected in known.items():
+        c = cabins.bin_centers(b / b.sum(1, keepdim=True), 0.0, metres * units)
+        e, groups = cabins.distance_classes(c, 8)[..., None], c.unflatten(1, (8, 32))
+        m, median = groups.mean(2, keepdim=True), groups.median(2, keepdim=True).values
+        nearest = groups.gather(2, (groups - m).abs().argmin(2, keepdim=True))
+        found = [(e - x).abs().mean().item() / units for x in (nearest, m, median)]
+        assert found == pytest.approx(expected, rel=0.2)
+
+
+# ---- Sec. 3.2.3  Prompts, text encoder, TransDecoder: Eq. 3 --------------------------------------
+
+
+def inputs_of(module: nn.Module, run) -> tuple:
+    """What `module` is given when `run` is called."""
+    calls = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
+    run()
+    handle.remove()
+    return calls[0]
+
+
+def test_the_text_of_a_distance_is_its_number_with_four_decimals(tiny):
+    image = torch.randn(2, 3, 64, 64, generator=generator())
+    (ids,) = inputs_of(tiny.clip.token_embedding, lambda: tiny(image))
+    texts = [str(round(e, 4)) for e in tiny(image).cabins.flatten().tolist()]
+    assert torch.equal(ids, clip_tokenizer.tokenize(texts, 9))  # two digits before the point
+
+
+def test_prompts_stand_between_start_and_number_and_what_follows_the_end_changes_nothing(tiny):
+    words = torch.tensor(clip_tokenizer.encode("a photo of"))  # prompts that are words' embeddings
+    expected = tiny.clip.encode_text(clip_tokenizer.tokenize("a photo of 2.5"))
+    prompts, ids = tiny.clip.token_embedding(words), cabins.number_tokens(torch.tensor([2.5]), 2)
+    close(tiny.clip.encode_text(F.pad(ids, (0, 20), value=7), prompts), expected, 1e-5)
+
+
+def test_fact_1_no_gradient_passes_through_the_digits():
+    model = cabins.CaBins(TINY)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
+    prediction = model(torch.randn(1, 3, 64, 96, generator=generator()))
+    of_s, of_c = ("clip.visual.", "prompts", "trans_decoder."), ("clip.visual.", "bins.")
+    for output, learners in ((prediction.similarity, of_s), (prediction.centers[:, 9], of_c)):
+        gradients = torch.autograd.grad(output.sum(), parameters, None, True, allow_unused=True)
+        gradients = {name: g for name, g in zip(names, gradients) if g is not None}
+        assert gradients.keys() == {name for name in names if name.startswith(learners)}
+        assert gradients["clip.visual.conv1.weight"].abs().max() > 1e-3
+
+
+def test_fact_3_the_text_jumps_where_the_number_does_not(released_model):
+    texts = cabins.number_tokens(torch.tensor([2.9999, 3.0]), 2)
+    assert set(texts[0].tolist()) & set(texts[1].tolist()) == {49406, 269, 49407, 0}  # the point
+    image = torch.from_numpy(normal("image", (1, 3, 96, 128)))
+    _, z_bar, z = released_model.clip.visual(image)
+    t = released_model.clip.encode_text(texts, released_model.prompts)[None]
+    s = cabins.cosine_similarity(z, released_model.trans_decoder(t, z_bar, z))[0]
+    assert (s[1] - s[0]).abs().max() > 0.01 * s[0].abs().max()
+
+
+def test_fact_10_the_last_digit_turns_t_nearly_as_far_as_a_metre_does():
+    clip = small_clip(text_width=256, text_layers=6)  # of random weights
+    scales = [x.std().item() for x in (clip.token_embedding.weight, clip.positional_embedding)]
+    assert scales == pytest.approx([1, 0.01], rel=0.02)
+    e = torch.rand(40, generator=generator()) * 8 + 1
+    t, near, far = (clip.encode_text(cabins.number_tokens(e + x, 2)) for x in (0, 1e-4, 1))
+    angles = [F.cosine_similarity(t, x).clamp(max=1).arccos().mean().item() for x in (near, far)]
+    assert angles == pytest.approx([0.23, 0.37], rel=0.1)  # radians
+
+
+SHAPES = (2, 8, 512), (2, 512), (2, 512, 3, 4)  # of t, z̄ and z: B = 2, K = 8, D = 512
+TEXTS_AND_IMAGE = [torch.randn(shape, generator=generator(i)) for i, shape in enumerate(SHAPES)]
+
+
+def test_eq_3_adds_gamma_times_v_post_to_t():
+    decoder, t, changes = cabins.TransDecoder(512).eval(), TEXTS_AND_IMAGE[0], []
+    for gamma in (0.0, 1.0, 2.0):
+        nn.init.constant_(decoder.gamma, gamma)
+        changes.append((decoder(*TEXTS_AND_IMAGE) - t).detach())
+    assert changes[0].abs().max() == 0 and changes[1].abs().max() > 0
+    close(changes[2], 2 * changes[1], 1e-5)
+
+
+def test_fact_4_eq_3_is_the_identity_at_first():
+    torch.manual_seed(0)
+    decoder, t = cabins.TransDecoder(512).eval(), TEXTS_AND_IMAGE[0]
+    assert decoder.gamma.tolist() == pytest.approx([1e-4] * 512)
+    assert 1e-6 < (decoder(*TEXTS_AND_IMAGE) - t).norm() / t.norm() < 1e-3
+    linear = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
+    for weight in (torch.cat([m.weight.flatten() for m in linear]), cabins.CaBins(TINY).prompts):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert all(m.bias is None or not m.bias.any() for m in linear)
+
+
+def test_trans_decoder_has_six_layers_and_drops_a_tenth_anew_in_each_training_step():
+    decoder = cabins.TransDecoder(512)
+    assert decoder.layers[5].mlp[1](torch.ones(1)).item() == pytest.approx(0.8413447)  # 1 Φ(1)
+    nn.init.ones_(decoder.gamma)
+    assert not torch.equal(decoder(*TEXTS_AND_IMAGE), decoder(*TEXTS_AND_IMAGE))
+    dropouts = [module for module in decoder.modules() if isinstance(module, nn.Dropout)]
+    assert [dropout.p for dropout in dropouts] == [0.1] * 24  # four in each layer, all in use
+    assert all(inputs_of(dropout, lambda: decoder(*TEXTS_AND_IMAGE)) for dropout in dropouts)
+
+
+# ---- Sec. 3.2.4  Similarity, depth decoder, depth: Eq. 4 and 5 -----------------------------------
+
+
+def test_eq_4_similarity_is_the_cosine_of_each_location_and_each_text():
+    z, t = torch.randn(2, 64, 3, 4, generator=generator()), torch.randn(2, 8, 64)
+    s = cabins.cosine_similarity(z, t)
+    expected = F.cosine_similarity(z[1, :, 2, 3], t[1, 5], dim=0)
+    assert s[1, 5, 2, 3].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_eq_5_depth_is_the_mean_of_the_centres_under_p():
+    centers, p = torch.tensor([[1.0, 3.0]]), torch.tensor([[[[0.25]], [[0.75]]]])
+    assert cabins.expected_depth(centers, p).tolist() == [[[[2.5]]]]
+
+
+def test_fact_5_text_learns_through_eight_channels_of_one_convolution(released_model):
+    """No loss asks s to mean anything. With these weights at 0, the prompts learn nothing."""
+    assert released_model.depth_decoder.fuse.weight.shape == (2048, 2056, 1, 1)
+    torch.manual_seed(0)
+    model = cabins.CaBins(TINY)
+    image, target = torch.randn(1, 3, 64, 64), torch.rand(1, 1, 64, 64) * 9
+    for is_silent in (False, True):
+        model.depth_decoder.fuse.weight.data[:, -8:] *= not is_silent
+        model.zero_grad()
+        cabins.total_loss(model(image), target, 1e-3).backward()
+        assert model.prompts.grad.any() != is_silent
+
+
+def test_fact_8_a_padded_1x1_convolution_shifts_x4(tiny):
+    x = torch.zeros(1, 328, 15, 20)  # x4 and s
+    border = tiny.depth_decoder.fuse(x)
+    x[:, :, 0] = 1
+    change = tiny.depth_decoder.fuse(x) - border
+    assert change.shape[2:] == (17, 22) and not change[:, :, 0].any() and change[:, :, 1].any()
+    rows = cabins.resize(change, (30, 40))[0, :, :, 20].abs().amax(0)
+    assert rows[0] == 0 and rows.argmax() == 2  # row 0 of x4 stands at 29 / 16 = 1.8
+
+
+def test_fact_9_the_heads_two_convolutions_are_one_linear_map(tiny):
+    head, x = tiny.depth_decoder, torch.randn(1, 40, 12, 16, generator=generator())
+    weight = torch.einsum("om,mikl->oikl", head.logits.weight[:, :, 0, 0], head.features.weight)
+    bias = head.logits.weight[:, :, 0, 0] @ head.features.bias + head.logits.bias
+    close(F.conv2d(x, weight, bias, padding=1), head.logits(head.features(x)).detach(), 1e-4)
+
+
+# ---- Figure 2: the network -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 97), (427, 65), (96, 128)])
+def test_fact_6_depth_never_leaves_the_range_of_the_centres_at_any_size_of_image(tiny, size):
+    image = torch.randn(2, 3, *size, generator=generator()) * 3
+    (depth, c, e, s), half = tiny(image), tiny(image, upsample=False).depth
+    assert c.shape == (2, 256) and e.shape == (2, 8) and depth.shape == (2, 1, *size)
+    assert s.shape == (2, 8, *(x // 32 for x in size))
+    assert half.shape == (2, 1, *(2 * ((x + 1) // 4) for x in size))
+    close(F.interpolate(half, size, mode="bilinear", align_corners=True), depth, 1e-6)
+    assert (depth.flatten(1).amin(1) >= c[:, 0]).all() and (c[:, -1] >= depth.amax((1, 2, 3))).all()
+    for wrong in ((1, 3, 63, 64), (1, 1, 64, 64), (3, 64, 64)):
+        with pytest.raises(ValueError, match=re.escape(str(wrong))):
+            tiny(torch.zeros(wrong))
+
+
+def test_a_batch_equals_singles(tiny):
+    image = torch.randn(3, 3, 70, 90, generator=generator())
+    batch, singles = tiny(image), [tiny(i[None]) for i in image]
+    for name in batch._fields:
+        close(torch.cat([getattr(s, name) for s in singles]), getattr(batch, name), 1e-5)
+
+
+def test_all_results_are_float32_under_autocast_and_nearly_the_same(tiny):
+    image = torch.randn(2, 3, 96, 128, generator=generator())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rounded = tiny(image)
+    for found, expected in zip(rounded, tiny(image)):
+        assert found.dtype == torch.float32 and (found - expected).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("kind", cabins.DISTANCE_CLASSES)
+def test_every_parameter_learns_but_those_of_the_text_encoder(kind):
+    torch.manual_seed(0)
+    model = cabins.CaBins(cabins.Config(backbone="tiny", distance_class=kind))
+    prediction = model(torch.randn(2, 3, 64, 64))
+    cabins.total_loss(prediction, torch.rand(2, 1, 64, 64) * 9 + 0.5, 1e-3).backward()
+    for name, parameter in model.named_parameters():
+        is_frozen = name.startswith("clip.") and not name.startswith("clip.visual.")
+        assert (parameter.grad is None) == is_frozen, name
+        assert is_frozen or parameter.grad.isfinite().all(), name
+    close(prediction.cabins, cabins.distance_classes(prediction.centers, 8, kind), 1e-6)
+
+
+# ---- Sec. 3.3  Losses: Eq. 6 to 8 ----------------------------------------------------------------
+
+
+def test_eq_6_silog_by_hand():
+    depth, target = torch.tensor([2.0, 1.0, 5.0]), torch.tensor([1.0, 1.0, 0.0])
+    g = [math.log(2), 0.0]  # the third pixel is not valid
+    by_hand = 10 * math.sqrt((g[0] ** 2 + g[1] ** 2) / 2 - 0.85 * ((g[0] + g[1]) / 2) ** 2)
+    assert cabins.silog_loss(depth, target, target > 0).item() == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_fact_7_eq_6_is_a_variance_and_15_percent_of_a_squared_mean(unbiased):
+    target = torch.rand(2, 1, 4, 5, generator=generator()).double() * 9 + 0.5
+    mask = torch.rand(2, 1, 4, 5, generator=generator(1)) < 0.6
+    one, two = ((target * 1.5 + 0.2 * target.sin()).requires_grad_() for _ in range(2))
+    loss = cabins.silog_loss(one, target, mask, unbiased=unbiased)
+    g = two[mask].log() - target[mask].log()
+    formula = 10 * (g.var(correction=int(unbiased)) + 0.15 * g.mean() ** 2).sqrt()
+    (loss + formula).backward()
+    assert loss.item() == pytest.approx(formula.item(), rel=1e-9)
+    close(one.grad, two.grad, 1e-9)
+
+
+def test_eq_7_chamfer_by_hand():
+    centers, target = torch.tensor([[1.0, 3.0]]), torch.tensor([[[[2.0, 2.5, 7.0, 0.0]]]])
+    from_depths = (1 + 0.25 + 16) / 3  # squared distances to the nearest centre: mean over depths
+    from_centers = (1 + 0.25) / 2  # and the other way round: mean over centres
+    loss = cabins.chamfer_loss(centers, target, target > 0).item()
+    assert loss == pytest.approx(from_depths + from_centers)
+
+
+@pytest.mark.parametrize("spread", [10.0, 0.05])  # 0.05: most centres are near no depth
+def test_chamfer_and_its_gradient_are_those_of_a_table_of_pixels_and_centres(spread):
+    target = 4 + spread * (torch.rand(3, 1, 20, 30, generator=generator()) - 0.4)
+    mask = torch.rand(3, 1, 20, 30, generator=generator(1)) < 0.7
+    mask[1] = False  # an image without ground truth adds 0
+    mask[2] = torch.arange(600).reshape(1, 20, 30) == 7  # one valid pixel
+    centers = (torch.rand(3, 64, generator=generator(1)) * 10).sort(1).values
+    one, two = (centers.clone().requires_grad_() for _ in range(2))
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        loss = cabins.chamfer_loss(one, target, mask)
+        loss.backward()
+    assert max(event.self_cpu_memory_usage for event in profile.function_events) < 4 * 600 * 64
+    tables = [(target[i][mask[i]][:, None] - two[i]).square() for i in (0, 2)]
+    expected = sum(table.amin(1).mean() + table.amin(0).mean() for table in tables) / 3
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    close(one.grad, two.grad, 1e-5)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_eq_8_adds_a_tenth_of_the_bins_loss_after_upsampling_the_prediction(unbiased):
+    target = torch.rand(2, 1, 20, 30, generator=generator()) * 9 + 0.5
+    target[0, 0, 3:9] = 1e-3  # not above min_depth: not valid
+    depth, c = target[..., ::2, ::2] + 1, torch.linspace(1, 9, 16).repeat(2, 1)
+    large, mask = cabins.resize(depth, (20, 30)), target > 1e-3
+    pixel = cabins.silog_loss(large, target, mask, unbiased)
+    bins = cabins.chamfer_loss(c, target, mask)
+    loss = cabins.total_loss(cabins.Prediction(depth, c, None, None), target, 1e-3, unbiased)
+    assert loss.item() == pytest.approx((pixel + 0.1 * bins).item())
+
+
+@pytest.mark.parametrize("truth", [2.0, 0.0])
+def test_losses_without_error_or_without_truth_have_finite_gradients(truth):
+    depth = torch.full((2, 1, 8, 8), 2.0, requires_grad=True)
+    c = torch.linspace(1, 9, 16).repeat(2, 1).requires_grad_()
+    target = torch.full((2, 1, 8, 8), truth)
+    pixel = cabins.silog_loss(depth, target, target > 0)
+    (pixel + cabins.chamfer_loss(c, target, target > 0)).backward()
+    assert pixel.item() == pytest.approx(1e-5)
+    assert depth.grad.isfinite().all() and c.grad.isfinite().all()
+
+
+def test_fact_11_eq_3s_decoder_hardly_learns():
+    """Its clipped gradients are far below Adam's ε of 1e-8, and those of the others far above."""
+    torch.manual_seed(0)
+    model = cabins.CaBins(TINY)
+    prediction = model(torch.randn(2, 3, 64, 64))
+    cabins.total_loss(prediction, torch.rand(2, 1, 64, 64) * 9 + 0.5, 1e-3).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    parts = (model.trans_decoder.layers, model.clip.visual, model.bins, model.depth_decoder)
+    gradients = [torch.cat([p.grad.flatten() for p in part.parameters()]) for part in parts]
+    decoder, *others = (gradient.square().mean().sqrt() for gradient in gradients)
+    assert decoder < 1e-9 and min(others) > 1e-6
+
+
+# ---- The released network, with made weights -----------------------------------------------------
+
+PREDICTED_CABINS = "0.8196 2.0312 3.0201 3.9133 5.197 6.891 8.0013 9.3794 "
+PREDICTED_CABINS += "0.8176 2.027 3.018 3.9136 5.1963 6.8924 8.0021 9.376"
+GRADIENT_NORMS = {"contexts": 0.01286741633, "gamma": 0.0005481540862}
+GRADIENT_NORMS |= {"clip_model.visual.conv1.weight": 0.22968607015}
+GRADIENT_NORMS |= {"computeAdaptiveBin.regressor.4.weight": 1.2583868473592394}
+
+
+def their_name(name: str) -> str:
+    """The name of one of our tensors in the authors' checkpoints."""
+    renamed = (pair for pair in cabins.RENAMED.items() if pair[1] and name.startswith(pair[1]))
+    theirs, ours = next(renamed, ("", ""))
+    return theirs + name.removeprefix(ours)
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("whole")
-    printed = start_run(out).communicate()[0]
-    assert "epoch 2/2" in printed, printed
-    return out
+def released(tmp_path_factory) -> Path:
+    """A checkpoint like the authors', with the goldens' weights."""
+    architecture = cabins.BACKBONES["RN101"]._replace(context_length=30)
+    with torch.device("meta"):  # names and shapes alone
+        state = cabins.CaBins(cabins.Config(), cabins.CLIP(architecture)).state_dict()
+    shapes = {their_name(name): tuple(tensor.shape) for name, tensor in state.items()}
+    shapes["contexts"] = (1, 8, 512)
+    made = {f"module.{name}": made_tensor(name, shape) for name, shape in shapes.items()}
+    path = tmp_path_factory.mktemp("released") / "CaBins_nyu.pt"
+    torch.save({"model": made, "optimizer": {}, "epoch": 24}, path)
+    return path
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_step_finish_and_saves_it(number, tmp_path):
-    run = start_run(tmp_path)
-    wait_until(run, (tmp_path / "log.csv").exists)
-    run.send_signal(number)
-    printed = run.communicate()[0]
-    assert run.returncode == 128 + number, printed
-    last = printed.splitlines()[-1]
-    step = cabins.read_checkpoint(tmp_path / "last.pt")["step"]
-    assert last == f"stopped after step {step} of 8; go on with --resume {tmp_path}/last.pt"
-    assert 1 <= step < 8
+@pytest.fixture(scope="module")
+def released_model(released) -> cabins.CaBins:
+    return cabins.load_checkpoint(released, max_depth=10.0)
 
 
-def test_killed_again_and_again_also_while_saving(whole_run, tmp_path):
-    random = np.random.default_rng(0)
-    log, partial = tmp_path / "log.csv", tmp_path / "last.pt.partial"
-    for is_in_save in (True, False):
-        options = ["--resume"] if (tmp_path / "last.pt").exists() else []
-        run, before = start_run(tmp_path, *options), log.stat().st_size if log.exists() else 0
-        wait_until(run, lambda before=before: log.exists() and log.stat().st_size > before)
-        if is_in_save:
-            wait_until(run, partial.exists)
-        else:
-            time.sleep(random.uniform(0, 0.2))
-        run.kill()
-        assert run.wait() == -signal.SIGKILL, run.communicate()[0]
-    printed = start_run(tmp_path, "--resume").communicate()[0]
-    assert "epoch 2/2" in printed, printed
-    same_run(tmp_path, whole_run)
+def made_truth() -> torch.Tensor:
+    target = np.minimum(np.abs(normal("depth", (2, 1, 96, 128))) * np.float32(10 / 3), 10)
+    return torch.from_numpy(np.where(target < 0.2, 0, target).astype(np.float32))
 
 
-@pytest.fixture
-def saves_each_step(few_rooms, no_figures, monkeypatch):
-    monkeypatch.setattr(train, "LOG_EVERY", 1)
-    monkeypatch.setattr(train, "SAVE_EVERY", 1)
+def test_the_released_networks_depth_losses_and_gradients(released_model):
+    model, target = released_model, made_truth()
+    prediction = model(torch.from_numpy(normal("image", (2, 3, 96, 128))), upsample=False)
+    texts = [str(round(e, 4)) for e in prediction.cabins.flatten().tolist()]
+    assert " ".join(texts) == PREDICTED_CABINS
+    close(prediction.similarity[0, :3, 1, 2], [-0.039582014, -0.047857970, -0.037478499])
+    close(prediction.depth[0, 0, 20, ::16], [4.4796448, 5.6915550, 4.2776427, 5.5420227])
+    loss = cabins.total_loss(prediction, target, 1e-3, unbiased=True)
+    assert loss.item() == pytest.approx(9.66595458984375 + 0.1 * 0.00059330568, rel=1e-5)
+    loss.backward()
+    norms = {their_name(n): p.grad.norm() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    for name, norm in GRADIENT_NORMS.items():
+        assert norms[name].item() == pytest.approx(norm, rel=1e-3), name
 
 
-SHORT = ("--epochs", 2, "--batch-size", 2)
+# ---- Sec. 4.1  The recipe ------------------------------------------------------------------------
 
 
-def test_a_damaged_checkpoint_is_named(whole_run, tmp_path):
-    last = tmp_path / "last.pt"
-    content = bytearray((whole_run / "last.pt").read_bytes())
-    content[len(content) // 2] ^= 1
-    for damaged in (content, content[:100_000], b""):
-        last.write_bytes(damaged)
-        with pytest.raises(
-            ValueError, match=rf"last.pt \({len(damaged)} bytes\) is cut off, damaged"
-        ):
-            run_train("--resume", last)
-
-
-@pytest.mark.parametrize("kind", [OSError, RuntimeError])
-def test_a_full_disk_loses_nothing(kind, whole_run, saves_each_step, tmp_path, monkeypatch):
-    torch_save, saved = torch.save, []
-
-    def save(content, path):
-        saved.append(path)
-        if len(saved) > 3:
-            Path(path).write_bytes(b"half")
-            raise kind("No space left on device")
-        torch_save(content, path)
-
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(OSError, match="No space left"):
-        run_train(*SHORT, "--out", tmp_path)
-    monkeypatch.setattr(torch, "save", torch_save)
-    assert cabins.read_checkpoint(tmp_path / "last.pt")["step"] == 3
-    assert not list(tmp_path.glob("*.partial"))
-    rows = (tmp_path / "log.csv").read_text()
-    assert rows == "".join((whole_run / "log.csv").read_text().splitlines(True)[:5])
-    (tmp_path / "log.csv").write_text(rows + "5,1.2")  # half a row, of the full disk too
-    run_train("--resume", "--out", tmp_path)
-    same_run(tmp_path, whole_run)
-
-
-def test_a_long_run_takes_no_more_memory_or_files(
-    few_rooms, no_figures, tmp_path, monkeypatch, capsys
-):
-    """200 steps, with the data loader's worker."""
-    found = []
-    of_bar = train.tqdm.update
-
-    def look(bar, n):
-        here = Path("/proc/self")
-        workers = [
-            Path("/proc") / pid
-            for pid in (here / "task" / str(os.getpid()) / "children").read_text().split()
-        ]
-        pages = sum(int((p / "statm").read_text().split()[1]) for p in (here, *workers))
-        found.append((pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(list((here / "fd").iterdir()))))
-        of_bar(bar, n)
-
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    if not Path("/proc/self/task").is_dir():
-        pytest.skip("reads /proc, which only Linux has")
-    monkeypatch.setattr(train.tqdm, "update", look)
-    monkeypatch.setattr(
-        train,
-        "evaluate_windows",
-        lambda *_, **__: {"whole": dict.fromkeys(evaluation.HEADINGS, 1.0)},
-    )
-    monkeypatch.setattr(data, "TOY_ROOMS", {"train": range(200), "test": range(2)})
-    small = data.DATASETS["toy"]._replace(crop=(64, 64))
-    monkeypatch.setitem(data.DATASETS, "toy", small)
-    small = cabins.BACKBONES["tiny"]._replace(width=2, text_layers=1)
-    monkeypatch.setitem(cabins.BACKBONES, "tiny", small)
-    run_train("--epochs", 1, "--batch-size", 1, "--out", tmp_path)
-    assert "200 training pairs, 2 test pairs; 1 x cpu, fp32" in capsys.readouterr().out
-    memory, files = np.array(found).T
-    assert len(found) == 200
-    assert np.median(memory[-100:]) < np.median(memory[:100]) + 30  # MB
-    assert files[-1] <= files[50:100].max()
-
-
-ROWS = [  # of Tables 1 to 4
-    ("RN101", "cabins", False),
-    ("RN50", "semantic", False),
-    ("RN50", "median", False),
-    ("RN50", "mean", False),
-    ("RN50", "cabins", True),
-    ("ViT-B/16", "cabins", False),
-]
-
-
-@pytest.mark.parametrize("backbone, kind, as_released", ROWS)
-def test_every_row_of_the_tables(
-    backbone, kind, as_released, few_rooms, no_figures, tmp_path, monkeypatch, capsys
-):
-    """Two steps of training, evaluation and reloading, of each network at a reduced width."""
-    widths = {"embed_dim": 32, "width": 64 if backbone == "ViT-B/16" else 8}
-    small = cabins.BACKBONES[backbone]._replace(**widths, text_width=64, text_layers=1)
-    if len(small.layers) == 4:
-        small = small._replace(width=2)  # 64 channels at stride 32
-    monkeypatch.setattr(cabins, "BACKBONES", cabins.BACKBONES | {backbone: small})
-    options = ["--backbone", backbone, "--distance-class", kind, "--clip", "none"]
-    options += ["--as-released"] if as_released else []
-    with pytest.warns(UserWarning, match="random weights"):
-        run_train(*options, "--epochs", 1, "--batch-size", 4, "--out", tmp_path)
-    assert ("as released: see the rows marked *" in capsys.readouterr().out) == as_released
-    content = cabins.read_checkpoint(tmp_path / "last.pt")
-    assert content["step"] == 2 and content["args"]["as_released"] == as_released
-    model = cabins.load_checkpoint(tmp_path / "last.pt")
-    assert (model.config.backbone, model.config.distance_class) == (backbone, kind)
-    # what learnt, and what did not
+def new_learner(**options):
+    """A tiny network with its optimizer, and a batch of two random images."""
     torch.manual_seed(0)
-    start = cabins.CaBins(model.config, cabins.CLIP(small))
-    if as_released:
-        torch.nn.init.trunc_normal_(start.prompts, std=1.0)
-    moved = {n for n, p in model.named_parameters() if not torch.equal(p, start.state_dict()[n])}
-    assert ("prompts" in moved) == ("context_decoder.gamma" in moved) == (not as_released)
-    text = {n for n in moved if n.startswith("clip.") and not n.startswith("clip.visual.")}
-    assert text == ({"clip.token_embedding.weight"} if as_released else set())
+    model = cabins.CaBins(TINY).train()
+    learner = train.Learner(model, data.DATASETS["toy"], 100, **{"lr": 1e-3} | options)
+    image = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8, generator=generator())
+    depth = torch.rand(2, 1, 96, 128, generator=generator()) * 9 + 0.5
+    return learner, {"image": image, "depth": depth}
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(few_rooms, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        cabins, "total_loss", lambda prediction, *_: prediction.depth.sum() * math.nan
-    )
-    with pytest.raises(
-        ValueError, match=r"loss nan .* at step 1, learning rate .*, of the images room \d, room"
-    ):
-        run_train("--epochs", 1, "--batch-size", 2, "--out", tmp_path)
-    assert not list(tmp_path.glob("*.pt"))
+@pytest.mark.parametrize("as_released", [False, True])
+def test_the_optimizer_has_every_trained_parameter_once(as_released):
+    learner, _ = new_learner(as_released=as_released)
+    names = {id(p): name for name, p in learner.model.named_parameters()}
+    found = [names[id(p)] for group in learner.optimizer.param_groups for p in group["params"]]
+    text = {n for n in names.values() if re.match(r"clip\.(?!visual)", n)}
+    never = {"prompts", "trans_decoder.gamma"} | text - {"clip.token_embedding.weight"}
+    assert len(found) == len(set(found))
+    assert set(found) == set(names.values()) - (never if as_released else text)
 
 
-def test_checkpoints_are_whole_or_not_there(tiny, tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    cabins.save_checkpoint(path, tiny, step=1)
-    before = path.read_bytes()
-
-    def full_disk(content, file):
-        Path(file).write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        cabins.save_checkpoint(path, tiny, step=2)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-    loaded = cabins.load_checkpoint(path)
-    assert loaded.config == TINY and not loaded.training
-    close(loaded.prompts, tiny.prompts, 1e-9)
+def test_the_rate_and_the_momentum_follow_one_cycle():
+    learner, _ = new_learner()
+    rates, momenta = [], []
+    for _ in range(100):
+        learner.optimizer.step()
+        rates.append(learner.optimizer.param_groups[0]["lr"])
+        momenta.append(learner.optimizer.param_groups[-1]["betas"][0])
+        learner.scheduler.step()
+    rise = (1 - math.cos(math.pi * 14 / 29)) / 2  # in step 14 of 29, of 1 - 1/25
+    expected = [1 / 25, 0.04 + 0.96 * rise, 1, 0.5002, 1 / 2500]
+    assert [1e3 * rates[i] for i in (0, 14, 29, 64, 99)] == pytest.approx(expected)
+    assert [momenta[i] for i in (0, 29, 64, 99)] == pytest.approx([0.95, 0.85, 0.9, 0.95])
 
 
-@needs_samples
-def test_tiny_learns_three_real_pairs():
-    """d < 1.25 of at least 0.85 on three pairs of NYU, at a quarter of their size."""
-    torch.manual_seed(0)
-    nyu = data.DepthDataset("nyu", SAMPLES / "nyu", SAMPLES / "nyu" / "split.txt")
-    image = F.interpolate(torch.stack([nyu[i]["image"] for i in range(3)]), (120, 160), mode="area")
-    depth = torch.stack([nyu[i]["depth"] for i in range(3)])[..., ::4, ::4]
-    model = cabins.CaBins(TINY)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(60):
-        optimizer.zero_grad()
-        cabins.total_loss(model(image), depth, 1e-3).backward()
-        optimizer.step()
-    predict = evaluation.predictor(model, flip=False)
-
-    def at_a_quarter(image):
-        return cabins.resize(predict(F.interpolate(image, (120, 160), mode="area")), (480, 640))
-
-    assert evaluation.evaluate(at_a_quarter, nyu)["d1"] >= 0.85
+def test_a_step_is_adamws_with_a_weight_decay_of_a_tenth_and_clipped_gradients():
+    """Also for convolutions, whose fused kernel needs gradient and weight in one memory order."""
+    learner, batch = new_learner(lr=1e-2)
+    before = [p.detach().clone() for p in learner.model.parameters()]
+    norm, lr, squares = learner.step(batch, 1)[2][1], 1e-2 / 25, 0.0
+    for p, old in zip(learner.model.parameters(), before):
+        if p.grad is not None:
+            squares += p.grad.square().sum().item()
+            expected = old * (1 - lr * 0.1) - lr * p.grad / (p.grad.abs() + 1e-8)  # Adam's first
+            torch.testing.assert_close(p, expected, rtol=0, atol=1e-6)
+    assert norm > 0.1 and math.sqrt(squares) == pytest.approx(0.1, rel=1e-3)
+    assert {group["betas"][1] for group in learner.optimizer.param_groups} == {0.999}
 
 
-@needs_samples
-@pytest.mark.parametrize("name", ["nyu", "kitti"])
-def test_train_and_eval_on_real_pairs(name, tmp_path, monkeypatch, capsys, request):
-    if name == "kitti":
-        request.getfixturevalue("no_figures")
-    split = SAMPLES / name / "split.txt"
-    one = tmp_path / "one.txt"
-    one.write_text(split.read_text().splitlines()[0])
-    options = ("--data", name, "--root", SAMPLES / name, "--train-split", split)
-    options += ("--test-split", one, "--backbone", "tiny", "--epochs", 1, "--batch-size", 2)
-    run_train(*options, "--out", tmp_path)
-    run_eval_main(monkeypatch, tmp_path / "last.pt", "--no-flip")
-    printed = capsys.readouterr().out
-    assert printed.count("CaBins (quoted)") == 2
-    assert "window eigen" in printed if name == "nyu" else "window full" in printed
+@pytest.mark.parametrize("as_released", [False, True])
+def test_silogs_variance_and_gradients_that_pile_up_are_as_released_only(as_released):
+    learner, batch = new_learner(as_released=as_released)
+    prompts, start = learner.model.prompts, learner.model.prompts.detach().clone()
+    prompts.grad = torch.full_like(prompts, 1e6)  # of earlier steps
+    batch["depth"][:, :, 1:] = 0  # in 256 valid pixels the two variances differ by 0.4 %
+    prediction, depth, (loss, norm) = learner.step(batch, 1)
+    expected = cabins.total_loss(prediction, depth, 1e-3, as_released)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (norm > 1e6) == torch.equal(prompts, start) == as_released
 
 
-def test_downloads_are_whole_and_checked(tmp_path, monkeypatch):
-    content = np.random.default_rng(0).bytes(5_000_000)
-    (tmp_path / "source").write_bytes(content)
-    url, sha256 = (tmp_path / "source").as_uri(), hashlib.sha256(content).hexdigest()
-    code = f"import sys, torch, cabins; torch.hub.set_dir({str(tmp_path / 'hub')!r}); "
-    code += f"cabins.download({url!r}, 'file', {sha256!r})"
-    both = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE) for _ in range(2)]
-    assert [process.wait() for process in both] == [0, 0]
-    cache = tmp_path / "hub" / "checkpoints"
-    assert [path.name for path in cache.iterdir()] == ["file"]
-    assert (cache / "file").read_bytes() == content
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    with pytest.raises(FileNotFoundError, match="was not fetched .invalid hash value"):
-        cabins.download(url, "other", "0" * 64)
-    assert not (cache / "other").exists()
-    (cache / "file").write_bytes(b"changed")
-    with pytest.raises(ValueError, match="file is not what .* was: delete it"):
-        cabins.download(url, "file", sha256)
-    assert cabins.CLIP_URL.startswith("https://") and data.LIST_URL.startswith("https://")
+def test_defaults_are_the_papers_and_as_released_starts_from_large_prompts(quick, tmp_path):
+    args, _ = train.parse_args(["--data", "nyu", "--root", "."])
+    assert (args.lr, args.epochs, args.batch_size, args.backbone) == (3.57e-5, 25, 8, "RN101")
+    for options, std, amp in (("--amp bf16", 0.02, "bf16"), ("--as-released", 0.88, "off")):
+        run = train.Run(*train.parse_args(["--out", str(tmp_path / amp), *options.split()]))
+        assert run.learner.model.prompts.std().item() == pytest.approx(std, rel=0.1)
+        assert run.args.amp == amp and run.n_steps == 3 * 1  # of eight rooms
+        is_bf16 = run.learner.amp._enabled and run.learner.amp.fast_dtype == torch.bfloat16
+        assert is_bf16 == (amp == "bf16") and run.learner.as_released == (amp == "off")
+    quick.setattr(data, "rank_of", lambda: (1, 2))
+    quick.setitem(data.TOY_ROOMS, "train", range(9))  # the last batch, of one, is kept as released
+    for options in ("--batch-size 3", "--batch-size 4 --as-released"):
+        with pytest.raises(ValueError, match="processes"):
+            train.Run(*train.parse_args([*options.split(), "--out", str(tmp_path)]))
 
 
-# ---- What the equations do not say: eight facts, where they arise in cabins.py -------------------
+def test_pairs_are_shuffled_in_each_epoch_and_training_can_start_anywhere(monkeypatch):
+    whole = list(train.batches(10, 3, range(9), 0, False))
+    assert whole[:2] == [[7, 0, 9], [2, 1, 3]]
+    assert whole[4:] == list(train.batches(10, 3, range(4, 9), 0, False))
+    epochs = [{i for batch in whole[k : k + 3] for i in batch} for k in (0, 3, 6)]
+    assert [len(epoch) for epoch in epochs] == [9, 9, 9] and whole[:3] != whole[3:6] != whole[6:]
+    assert list(train.batches(10, 3, range(3), 1, False)) != whole[:3]
+    kept = list(train.batches(10, 4, range(6), 0, True))  # as released: the last batch, one order
+    assert [len(batch) for batch in kept] == [4, 4, 2] * 2 and kept[:3] == kept[3:]
+    for rank in (0, 1):
+        monkeypatch.setattr(data, "rank_of", lambda rank=rank: (rank, 2))
+        share = list(train.batches(10, 4, range(6), 0, True))
+        assert share == [batch[rank::2] for batch in kept]
 
 
-def test_no_gradient_passes_through_the_digits():
-    model = cabins.CaBins(TINY)
-    _, c, e, s, _ = model.distribution(torch.randn(1, 3, 64, 96, generator=generator()))
-    learners = [model.bins.mlp[4].weight, model.prompts, model.context_decoder.gamma]
-    of_bins, of_prompts, of_gamma = torch.autograd.grad(s.sum(), learners, allow_unused=True)
-    assert of_bins is None and of_prompts.abs().sum() > 0 and of_gamma.abs().sum() > 0
-    assert e.requires_grad and c.requires_grad  # Eq. 2 itself is differentiable: the text is not
+def test_dropout_and_augmentation_depend_on_seed_step_and_process_alone(monkeypatch):
+    (learner, batch), seeds = new_learner(), []
+    nn.init.ones_(learner.model.trans_decoder.gamma)  # or dropout would hardly change the texts
+
+    def augment(image, depth, recipe, generator, share):
+        seeds.append(generator.initial_seed())
+        return image / 255, depth
+
+    monkeypatch.setattr(data, "augment", augment)
+    maps = []
+    draws = [(1, 0, 0), (1, 0, 0), (1, 1, 0), (2, 0, 0), (1, 0, 1)]
+    for number, learner.rank, learner.seed in draws:
+        maps.append(learner.forward(batch, number)[0].similarity)
+    assert [torch.equal(maps[0], other) for other in maps[1:]] == [True, False, False, False]
+    assert seeds[0] == seeds[1] == seeds[2] and len(set(seeds)) == 3  # not of the process
 
 
-@pytest.mark.parametrize(
-    "max_depth, unit, first, second",
-    [(10, 1, 0.50, 1e-15), (80, 1, 0.465, 7e-3), (10, 100, 0.048, 0.034)],
-)
-def test_eq_2_is_nearly_a_median_in_metres_and_a_mean_in_centimetres(
-    max_depth, unit, first, second
-):
-    c = cabins.bin_centers(torch.full((1, 256), 1 / 256, dtype=torch.double), 0, max_depth * unit)
-    c.requires_grad_()
-    e = cabins.distance_classes(c, 8)
-    # a change of one centre moves e_k by its weight, but for what it moves the weights: take weights
-    group = c.detach()[0, :32]
-    w = torch.softmax(1 / ((group - group.mean()).abs() + 1e-4), 0)
-    assert e[0, 0].item() == pytest.approx((w * group).sum().item(), rel=1e-12)
-    assert w[15].item() == pytest.approx(first, rel=0.03) == w[16].item()
-    assert w[14].item() == pytest.approx(second, rel=0.3)
-
-
-def test_the_text_jumps_where_the_number_does_not(released):
-    near, at = cabins.number_tokens(torch.tensor([2.9999, 3.0]), 1).tolist()
-    assert near[1:-1] == clip_tokenizer.encode("2.9999") and near[2] == at[2] == 269
-    assert not set(near[1:7]) & set(at[1:4]) - {269}
-    model = cabins.load_checkpoint(released, max_depth=10.0)
-    with torch.no_grad():
-        _, z_bar, z = model.clip.visual(torch.from_numpy(normal("image", (1, 3, 96, 128))))
-        maps = []
-        for e in (2.9999, 3.0):
-            t = model.encode_prompts(torch.full((1, 8), e))
-            maps.append(cabins.cosine_similarity(z, model.context_decoder(t, z_bar, z)))
-    assert (maps[1] - maps[0]).abs().max() > 0.01 * maps[0].abs().max()
-
-
-def test_eq_3_is_the_identity_at_first():
-    torch.manual_seed(0)
-    decoder = cabins.ContextDecoder(512).eval()
-    t, z_bar, z = torch.randn(2, 8, 512), torch.randn(2, 512), torch.randn(2, 512, 3, 4)
-    assert decoder.gamma.tolist() == pytest.approx([1e-4] * 512)
-    change = (decoder(t, z_bar, z) - t).norm() / t.norm()
-    assert 1e-6 < change < 1e-3
-    assert decoder.layers[0].self_attn.q_proj.bias is None and len(decoder.layers) == 6
-    assert decoder.layers[5].cross_attn.n_heads == 4 and decoder.layers[5].dropout.p == 0.1
-    weights = torch.cat(
-        [m.weight.flatten() for m in decoder.modules() if hasattr(m, "in_features")]
-    )
-    assert weights.std().item() == pytest.approx(0.02, rel=0.02)
-
-
-def test_nothing_in_the_loss_asks_s_to_mean_anything(tiny):
-    decoder = cabins.DepthDecoder([256, 512, 1024, 2048], 8, 256)
-    assert decoder.reduce.in_channels == 2056 and decoder.reduce.padding == (1, 1)
-    prediction = tiny(torch.randn(1, 3, 64, 64))._replace(similarity=None)
-    assert cabins.total_loss(prediction, torch.ones(1, 1, 64, 64), 1e-3).isfinite()
-
-
-def test_every_bin_stays_open(tiny):
-    bins = cabins.AdaptiveBins(64, 256)
-    torch.nn.init.zeros_(bins.mlp[4].weight)
-    with torch.no_grad():
-        bins.mlp[4].bias[:] = -5.0
-        bins.mlp[4].bias[7] = 99.9
-    b = bins(torch.randn(1, 64))[0]
-    assert b[7].item() == pytest.approx(100 / 125.5, rel=1e-5)  # what the other 255 leave
-    assert b[8].item() == pytest.approx(
-        0.1 / 125.5, rel=1e-5
-    )  # ReLU, and not LeakyReLU, at the end
-    assert isinstance(bins.mlp[1], torch.nn.LeakyReLU) and isinstance(
-        bins.mlp[3], torch.nn.LeakyReLU
-    )
-
-
-def test_silog_forgives_a_wrong_scale_to_85_percent():
-    target = torch.rand(2, 1, 20, 20, generator=generator(), dtype=torch.double) * 9 + 0.5
-    for factor in (0.5, 1.2, 3.0):
-        loss = cabins.silog_loss(target * factor, target, target > 0).item()
-        assert loss == pytest.approx(10 * math.sqrt(0.15) * abs(math.log(factor)), rel=1e-6)
-
-
-def test_the_heads_two_convolutions_are_one_linear_map(tiny):
-    x = torch.randn(1, 40, 12, 16, generator=generator())
-    head = tiny.depth_decoder
-    weight = torch.einsum("om,mikl->oikl", head.logits.weight[:, :, 0, 0], head.features.weight)
-    bias = head.logits.weight[:, :, 0, 0] @ head.features.bias + head.logits.bias
-    with torch.no_grad():
-        close(F.conv2d(x, weight, bias, padding=1), head.logits(head.features(x)), 1e-4)
-        assert tiny(torch.randn(1, 3, 96, 128), upsample=False).depth.shape == (1, 1, 48, 64)
-
-
-def test_ablations_silence_the_text_and_leave_the_network_as_it_was(released, monkeypatch, capsys):
-    monkeypatch.setattr(data, "TOY_ROOMS", {"train": range(1), "test": range(1_000_000, 1_000_002)})
-    rooms = data.DepthDataset("toy")
-    model = cabins.load_checkpoint(released, max_depth=10.0)  # as the authors' are
-    predict = evaluation.predictor(model, flip=False)
-    before = evaluation.evaluate(predict, rooms)
-    rows = evaluation.ablate(model, predict, rooms)
-    names = ["s = 0", "s of the classes in reverse", "one text for all classes"]
-    assert list(rows) == [f"{name}, whole" for name in names]
-    assert evaluation.evaluate(predict, rooms) == before  # no hook is left
-    silent = model.depth_decoder.reduce.weight
-    assert len({row["abs_rel"] for row in [before, *rows.values()]}) == 4
-    with torch.no_grad():
-        silent[:, 2048:] = 0  # the weights of s
-    assert evaluation.evaluate(predict, rooms)["abs_rel"] == pytest.approx(
-        rows["s = 0, whole"]["abs_rel"], rel=1e-5
-    )
-
-
-# ---- Your own pictures: infer --------------------------------------------------------------------
-
-
-def test_infer_takes_paths_pictures_and_arrays(tiny, tmp_path):
-    array = np.random.default_rng(0).integers(0, 255, (90, 121, 3), np.uint8)
-    Image.fromarray(array).save(tmp_path / "a.png")
-    found = [cabins.infer(tiny, p) for p in (tmp_path / "a.png", Image.fromarray(array), array)]
-    for other in found[1:]:
-        assert all(np.array_equal(a, b) for a, b in zip(found[0], other))
-    depth, std, centers, e = found[0]
-    assert depth.shape == std.shape == (90, 121) and centers.shape == (256,) and e.shape == (8,)
-    assert all(x.dtype == np.float32 for x in found[0])
-    # by hand, at the width that the network wants
-    size = (round(90 * 128 / 121), 128)
-    image = torch.from_numpy(array).permute(2, 0, 1)[None] / 255
-    image = F.interpolate(image, size, mode="bilinear", antialias=True)
-    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
-    with torch.no_grad():
-        _, c, _, _, p = tiny.distribution((image - mean) / deviation)
-        mean_depth = (c[:, :, None, None] * p).sum(1, keepdim=True)
-        spread = (p * (c[:, :, None, None] - mean_depth).square()).sum(1, keepdim=True).sqrt()
-    close(depth, cabins.resize(mean_depth, (90, 121))[0, 0], 1e-5)
-    close(std, cabins.resize(spread, (90, 121))[0, 0], 1e-3)
-    with pytest.raises(ValueError, match=r"picture is float64 .*; it must be uint8"):
-        cabins.infer(tiny, array / 255)
-    deep = Image.fromarray(array[..., 0].astype(np.uint16) * 16)  # 12 bits in 16
-    assert abs(cabins.read_picture(deep)[..., 0].astype(int) - array[..., 0]).max() <= 1
-
-
-def test_the_authors_networks_want_the_width_of_their_data(released):
-    for top, width, focal in ((10.0, 640, 518.86), (80.0, 1216, 721.54)):
-        config = cabins.load_checkpoint(released, max_depth=top).config
-        assert (config.max_depth, config.image_width, config.focal) == (top, width, focal)
-
-
-def test_a_picture_of_any_size_and_what_is_none(tiny, tmp_path):
-    for size in ((1, 1), (40_000, 3), (3, 500)):
-        Image.new("RGB", size, (90, 80, 70)).save(tmp_path / "a.png")
-        found = cabins.infer(tiny, tmp_path / "a.png")
-        assert found.depth.shape == size[::-1] and np.isfinite(found.depth).all()
-    for wrong in (np.zeros((0, 5, 3), np.uint8), np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4))):
-        with pytest.raises(ValueError, match="it must be uint8"):
-            cabins.infer(tiny, wrong)
-    (tmp_path / "a.txt").write_text("no picture")
-    with pytest.raises(ValueError, match="a.txt cannot be read as a picture"):
-        cabins.infer(tiny, tmp_path / "a.txt")
-    Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(tmp_path / "f.tif")
-    with pytest.raises(ValueError, match="floating-point values; save it in 8 or 16 bits"):
-        cabins.infer(tiny, tmp_path / "f.tif")
-
-
-def test_the_focal_length_comes_from_exif_where_there_is_one(tiny, tmp_path, monkeypatch, capsys):
-    cabins.save_checkpoint(tmp_path / "tiny.pt", cabins.CaBins(TINY_CAMERA))
-    folder = tmp_path / "in"
-    folder.mkdir()
-    picture, exif = Image.new("RGB", (120, 90)), Image.Exif()
-    picture.save(folder / "none.jpg")
-    exif.get_ifd(0x8769)[0xA405] = 28  # FocalLengthIn35mmFilm
-    exif[0x0112] = 6  # held upright
-    picture.save(folder / "phone.jpg", exif=exif)
-    picture.save(folder / "odd.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
-    command = (tmp_path / "tiny.pt", "--images", folder, "--ply", "--out", tmp_path / "out")
-    assert run_eval(monkeypatch, *command) == 0
-    lines = {line.split(": ")[0][-9:]: line for line in capsys.readouterr().out.splitlines()}
-    of_phone = 28 * math.hypot(120, 90) / math.hypot(36, 24)
-    assert f"focal length of {of_phone:.1f} pixels, from EXIF" in lines["phone.jpg"]
-    for name in ("/none.jpg", "n/odd.jpg"):  # 100 pixels at the training's 128
-        assert "focal length of 93.8 pixels, from the training's camera" in lines[name]
-    assert run_eval(monkeypatch, *command, "--focal", 77) == 0
-    assert capsys.readouterr().out.count("focal length of 77.0 pixels, from --focal") == 3
-
-
-def test_range_fixes_the_scale_of_colours(tiny, tmp_path, monkeypatch):
-    import matplotlib
-
-    cabins.save_checkpoint(tmp_path / "tiny.pt", tiny)
-    rng = np.random.default_rng(0)
-    for name in ("a", "写真", "a" * 250):  # the last is too long with what is added to it
-        noise = rng.integers(0, 255, (70, 80, 3), np.uint8)
-        Image.fromarray(noise).save(tmp_path / f"{name}.png")
-    options = ("--range", 8, "--images", tmp_path, "--out", tmp_path / "out")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # matplotlib's, of letters that a font lacks
-        assert run_eval(monkeypatch, tmp_path / "tiny.pt", *options) == 1  # only that one failed
-    for name in ("a", "写真"):
-        depth = cabins.infer(tiny, tmp_path / f"{name}.png").depth
-        colours = np.asarray(Image.open(tmp_path / "out" / f"{name}_colour.png"))
-        expected = matplotlib.colormaps["viridis"](depth / 8, bytes=True)[..., :3]
-        assert colours.shape == (70, 80, 3) and np.array_equal(colours, expected)
-    assert len(list((tmp_path / "out").iterdir())) == 8
-
-
-def test_sixteen_bits_hold_every_range(tmp_path):
-    for top, unit, scale in (
-        (10, "_mm", 1000),
-        (80, "_cm", 100),
-        (200, "_cm", 100),
-        (9999, "_m", 1),
-    ):
-        path = evaluation.write_depth(f"{tmp_path}/a", np.full((2, 2), top - 0.4), top, 1000)
-        assert path.endswith(f"a{unit}.png")
-        assert (np.asarray(Image.open(path)) == round((top - 0.4) * scale)).all()
-    path = evaluation.write_depth(f"{tmp_path}/b", np.full((2, 2), 79.9), 80, 256)
-    assert path.endswith("b.png") and np.asarray(Image.open(path)).max() == round(79.9 * 256)
-
-
-def test_results_say_what_they_are_of(few_rooms, tmp_path, monkeypatch):
-    for name in ("one", "two"):
-        torch.manual_seed(len(name) + (name == "two"))
-        cabins.save_checkpoint(tmp_path / f"{name}.pt", cabins.CaBins(TINY), args={"data": "toy"})
-        for _ in range(2):  # again: the same folder, nothing stale
-            run_eval_main(monkeypatch, tmp_path / f"{name}.pt", "--out", tmp_path / "out")
-    folders = sorted((tmp_path / "out").glob("predictions_*"))
-    assert len(folders) == 2 and all(len(list(f.iterdir())) == 2 for f in folders)
-    rows = np.genfromtxt(tmp_path / "out" / "results.csv", delimiter=",", dtype=str, skip_header=1)
-    head = (tmp_path / "out" / "results.csv").read_text().splitlines()[0]
-    assert head.startswith("label,checkpoint,data,list,predictions,date,protocol,abs_rel")
-    assert len(rows) == 4 and str(tmp_path / "two.pt") in (tmp_path / "out/results.csv").read_text()
-    (tmp_path / "out" / "results.csv").write_text("label,other\n")
-    with pytest.raises(ValueError, match="results.csv has other columns"):
-        run_eval_main(monkeypatch, tmp_path / "one.pt", "--out", tmp_path / "out")
-
-
-def test_evaluate_takes_a_network_too(tiny, few_rooms):
-    rooms = data.DepthDataset("toy")
-    assert evaluation.evaluate(tiny, rooms) == evaluation.evaluate(
-        evaluation.predictor(tiny), rooms
-    )
-
-
-# ---- Fast, and in other people's hands -----------------------------------------------------------
-
-
-class Count(torch.utils._python_dispatch.TorchDispatchMode):
-    """How often each operation runs."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls: dict[str, int] = {}
+class NothingRead(torch.utils._python_dispatch.TorchDispatchMode):
+    """Refuses what makes a GPU's host wait: reading a value, or a size that depends on one."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name = operation.__name__
-        self.calls[name] = self.calls.get(name, 0) + 1
+        reads = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+        assert not operation.__name__.startswith(reads), operation
         return operation(*args, **(kwargs or {}))
 
 
-def test_a_network_is_channels_last_wherever_it_comes_from(tiny, tmp_path):
-    cabins.save_checkpoint(tmp_path / "tiny.pt", tiny)
-    for model in (cabins.CaBins(TINY), cabins.load_checkpoint(tmp_path / "tiny.pt")):
-        for conv in (model.clip.visual.conv2, model.depth_decoder.features):
-            assert conv.weight.is_contiguous(memory_format=torch.channels_last)
-    layouts = []
-    hook = tiny.depth_decoder.logits.register_forward_hook(
-        lambda _, inputs, output: layouts.append((inputs[0], output))
-    )
-    with torch.no_grad(), Count() as count:
-        tiny(torch.randn(1, 3, 64, 96))
-    hook.remove()
-    for x in layouts[0]:
-        assert x.is_contiguous(memory_format=torch.channels_last)
-    # two in each of three blocks that stride, and the stem's: none that does nothing
-    assert count.calls["avg_pool2d.default"] == 7
-    stride_1 = [m.stride for m in tiny.modules() if isinstance(m, torch.nn.AvgPool2d)]
-    assert stride_1 == [2, 2, 2]
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_step_does_not_wait_for_the_device(amp):
+    learner, batch = new_learner(amp=amp)
+    with NothingRead():
+        result = learner.step(batch, 1)[2]
+        with pytest.raises(AssertionError):
+            result[0].item()
 
 
-def test_the_fused_optimizer_steps_as_torchs_default(monkeypatch):
-    """Its kernel for CPUs is wrong where gradient and weight lie in memory in other orders."""
-    weights = []
-    for fused in (True, None):
-        torch.manual_seed(0)
-        learner, batch = toy_learner("--lr", "1e-2")
-        for group in learner.optimizer.param_groups:
-            assert group["fused"] is True
-            group["fused"] = fused
-        torch.manual_seed(0)
-        batch["depth"] = torch.rand(2, 1, 96, 128) * 9 + 0.5
-        learner.step(batch, 1)
-        weights.append(learner.model.state_dict())
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-4, atol=1e-5)
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 asks the driver, even so")
+@pytest.mark.parametrize("amp, dtype", [("off", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_step_on_a_gpu_that_is_not_here(amp, dtype, monkeypatch):
+    """Devices and types of the forward pass and the loss of a step. No kernel runs."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def grid_sample(x, grid, *_, **__):  # has no fake kernel for CUDA
+        assert x.device == grid.device
+        return x.new_empty(*x.shape[:2], *grid.shape[1:3])
+
+    monkeypatch.setattr(F, "grid_sample", grid_sample)
+    # without these two, torch warns and leaves bf16 autocast switched off
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    (learner, batch), mode, device = new_learner(), FakeTensorMode(), torch.device("cuda")
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda x, **_: x)  # reads values
+    monkeypatch.setattr(cabins.CaBins, "to", lambda model, **_: model)  # of the layout in memory
+    with mode, device:  # all that is made is on the GPU
+        learner.model = learner.network = cabins.CaBins(TINY)
+    learner.device, learner.amp, types = device, data.autocast(device, amp), []
+    features = learner.model.depth_decoder.features
+    features.register_forward_hook(lambda layer, inputs, output: types.append(output.dtype))
+    with mode:
+        batch = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in batch.items()}
+        prediction, depth, loss = learner.forward(batch, 1)
+    assert {x.device.type for x in (*prediction, depth, loss)} == {"cuda"}
+    assert {x.dtype for x in (*prediction, loss)} == {torch.float32} and types == [dtype]
 
 
-SIZES = [(1, 64, 64), (3, 100, 131), (2, 129, 65)]  # never seen in the export
+ROWS = ["RN101 cabins", "RN50 semantic", "RN50 median", "RN50 mean", "RN50 cabins --as-released"]
 
 
-# torch 2.6, the oldest that is promised, fixes the sizes of what it exports
-needs_newer_torch = pytest.mark.skipif(torch.__version__ < "2.7", reason="needs torch > 2.6")
-
-
-def exported(model: torch.nn.Module) -> torch.export.ExportedProgram:
-    batch, height, width = (
-        torch.export.Dim("batch"),
-        *(torch.export.Dim(name, min=64) for name in ("height", "width")),
-    )
-    shapes = {"image": {0: batch, 2: height, 3: width}}
-    return torch.export.export(model, (torch.randn(2, 3, 96, 128),), dynamic_shapes=shapes)
-
-
-@needs_newer_torch
-def test_torch_export_equals_eager_at_any_size(tiny):
-    program = exported(tiny).module()
-    for b, h, w in SIZES:
-        image = torch.randn(b, 3, h, w, generator=generator())
-        with torch.no_grad():
-            for found, expected in zip(program(image), tiny(image)):
-                close(found, expected, 1e-6)
-
-
-@needs_newer_torch
-def test_onnx_equals_eager_at_any_size(tiny, tmp_path):
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(name, reason=f"{name}, which is optional, is not installed")
-    import onnxruntime
-
-    class Depth(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.network = tiny
-
-        def forward(self, image):
-            return self.network(image).depth
-
-    program = exported(Depth().eval())
-    torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "cabins.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "cabins.onnx")
-    for b, h, w in SIZES:
-        image = torch.randn(b, 3, h, w, generator=generator())
-        found = session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]
-        with torch.no_grad():
-            close(torch.from_numpy(found), tiny(image).depth, 1e-4)
-
-
-# ---- Sec. 4.1  The recipe, observed --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["nyu", "kitti", "list"])
-def test_the_spread_of_a_thousand_recoloured_pixels(name):
-    """Gamma, brightness and colour reach the ends of their ranges and no further."""
-    spread = {"nyu": 0.25, "kitti": 0.1, "list": 0.1}[name]
-    recipe = data.DATASETS[name]._replace(crop=(2, 2), rotation=0.0)
-    mean, std = torch.tensor([cabins.Config.image_mean, cabins.Config.image_std])
-    ranges = {}
-    for level in (255, 64):
-        image = torch.full((1500, 3, 2, 2), level, dtype=torch.uint8)
-        depth = torch.ones(1500, 1, 2, 2)
-        out, _ = data.augment(image, depth, recipe, generator(level))
-        value = out[:, :, 0, 0] * std + mean  # (1500, 3)
-        changed = ((value - level / 255).abs() > 1e-5).any(1)
-        assert level == 255 or 0.45 < changed.float().mean() < 0.55  # white stays so if brightened
-        ranges[level] = value[changed]
-    low, high = (1 - spread) * 0.9, (1 + spread) * 1.1  # brightness, and each colour
-    white = ranges[255]
-    assert low <= white.min() < low * 1.05 and white.max() == pytest.approx(1, abs=1e-6)
-    ratio = white.amax(1) / white.amin(1)  # brightness leaves it alone, colour does not
-    assert 1.1 < ratio.max() <= 1.1 / 0.9 + 1e-5
-    dark = ranges[64].log() / math.log(64 / 255)
-    ends = (0.9 + math.log(high) / math.log(64 / 255), 1.1 + math.log(low) / math.log(64 / 255))
-    assert ends[0] <= dark.min() < ends[0] + 0.05 and ends[1] - 0.05 < dark.max() <= ends[1]
-
-
-@pytest.mark.parametrize(
-    "name, degrees", [("nyu", 2.5), ("kitti", 1.0), ("list", 2.5), ("toy", 0.0)]
-)
-def test_rotation_reaches_its_limits(name, degrees):
-    recipe = data.DATASETS[name]._replace(crop=(201, 201))
-    depth = torch.zeros(300, 1, 201, 201)
-    depth[:, 0, 100, :] = torch.arange(1.0, 202.0)  # a level line through the centre
-    _, out = data.augment(
-        torch.zeros(300, 3, 201, 201, dtype=torch.uint8), depth, recipe, generator()
-    )
-    angles = []
-    for row in out[:, 0]:
-        ys, xs = row.nonzero(as_tuple=True)
-        x, y = xs - 100.0, ys - 100.0
-        angles.append(math.degrees(math.atan2((x * y).sum(), (x * x).sum())))
-    assert max(angles) == pytest.approx(degrees, abs=0.12) == -min(angles)
-    # what is upright turns with it
-    _, out = data.augment(
-        torch.zeros(300, 3, 201, 201, dtype=torch.uint8), depth.mT.contiguous(), recipe, generator()
-    )
-    for row, angle in zip(out[:, 0], angles):
-        ys, xs = row.nonzero(as_tuple=True)
-        x, y = xs - 100.0, ys - 100.0
-        other = math.degrees(math.atan2((x * y).sum(), (y * y).sum()))
-        assert abs(other) == pytest.approx(abs(angle), abs=0.3)
-        assert abs(angle) < 0.5 or other * angle < 0
-
-
-def test_recipes_sizes_and_scales():
-    nyu, kitti = data.DATASETS["nyu"], data.DATASETS["kitti"]
-    assert (nyu.crop, nyu.depth_scale, nyu.max_depth) == ((416, 544), 1000, 10)
-    assert (kitti.crop, kitti.depth_scale, kitti.max_depth) == ((352, 704), 256, 80)
-    assert (nyu.focal, kitti.focal, data.DATASETS["toy"].focal) == (518.86, 721.54, 100)
-    assert data.fixed_crop("nyu", 480, 640, True) == (45, 472, 43, 608)
-    assert data.fixed_crop("nyu", 480, 640, False) == (0, 480, 0, 640)
-    assert data.fixed_crop("kitti", 375, 1242, True) == (23, 375, 13, 1229)
-    rows, columns = data.evaluation_windows("kitti", 375, 1242)["nested"]
-    assert (rows, columns) == (slice(143, 349), slice(43, 1172))
-    rows, columns = data.evaluation_windows("nyu", 480, 640)["eigen"]
-    assert (rows, columns) == (slice(45, 471), slice(41, 601))
-    hashes = [sha256[:8] for _, sha256 in data.LISTS.values()]
-    assert hashes == ["66e2beb7", "e92c191d", "dd5e51c2", "1a631c1b"]
-    assert [n for n, _ in data.LISTS.values()] == [24_231, 654, 23_158, 697]
-
-
-def test_the_optimizer_and_its_schedule():
-    learner, _ = toy_learner("--lr", "1e-3")
-    groups = learner.optimizer.param_groups
-    assert {(g["weight_decay"], g["betas"][1], g["eps"]) for g in groups} == {(0.1, 0.999, 1e-8)}
-    rates, momenta = [], []
-    for _ in range(100):
-        rates.append(groups[0]["lr"])
-        momenta.append(groups[-1]["betas"][0])
-        learner.optimizer.step()
-        learner.scheduler.step()
-    assert rates[0] == pytest.approx(1e-3 / 25) and max(rates) == pytest.approx(1e-3)
-    assert rates.index(max(rates)) == 29 and rates[-1] == pytest.approx(1e-3 / 2500)
-    assert (max(momenta), min(momenta)) == pytest.approx((0.95, 0.85))
-    args, _ = train.parse_args(["--data", "nyu", "--root", "."])
-    assert (args.lr, args.epochs, args.batch_size, args.backbone) == (3.57e-5, 25, 8, "RN101")
-
-
-def test_gradients_are_clipped_at_a_tenth_and_cleared():
-    learner, batch = toy_learner()
-    for number in (1, 2):
-        _, _, result = learner.step(batch, number)
-        squares = [p.grad.square().sum() for p in learner.model.parameters() if p.grad is not None]
-        assert result[1] > 0.1 and sum(squares).sqrt().item() == pytest.approx(0.1, rel=1e-3)
-
-
-def test_gradients_of_what_is_not_stepped_pile_up_as_released():
-    learner, batch = toy_learner("--as-released")
-    prompts = learner.model.prompts
-    before = prompts.detach().clone()
-    prompts.grad = torch.full_like(prompts, 1e6)  # of earlier steps
-    _, _, result = learner.step(batch, 1)
-    assert result[1] > 1e6 and torch.equal(prompts, before)
-    learner, batch = toy_learner()
-    learner.model.prompts.grad = torch.full_like(prompts, 1e6)
-    assert learner.step(batch, 1)[2][1] < 1e4  # cleared
-
-
-def test_prompts_start_as_coops_do_or_as_the_released(few_rooms, tmp_path):
-    for options, std, amp in ((["--amp", "bf16"], 0.02, "bf16"), (["--as-released"], 0.88, "off")):
-        args, saved = train.parse_args(["--out", str(tmp_path / amp), *options])
-        run = train.Run(args, saved)
-        prompts = run.learner.model.prompts
-        assert prompts.std().item() == pytest.approx(std, rel=0.1) and args.amp == amp
-        assert prompts.abs().max() < (2.001 if args.as_released else 0.1)
-
-
-def test_as_released_keeps_the_last_batch_and_one_order(few_rooms, tmp_path):
-    options = ["--batch-size", "3", "--epochs", "2", "--out", str(tmp_path)]
-    for is_released, n_steps in ((False, 4), (True, 6)):  # 8 pairs: 2 or 3 steps an epoch
-        args, saved = train.parse_args([*options, *["--as-released"][:is_released]])
-        run = train.Run(args, saved)
-        assert run.n_steps == n_steps
-        order = list(train.batches(run.dataset, args, range(n_steps), run.per_epoch))
-        first, second = order[: n_steps // 2], order[n_steps // 2 :]
-        assert (first == second) == is_released
-        assert [len(batch) for batch in first] == ([3, 3, 2] if is_released else [3, 3])
+@pytest.mark.parametrize("row", [*ROWS, "ViT-B/16 cabins"])  # of Tables 1 to 4
+def test_every_row_of_the_tables_trains(row, quick, tmp_path):
+    """Two steps, validation and reloading, of each network at a reduced width."""
+    backbone, kind, *option = row.split()
+    small = cabins.BACKBONES[backbone]
+    small = small._replace(embed_dim=32, width=64 if small.is_vit else 2)
+    small = small._replace(text_width=64, text_layers=1)
+    quick.setitem(cabins.BACKBONES, backbone, small)
+    option += ["--backbone", backbone, "--distance-class", kind, "--clip", "none"]
+    assert run_train("--epochs", 1, "--batch-size", 4, *option, "--out", tmp_path).status == 0
+    model = cabins.load_checkpoint(tmp_path / "last.pt")
+    assert (model.config.backbone, model.config.distance_class) == (backbone, kind)
+    log = np.genfromtxt(tmp_path / "log.csv", delimiter=",", names=True)
+    assert len(log) == 2 and np.isfinite(log["loss"]).all()
 
 
 @needs_goldens
@@ -2155,533 +798,1105 @@ def test_the_released_training_loop(released, monkeypatch):
     golden = json.loads((GOLDENS / "train_nyu.json").read_text())
     model = cabins.load_checkpoint(released, max_depth=10.0).train()
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, nn.Dropout):
             module.p = 0.0
     monkeypatch.setattr(data, "augment", lambda image, depth, *_: (image, depth))
-    args, _ = train.parse_args(["--as-released", "--lr", str(golden["lr"])])
-    recipe, device = data.DATASETS["nyu"], torch.device("cpu")
-    learner = train.Learner(model, args, recipe, golden["n_steps_of_schedule"], device)
+    n_steps, nyu = golden["n_steps_of_schedule"], data.DATASETS["nyu"]
+    learner = train.Learner(model, nyu, n_steps, golden["lr"], as_released=True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batch = {"image": torch.from_numpy(normal("image", (2, 3, 96, 128))), "depth": made_truth()}
     for number, known in enumerate(golden["steps"]):
         assert learner.scheduler.get_last_lr()[0] == pytest.approx(known["lr"][0], rel=1e-6)
         loss, norm = learner.step(batch, number)[2].tolist()
-        first = number == 0
-        assert loss == pytest.approx(known["loss"], rel=1e-4 if first else 1e-2)
-        assert norm == pytest.approx(known["grad_norm"], rel=1e-2 if first else 0.25)
+        assert loss == pytest.approx(known["loss"], rel=1e-2 if number else 1e-4)
+        assert norm == pytest.approx(known["grad_norm"], rel=0.4 if number else 1e-2)
     after = {their_name(k): (v - before[k]).norm() for k, v in model.state_dict().items() if v.ndim}
     for name, moved in golden["moved_norm"].items():
         assert after.get(name, torch.zeros(())).item() == pytest.approx(moved, rel=0.08), name
 
 
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 asks the driver, even so")
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_a_step_on_a_gpu_that_is_not_here(amp, monkeypatch):
-    """Shapes, devices and reads of values of a step's forward and loss; no kernel is run."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    def grid_sample(x, grid, *_, **__):  # which has no fake kernel for CUDA
-        assert x.device == grid.device
-        return x.new_empty(*x.shape[:2], *grid.shape[1:3])
-
-    monkeypatch.setattr(F, "grid_sample", grid_sample)
-    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda x, **_: x)  # reads values
-    args, _ = train.parse_args(["--amp", amp])
-    mode, device = FakeTensorMode(), torch.device("cuda")
-    monkeypatch.setattr(cabins.CaBins, "to", lambda model, **_: model)  # of the layout in memory
-    with mode, device:  # all that is made is on the GPU
-        model = cabins.CaBins(TINY)
-    learner = train.Learner.__new__(train.Learner)
-    learner.model = learner.network = model
-    learner.args, learner.recipe, learner.device = args, data.DATASETS["toy"], device
-    learner.amp, learner.rank, learner.n_processes = data.autocast(device, amp), 0, 1
-    with mode:
-        image = torch.empty(2, 3, 96, 128, dtype=torch.uint8)
-        batch = {"image": image, "depth": torch.empty(2, 1, 96, 128)}
-        prediction, depth, loss = learner.forward(batch, 1)
-    assert {x.device.type for x in (*prediction, depth, loss)} == {"cuda"}
-    assert all(x.dtype == torch.float32 for x in (*prediction, loss))
+# ---- Sec. 4.1 and 4.2  Recipes and augmentation --------------------------------------------------
 
 
-class NoTable(torch.utils._python_dispatch.TorchDispatchMode):
-    """Refuses tensors of as many elements as pixels x centres."""
+def test_recipes_crops_and_windows_are_the_papers():
+    nyu, kitti, own, toy = (data.DATASETS[name] for name in ("nyu", "kitti", "list", "toy"))
+    assert (nyu.max_depth, nyu.depth_scale, nyu.crop, nyu.focal) == (10, 1000, (416, 544), 518.86)
+    assert (kitti.max_depth, kitti.depth_scale) == (80, 256)
+    assert (kitti.crop, kitti.focal) == ((352, 704), 721.54)
+    assert (own.max_depth, own.depth_scale, own.crop, own.focal) == (10, 1000, None, 518.86)
+    assert (toy.max_depth, toy.crop, toy.focal) == (10, (96, 128), 100)
+    assert data.fixed_crop("nyu", 480, 640, True) == (45, 472, 43, 608)
+    assert data.fixed_crop("nyu", 480, 640, False) == (0, 480, 0, 640)
+    for train_or_test in (True, False):
+        assert data.fixed_crop("kitti", 376, 1241, train_or_test) == (24, 376, 12, 1228)
+        assert data.fixed_crop("kitti", 352, 1216, train_or_test) == (0, 352, 0, 1216)
+        assert data.fixed_crop("list", 64, 100, train_or_test) == (0, 64, 0, 100)
+    windows = data.evaluation_windows("kitti", 376, 1241)
+    assert list(windows) == ["nested", "full"]  # the paper's comes first
+    assert windows["nested"] == (slice(143, 349), slice(43, 1172))
+    assert windows["full"] == (slice(129, 348), slice(32, 1184))
+    assert data.evaluation_windows("nyu", 480, 640) == {"eigen": (slice(45, 471), slice(41, 601))}
+    assert data.evaluation_windows("toy", 96, 128) == {"whole": (slice(0, 96), slice(0, 128))}
+    hashes = [sha256[:8] for sha256 in data.LISTS.values()]
+    assert hashes == ["66e2beb7", "e92c191d", "dd5e51c2", "1a631c1b"]
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(result):
-            assert not torch.is_tensor(x) or x.numel() < 256 * 2000, operation
-        return result
+
+def augmented(image, depth, crop, degrees, brightness, draws):
+    """What the recipe makes of one sample and its ten random numbers, pixel by pixel."""
+    (rows, columns), (h, w) = crop, depth.shape
+    angle = math.radians(degrees) * (2 * draws[0] - 1)
+    top, left = int(draws[1] * (h - rows + 1)), int(draws[2] * (w - columns + 1))
+    new_image, new_depth = np.zeros((3, rows, columns)), np.zeros((rows, columns))
+    padded = np.pad(image / 255, ((0, 0), (1, 2), (1, 2)))  # black outside
+    for v, u in np.ndindex(rows, columns):
+        x = left + (columns - 1 - u if draws[3] < 0.5 else u) - (w - 1) / 2
+        y = top + v - (h - 1) / 2
+        x, y = math.cos(angle) * x - math.sin(angle) * y, math.sin(angle) * x + math.cos(angle) * y
+        x, y = min(max(x + (w - 1) / 2, -1), w), min(max(y + (h - 1) / 2, -1), h)
+        if 0 <= round(y) < h and 0 <= round(x) < w:
+            new_depth[v, u] = depth[round(y), round(x)]
+        i, j, b, a = int(y + 1), int(x + 1), (y + 1) % 1, (x + 1) % 1
+        upper = (1 - a) * padded[:, i, j] + a * padded[:, i, j + 1]
+        lower = (1 - a) * padded[:, i + 1, j] + a * padded[:, i + 1, j + 1]
+        new_image[:, v, u] = (1 - b) * upper + b * lower
+    if draws[4] < 0.5:
+        gamma = 1 + 0.1 * (2 * draws[5] - 1)
+        factor = (1 + brightness * (2 * draws[6] - 1)) * (1 + 0.1 * (2 * draws[7:] - 1))
+        new_image = (new_image**gamma * factor[:, None, None]).clip(0, 1)
+    mean, std = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    return (new_image - mean) / std, new_depth
 
 
-def test_chamfer_makes_no_table_of_pixels_and_centres():
-    target = torch.rand(1, 1, 40, 50, generator=generator()) * 10
-    c = (torch.rand(1, 256, generator=generator(1)) * 10).sort(1).values.requires_grad_()
-    with NoTable():
-        cabins.chamfer_loss(c, target, target > 0).backward()
-        with pytest.raises(AssertionError):
-            brute_force_chamfer(c, target, target > 0)
+@pytest.mark.parametrize("name", ["nyu", "kitti", "list"])
+def test_augmentation_is_one_rotation_crop_flip_and_colour(name):
+    degrees, brightness = {"nyu": (2.5, 0.25), "kitti": (1, 0.1), "list": (2.5, 0.1)}[name]
+    n, (h, w), crop = 8, (41, 64), (32, 48)
+    image = torch.randint(0, 256, (n, 3, h, w), dtype=torch.uint8, generator=generator(1))
+    depth = torch.rand(n, 1, h, w, generator=generator(2)) * 10
+    recipe = data.DATASETS[name]._replace(crop=crop)
+    new_image, new_depth = data.augment(image, depth, recipe, generator(7))
+    draws = torch.rand(n, 10, generator=generator(7)).numpy()
+    assert {d < 0.5 for d in draws[:, 3]} == {d < 0.5 for d in draws[:, 4]} == {True, False}
+    for i in range(n):
+        sample = image[i].numpy(), depth[i, 0].numpy()
+        expected = augmented(*sample, crop, degrees, brightness, draws[i])
+        close(new_image[i], expected[0].astype(np.float32), 2e-4)
+        assert (new_depth[i, 0].numpy() != expected[1].astype(np.float32)).sum() <= 2  # ties
+    parts = [data.augment(image[i::2], depth[i::2], recipe, generator(7), (i, 2)) for i in (0, 1)]
+    for i, part in enumerate(parts):  # each of two processes has every second sample
+        assert torch.equal(part[0], new_image[i::2]) and torch.equal(part[1], new_depth[i::2])
 
 
-def test_own_lists_leave_out_what_is_too_far_and_their_camera_travels(no_figures, tmp_path):
-    rng = np.random.default_rng(0)
-    for i in range(6):
-        image = rng.integers(0, 255, (96, 160, 3), np.uint8)
-        depth = np.full((96, 160), 2000, np.uint16)
-        depth[:10] = 65535  # none
-        Image.fromarray(image).save(tmp_path / f"{i}.png")
-        Image.fromarray(depth).save(tmp_path / f"d{i}.png")
+CROPS = [("nyu", 427, 565, 416, 544), ("kitti", 352, 1216, 352, 704), ("toy", 96, 128, 96, 128)]
+CROPS += [("list", 240, 320, 192, 256), ("list", 64, 70, 64, 64)]  # 7/8, in multiples of 32
+
+
+@pytest.mark.parametrize("name, height, width, rows, columns", CROPS)
+def test_random_crops_have_the_recipes_size(name, height, width, rows, columns):
+    image, depth = torch.zeros(1, 3, height, width).byte(), torch.ones(1, 1, height, width)
+    new_image, new_depth = data.augment(image, depth, name)
+    assert new_image.shape[2:] == new_depth.shape[2:] == (rows, columns)
+    assert new_depth.mean() > 0.95  # little of the crop lies outside
+    with pytest.raises(ValueError, match=f"{height} x 60"):
+        data.augment(image[..., :60], depth[..., :60], data.DATASETS[name])
+
+
+# ---- Sec. 4.2  Data sets -------------------------------------------------------------------------
+
+
+def test_toy_rooms_are_exact_and_reproducible():
+    image, depth = data.draw_room(5)
+    assert image.shape == (96, 128, 3) and image.dtype == np.uint8 and depth.shape == (96, 128)
+    close(depth[[0, 0, 48, 95, 95], [0, 127, 64, 0, 127]], [2.639, 2.6675, 1.0717, 0.9598, 2.1194])
+    close(image.mean((0, 1)), np.array([139.385, 139.15, 101.939]))
+    far = data.draw_room(1_000_003)[1]
+    close(np.array([far.mean(), far.std()]), np.array([3.394707, 2.210337]))
+    # walls are planes, on which 1 / depth is linear in the pixel: the second difference is zero
+    assert (np.abs(np.diff(1 / depth.astype(np.float64), n=2, axis=1)) < 1e-5).mean() > 0.7
+    train_set, test_set = data.DepthDataset("toy", train=True), data.DepthDataset("toy")
+    assert len(train_set) == 640 == len({*train_set.pairs, *test_set.pairs}) - 64
+    assert torch.equal(train_set[5]["image"], torch.from_numpy(image).permute(2, 0, 1))
+    assert test_set[0]["image"].dtype == torch.float32
+    assert (train_set.checksum, test_set.checksum) == (1003203007, 1206272431)  # as in old runs
+
+
+def test_files_are_found_in_any_folder_with_few_looks(tmp_path, monkeypatch):
+    looks, is_file = [], os.path.isfile
+    monkeypatch.setattr(os.path, "isfile", lambda path: looks.append(path) or is_file(path))
+    image, depth = "2011_09_26/{0}_sync/image_02/data/{1}", "{0}_sync/groundtruth/image_02/{1}.png"
+    lines = []
+    for i in range(60):
+        drive, part = f"2011_09_26_drive_{i // 10:04}", "val" if i // 10 == 5 else "train"
+        found = [tmp_path / "raw" / f"{image.format(drive, i)}.png"]
+        found += [tmp_path / "data_depth_annotated" / part / depth.format(drive, i)]
+        for path in found:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        lines.append(f"{image.format(drive, i)}.jpg {depth.format(drive, i)} 721.5\n")
+    (tmp_path / "list.txt").write_text("".join([*lines, "a.jpg None 721.5\n"]))
+    kitti = data.DepthDataset("kitti", tmp_path, tmp_path / "list.txt")
+    assert len(kitti) == 60 and kitti.n_left_out == 1
+    assert kitti.pairs[-1] == tuple(map(str, found))
+    assert len(looks) < 3 * 60  # there are 28 folders and 4 suffixes
+
+
+def test_a_pair_of_nyu(tmp_path):
+    write_pair(tmp_path / "sync" / "kitchen", "1", depth=12_000)  # truth beyond 10 m counts
     split = tmp_path / "list.txt"
-    split.write_text("".join(f"{i}.png d{i}.png 130.5\n" for i in range(6)))
-    own = data.DepthDataset("list", tmp_path, split, train=True)
-    assert own[0]["depth"].unique().tolist() == [0, 2] and own.recipe.crop == (64, 128)
-    options = ["--data", "list", "--root", tmp_path, "--train-split", split, "--test-split", split]
-    options += ["--backbone", "tiny", "--epochs", 1, "--batch-size", 2]
-    run_train(*options, "--out", tmp_path / "o")
-    config = cabins.load_checkpoint(tmp_path / "o" / "last.pt").config
-    assert (config.image_width, config.focal) == (160, 130.5)
-    # another test list would mix two in best and metrics.csv
-    other = tmp_path / "other.txt"
-    other.write_text(split.read_text().replace("0.png d0.png", "1.png d1.png"))
-    with pytest.raises(ValueError, match="last.pt is of other "):
-        run_train("--resume", tmp_path / "o" / "last.pt", "--test-split", other)
-    # without a focal length in the list: NYU's camera, in proportion
-    split.write_text("".join(f"{i}.png d{i}.png\n" for i in range(6)))
-    own = data.DepthDataset("list", tmp_path, split, train=True)
-    assert own.recipe.focal == pytest.approx(518.86 / 4)
+    split.write_text("\ufeff/kitchen/rgb_1.png /kitchen/sync_depth_1.png 518.8579\r\n\r\n")
+    pixels = cabins.read_picture(tmp_path / "sync" / "kitchen" / "rgb_1.jpg")
+    pixels = torch.tensor(pixels).permute(2, 0, 1)
+    pair = data.DepthDataset("nyu", tmp_path, split, train=True)[0]
+    assert torch.equal(pair["image"], pixels[:, 45:472, 43:608])
+    assert pair["depth"].shape == (1, 427, 565) and pair["depth"].unique().tolist() == [12]
+    pair = data.DepthDataset("nyu", tmp_path, split)[0]
+    close(data.denormalize(pair["image"]), pixels / 255)
+    assert pair["depth"].shape == (1, 480, 640) and pair["size"].tolist() == [480, 640]
 
 
-def test_nyus_test_pairs_come_from_the_mat_where_the_files_are_not(tmp_path):
-    (tmp_path / data.NYU_MAT).touch()
-    write_pair(tmp_path / "bath", "00001")
-    split = tmp_path / "list.txt"
-    split.write_text(
-        "".join(f"bath/rgb_0000{i}.jpg bath/sync_depth_0000{i}.png 1\n" for i in (1, 2))
-    )
-    nyu = data.DepthDataset("nyu", tmp_path, split)
-    assert nyu.pairs[1] == (tmp_path / data.NYU_MAT, 2) and nyu.pairs[0][0].endswith(
-        "rgb_00001.jpg"
-    )
-    with pytest.raises(FileNotFoundError, match="2 of the 4 files"):
+def test_nyus_test_pairs_come_from_the_mat(tmp_path, monkeypatch):
+    arrays = {"images": np.random.default_rng(0).integers(1, 256, (3, 3, 640, 480), np.uint8)}
+    arrays["rawDepths"] = np.random.default_rng(1).random((3, 640, 480), np.float32) + 1
+    mat, split = tmp_path / data.NYU_MAT, tmp_path / "list.txt"
+    try:
+        import h5py
+
+        with h5py.File(mat, "w") as file:
+            file.update(arrays)
+    except ImportError:  # it is optional
+        mat.touch()
+        fake = {"File": staticmethod(lambda path: contextlib.nullcontext(arrays))}
+        monkeypatch.setitem(sys.modules, "h5py", type("h5py", (), fake))
+    split.write_text("bath/rgb_00002.jpg bath/sync_depth_00002.png 518.8579\n")
+    frame = np.s_[..., 7:474, 7:632]
+    sample = data.DepthDataset("nyu", tmp_path, split)[0]
+    assert torch.equal(sample["depth"][0], torch.from_numpy(arrays["rawDepths"][2].T))
+    image = (data.denormalize(sample["image"]) * 255).round()
+    assert torch.equal(image[frame], torch.tensor(arrays["images"][2]).mT[frame])
+    assert (image > 0).sum() == 3 * 467 * 625  # the border is black
+    with pytest.raises(FileNotFoundError):
         data.DepthDataset("nyu", tmp_path, split, train=True)
+    split.write_text(write_pair(tmp_path / "bath", "00001"))  # files that are there come first
+    assert data.DepthDataset("nyu", tmp_path, split).pairs[0][0].endswith("rgb_00001.jpg")
+    split.write_text("bath/rgb_00003.jpg bath/sync_depth_00003.png 518.8579\n")
+    with pytest.raises(ValueError, match=r"3 of .*labeled\.mat"):
+        data.DepthDataset("nyu", tmp_path, split)[0]
 
 
-# ---- A user's first day --------------------------------------------------------------------------
+def test_own_pairs_have_a_scale_a_range_and_one_size(own_pairs):
+    root, split = own_pairs, own_pairs / "train.txt"
+    own = data.DepthDataset("list", root, split, True, depth_scale=500, max_depth=4)
+    assert own.size_to_train == (96, 128) and own.recipe.focal == 518.8579
+    assert [own[i]["depth"].max() for i in range(4)] == [2, 3, 4, 0]  # 5 m is above the range
+    shallow, deep = (data.DepthDataset("list", root, split, False, 500, m) for m in (2, 50))
+    assert data.has_truth(own) and not data.has_truth(shallow)  # 2 m is not inside the range
+    about = data.describe(own)
+    assert all(known in about for known in ("500", "4 m", "25.0%", "3.50 m", "5.00 m"))
+    is_odd = ["--max-depth" in data.describe(some) for some in (own, shallow, deep)]
+    assert is_odd == [False, True, False]  # the median is 3.5 m, the range ends at 4, 2 and 50 m
+    # an absolute path below the root works, and a list without focal lengths gets NYU's camera
+    split.write_text(f"{root}/rooms/rgb_0.jpg {root}/rooms/sync_depth_0.png\n")
+    own = data.DepthDataset("list", root, split, train=True)
+    assert own[0]["depth"].unique().tolist() == [1] and own.recipe.focal == 518.86 * 128 / 640
+    write_pair(root / "rooms", "small", 80, 128)
+    split.write_text(split.read_text() + "rooms/rgb_small.jpg rooms/sync_depth_small.png\n")
+    with pytest.raises(ValueError, match=r"rgb_small\.jpg .*80, 128.*96, 128"):
+        data.DepthDataset("list", root, split, train=True)[1]
+    assert data.DepthDataset("list", root, split)[1]["depth"].shape == (1, 80, 128)
 
 
-def test_nothing_of_an_old_run_goes_before_the_new_one_can_save(few_rooms, tmp_path, monkeypatch):
+def test_images_of_own_lists_are_upright(own_pairs):
+    image = np.random.default_rng(0).integers(0, 255, (128, 96, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    (own_pairs / "rooms" / "rgb_4.jpg").unlink()
+    Image.fromarray(image).save(own_pairs / "rooms" / "rgb_4.png", exif=exif)
+    found, _, path = data.DepthDataset("list", own_pairs, own_pairs / "test.txt").read(0)
+    assert path.endswith("rgb_4.png") and np.array_equal(found, np.rot90(image, -1))
+
+
+def test_the_check_reads_every_pair(own_pairs):
+    lists = ["--train-split", own_pairs / "train.txt", "--test-split", own_pairs / "test.txt"]
+    ran = run_script("data.py", "list", "--root", own_pairs, *lists)
+    assert ran.status == 0 and "train: 4 pairs" in ran.out and "test: 2 pairs" in ran.out
+    write_pair(own_pairs / "rooms", "2", 80, 128)
+    ran = run_script("data.py", "list", "--root", own_pairs, *lists)
+    assert ran.status == 1 and ran.err.count("\n") == 1 and "rgb_2.jpg" in ran.err
+
+
+# ---- Sec. 4.3 and 4.6  Metrics, and the other rows of Tables 3 and 4 -----------------------------
+
+
+def test_metrics_by_hand():
+    depth, target = torch.tensor([1.25, 3, 3.5, 9, 1.8]), torch.tensor([1.0, 2, 5, 4, 1])
+    logs = [math.log(ratio) for ratio in (1.25, 1.5, 0.7, 2.25, 1.8)]
+    expected = {"abs_rel": (0.25 + 1 / 2 + 1.5 / 5 + 5 / 4 + 0.8) / 5}
+    expected["sq_rel"] = (0.25**2 + 1 / 2 + 1.5**2 / 5 + 5**2 / 4 + 0.8**2) / 5
+    expected["rmse"] = math.sqrt((0.25**2 + 1 + 1.5**2 + 5**2 + 0.8**2) / 5)
+    expected["rmse_log"] = math.sqrt(sum(x**2 for x in logs) / 5)
+    expected["log10"] = sum(abs(x) for x in logs) / math.log(10) / 5
+    # 1.25 itself does not count. Below 1.25² = 1.56 are 1.5 and 1 / 0.7, below 1.25³ = 1.95 is 1.8.
+    expected |= {"d1": 0.0, "d2": 0.6, "d3": 0.8}
+    found = {k: v.item() for k, v in cabins.depth_metrics(depth, target).items()}
+    assert found == pytest.approx(expected, rel=1e-6)
+    for wrong in ((depth[:0], target[:0]), (depth[:3], target), (depth[None], target[None])):
+        with pytest.raises(ValueError):
+            cabins.depth_metrics(*wrong)
+
+
+def test_semantic_prompts_are_the_papers_eight_phrases():
+    model = cabins.CaBins(cabins.Config(backbone="tiny", distance_class="semantic")).eval()
+    (ids,) = inputs_of(model.clip.token_embedding, lambda: model(torch.zeros(2, 3, 64, 64)))
+    phrases = ["giant", "extremely close", "close", "not in distance", "a little remote", "far"]
+    assert torch.equal(ids, clip_tokenizer.tokenize([*phrases, "farthest", "unseen"], 5))
+    t, *_ = inputs_of(model.trans_decoder, lambda: model(torch.zeros(2, 3, 64, 64)))
+    close(t[1], model.clip.encode_text(ids, model.prompts).detach(), 1e-5)  # in this order
+
+
+@pytest.fixture
+def vit(monkeypatch) -> cabins.CaBins:
+    """A network on a small ViT of twelve blocks, with made weights."""
+    sizes = cabins.BACKBONES["tiny"]._replace(layers=(12,), width=64, is_vit=True)
+    monkeypatch.setattr(cabins, "BACKBONES", cabins.BACKBONES | {"RN50": sizes})
+    model = cabins.CaBins(cabins.Config(backbone="RN50", longer_side=128))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    model.load_state_dict({name: made_tensor(name, shape) for name, shape in shapes.items()})
+    return model
+
+
+def test_vit_is_tapped_after_blocks_3_6_9_12_and_brought_to_strides_4_8_16_32(vit):
+    image, blocks = torch.from_numpy(normal("image", (2, 3, 90, 128))), []
+    for block in vit.clip.visual.transformer.resblocks:
+        block.register_forward_hook(lambda _, inputs, output: blocks.append(output))
+    taps = [inputs_of(stage, lambda: vit(image))[0] for stage in vit.reassemble]
+    for i, tap in enumerate(taps):  # 90 rows become 6 patches; the class token is left out
+        assert torch.equal(tap, blocks[3 * i + 2][:, 1:].mT.unflatten(2, (6, 8)))
+    pyramid, s = inputs_of(vit.depth_decoder, lambda: vit(image))
+    sizes = [(8, 24, 32), (16, 12, 16), (32, 6, 8), (64, 3, 4)]  # of the width: 1/8, 1/4, 1/2, 1
+    assert [tuple(x.shape[1:]) for x in pyramid] == sizes
+    close([x[0, 1, 2, 3].item() for x in pyramid], [0.5572053, 0.6477839, 0.6523997, -3.09675])
+    assert s.shape == (2, 8, 6, 8) and vit(image).depth.shape == (2, 1, 90, 128)
+
+
+# ---- Sec. 4.2 and 4.3  The protocol, the tables and the figures ----------------------------------
+
+
+class MadePairs(data.DepthDataset):
+    """Depth maps (1, H, W) as a test set."""
+
+    def __init__(self, *depths, name="toy", max_depth=None):
+        super().__init__("toy", max_depth=max_depth)
+        self.name, self.depths, self.pairs = name, depths, range(len(depths))
+
+    def __getitem__(self, i):
+        depth = self.depths[i]
+        size = torch.tensor([375, 1242] if self.name == "kitti" else depth.shape[1:])
+        return {"image": depth.expand(3, -1, -1), "depth": depth, "path": "none", "size": size}
+
+
+@pytest.fixture
+def no_workers(monkeypatch):
+    """`evaluate` reads the data in this process, because workers take long to start."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+
+
+def flat(depth: float, height=64, width=64) -> torch.Tensor:
+    return torch.full((1, height, width), float(depth))
+
+
+def measured(depth: torch.Tensor, *truths, **options) -> dict[str, dict[str, float]]:
+    """The metrics in each window of a method that predicts `depth` (1, H, W) for every image."""
+    return evaluation.evaluate_windows(lambda _: depth[None], MadePairs(*truths, **options), 0)
+
+
+def test_metrics_are_means_over_images_and_truth_counts_strictly_inside_the_range():
+    few = flat(0)
+    few[0, :2] = 4.0
+    few[0, 2], few[0, 3] = 10.0, 1e-3  # the ends of the range
+    row = measured(flat(2), few, flat(2), flat(0))["whole"]  # the last image has no truth
+    assert (row["abs_rel"], row["d1"]) == pytest.approx(((0.5 + 0) / 2, (0 + 1) / 2))
+    for depth, truth in ((flat(2), flat(10)), (flat(2), flat(0)), (flat(2, 64, 63), flat(2))):
+        with pytest.raises(ValueError):
+            measured(depth, truth)
+    for predicted, counts_as in ((math.nan, 1e-3), (-1, 1e-3), (math.inf, 10), (99, 10)):
+        rmse = measured(flat(predicted), flat(2))["whole"]["rmse"]
+        assert rmse == pytest.approx(abs(counts_as - 2))
+    few[0, 4:] = 8.0  # beyond a range of 6 m, to which the prediction is clipped
+    assert measured(flat(9), few, max_depth=6.0)["whole"]["rmse"] == pytest.approx(6 - 4)
+    outside = flat(0, 352, 1216)
+    outside[0, 130:143] = 2.0  # has truth in KITTI's second window only
+    assert list(measured(outside, outside, outside + 2, name="kitti")) == ["nested", "full"]
+
+
+def test_only_depth_in_the_windows_counts(no_workers):
+    windows = {"eigen": (45, 471, 41, 601)}  # top, bottom, left and right
+    windows |= {"nested": (143, 349, 43, 1172), "full": (130, 348, 31, 1184)}
+    for window, (top, bottom, left, right) in windows.items():
+        name, size = ("nyu", (480, 640)) if window == "eigen" else ("kitti", (352, 1216))
+        depth, pairs = flat(9, *size), MadePairs(flat(2, *size), name=name)
+        depth[0, top:bottom, left:right] = 2.0
+        depth[0, top, left] = depth[0, bottom - 1, right - 1] = 4.0
+        row = measured(depth, flat(2, *size), name=name)[window]
+        assert row["abs_rel"] == pytest.approx(2 / ((bottom - top) * (right - left)))
+        papers = evaluation.evaluate(lambda _, depth=depth: depth[None], pairs)
+        assert (papers == row) == (window != "full")
+
+
+def test_flip_averaging_is_of_clipped_depths_at_the_decoders_size(monkeypatch):
+    model, image = cabins.CaBins(TINY).eval(), torch.randn(1, 3, 96, 128, generator=generator())
+    straight = model(image, upsample=False).depth
+    mirrored = model(image.flip(-1), upsample=False).depth.flip(-1)
+    model.train()
+    for flip, expected in ((True, (straight + mirrored) / 2), (False, straight)):
+        depth = evaluation.predictor(model, flip)(image)
+        close(depth, cabins.resize(expected, (96, 128)), 1e-5)
+        assert model.training and model.bins.training  # the network is left as it was
+    halves = torch.full((2, 1, 48, 64), 30.0)
+    halves[..., 32:] = math.nan
+    monkeypatch.setattr(model, "forward", lambda *_, **__: cabins.Prediction(halves, 0, 0, 0))
+    close(evaluation.predictor(model)(image), flat((10 + 1e-3) / 2, 96, 128)[None], 1e-6)
+
+
+def test_own_lists_are_measured_at_the_size_of_training(tmp_path, no_workers, monkeypatch):
+    model, drawn = cabins.CaBins(TINY).eval(), []
+    model.depth_decoder.logits.weight.data *= 30  # so that the depth depends on the image
+    (tmp_path / "list.txt").write_text(write_pair(tmp_path / "a", "1", 480, 640))
+    pairs = data.DepthDataset("list", tmp_path, tmp_path / "list.txt")
+    depth, image = cabins.infer(model, pairs[0]["path"]).depth, pairs[0]["image"][None]
+    close(evaluation.predictor(model, False, longer_side=128)(image)[0, 0], depth, 1e-5)
+    small, large = (evaluation.predictor(model, longer_side=side) for side in (128, None))
+    row = evaluation.evaluate(model, pairs)
+    assert evaluation.evaluate(small, pairs) == row != evaluation.evaluate(large, pairs)
+    monkeypatch.setattr(evaluation, "draw_explained", lambda *arguments: drawn.append(arguments))
+    evaluation.draw_samples(tmp_path, model, pairs, 1)
+    close(drawn[0][3].depth, depth, 1e-5)
+    others = [MadePairs(name=name) for name in ("nyu", "kitti", "toy")]
+    assert not any(evaluation.side_for(model, pairs) for pairs in others)
+
+
+def test_quoted_rows_are_the_papers():
+    ours = {"ours": dict.fromkeys(evaluation.HEADINGS, 0.12345)}
+    for name, n, total in (("nyu", 6, 17.611), ("kitti", 8, 69.969)):
+        headings, row, *quoted = map(str.split, evaluation.format_table(name, ours).splitlines())
+        assert len(headings) == n and row == ["ours"] + ["0.123"] * n
+        assert {len(row) - row.index("(quoted)") for row in quoted} == {n + 1}
+        assert sum(float(v) for row in quoted for v in row[-n:] if v != "-") == pytest.approx(total)
+    assert headings == [*evaluation.HEADINGS.values()]
+    assert " ".join(quoted[-2]) == "CLIP2Depth (quoted) 0.074 0.303 2.948 - 0.032 0.938 0.990 0.998"
+
+
+def test_kept_predictions_give_the_same_row(tiny, tiny_checkpoint, own_pairs, no_workers):
+    split, other, out = own_pairs / "test.txt", own_pairs / "other.pt", own_pairs / "out"
+    known = {"data": "list", "root": str(own_pairs), "test_split": str(split)}
+    cabins.save_checkpoint(other, tiny, args=known)  # it says on what it was trained
+    options = ("--data", "list", "--root", own_pairs, "--split", split, "--out", out)
+    for command in ([tiny_checkpoint], [tiny_checkpoint], [other, "--no-flip"]):
+        run_script("eval.py", *command, *options)
+    with open(out / "results.csv", newline="") as file:
+        first, _, last = rows = list(csv.DictReader(file))
+    printed = run_script("eval.py", other).out.splitlines()[-1].split()[2:]
+    assert printed == [f"{float(first[metric]):.3f}" for metric in evaluation.HEADINGS]
+    assert last["protocol"] != first["protocol"] and str(split) in last["list"]
+    assert [row["checkpoint"] for row in rows] == [str(tiny_checkpoint)] * 2 + [str(other)]
+    names, folders = ["rooms_rgb_4_mm.png", "rooms_rgb_5_mm.png"], {*out.glob("*/")}
+    assert {out / row["predictions"] for row in rows} == folders and len(folders) == 3
+    assert all({path.name for path in folder.iterdir()} == set(names) for folder in folders)
+    kept = (data.read_depth(out / first["predictions"] / name, 1000) for name in names)
+    pairs = data.DepthDataset("list", own_pairs, split)
+    again = evaluation.evaluate(lambda _: next(kept)[None, None], pairs)
+    for metric, value in evaluation.evaluate(tiny, pairs).items():
+        assert float(first[metric]) == pytest.approx(value, rel=1e-9)
+        assert again[metric] == pytest.approx(value, abs=1e-3)
+
+
+def test_an_own_list_is_measured_over_the_networks_range(own_pairs, monkeypatch):
+    found, path = [], own_pairs / "a.pt"
+    command = ["--data", "list", "--root", own_pairs, "--split", own_pairs / "test.txt"]
+    monkeypatch.setattr(evaluation, "measure", lambda _, pairs, __: found.append(pairs.recipe))
+    for top, option in ((80, []), (80, ["--max-depth", 6]), (6, ["--depth-scale", 500])):
+        model = cabins.CaBins(dataclasses.replace(TINY, max_depth=float(top)))
+        cabins.save_checkpoint(path, model)
+        run_script("eval.py", path, *command, *option)
+    found = [(recipe.max_depth, recipe.depth_scale) for recipe in found]
+    assert found == [(80, 1000), (6, 1000), (6, 500)]
+
+
+def test_the_authors_networks_get_the_range_of_their_data(tiny, few_rooms, tmp_path, monkeypatch):
+    torch.save({"model": {"module.prompts": torch.zeros(1)}}, tmp_path / "theirs.pt")
+    ranges, command = [], ["eval.py", tmp_path / "theirs.pt", "--workers", 0, "--data"]
+    monkeypatch.setattr(cabins, "restore", lambda _, __, top: (ranges.append(top), tiny)[1])
+    assert run_script(*command, "toy").status == 1  # toy rooms do not say which network it is
+    for name in ("nyu", "kitti"):
+        assert run_script(*command, "toy", "--released", name, "--max-depth", 5).status == 0
+        run_script(*command, name, "--root", tmp_path / "none")
+    assert ranges == [10.0, 10.0, 80.0, 80.0]
+
+
+def test_figures_show_the_network_and_mark_what_they_cut(tmp_path, monkeypatch):
+    model = cabins.CaBins(dataclasses.replace(TINY, distance_class="semantic")).eval()
+    found, s = cabins.predict_one(model, torch.randn(1, 3, 96, 128), (90, 120))
+    figures, truth = [], np.full((90, 120), 9.5, np.float32)
+    truth[:45] = 0  # no truth
+    monkeypatch.setattr(evaluation, "save_figure", lambda path, figure: figures.append(figure))
+    for options in ((model.config, found, s, truth), (TINY, found, s)):
+        evaluation.draw_explained(tmp_path, np.zeros((90, 120, 3), np.uint8), *options)
+    figures[0].draw_without_rendering()
+    _, depth, true, error, std, *prompts = [a.images[0] for a in figures[0].axes if a.images]
+    for shown, values in ((depth, found.depth), (std, found.std), *zip(prompts, s, strict=True)):
+        assert np.array_equal(shown.get_array(), values)
+    assert {prompt.get_clim() for prompt in prompts} == {(s.min(), s.max())}
+    assert depth.get_clim() == true.get_clim() == (found.depth.min(), 9.5)
+    assert true.get_array().mask[:45].all() and not true.get_array().mask[45:].any()
+    assert error.get_clim() == (0, pytest.approx(0.95))
+    assert (error.colorbar.extend, depth.colorbar.extend) == ("max", "neither")
+    for axes in ((depth.axes, depth.colorbar.ax), (error.axes, error.colorbar.ax)):
+        heights = [axis.get_window_extent().height for axis in axes]
+        assert heights[0] == pytest.approx(heights[1], rel=0.1)  # a bar is as high as its map
+    boxes = [prompt.axes.title.get_window_extent() for prompt in prompts]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+    (bins,) = [axis for axis in figures[0].axes if axis.get_legend()]
+    for lines, places in zip(bins.collections, (found.centers, found.cabins), strict=True):
+        assert np.allclose([line[0, 0] for line in lines.get_segments()], places)
+    titles = [axis.get_title() for axis in figures[1].axes if axis.images][-8:]
+    assert titles == [f"“{round(float(e), 4)}”" for e in found.cabins]
+
+
+def test_each_network_has_folders_of_its_own(few_rooms, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    demo = tmp_path / "runs" / "toy"
-    demo.mkdir(parents=True)
-    files = {"last.pt": b"last", "best.pt": b"best", "log.csv": b"step,loss\n9,1.0\n"}
-    for name, content in files.items():
-        (demo / name).write_bytes(content)
-    wrong = [["--batch-size", "1000"], ["--max-depth", "20000"], ["--clip", "nofile.pt"]]
-    wrong += [["--init", "nofile.pt"], ["--depth-scale", "7"], ["--resume", "best.pt"]]
-    for options in wrong:
-        with pytest.raises((ValueError, OSError)):
-            run_train(*options)
-        assert {name: (demo / name).read_bytes() for name in files} == files, options
-
-    def full_disk(content, path):
-        raise OSError("No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full_disk)
-        with pytest.raises(OSError, match="No space left"):
-            run_train("--epochs", 1)
-    assert {name: (demo / name).read_bytes() for name in files} == files
+    Image.new("RGB", (80, 70)).save("a.png")
+    kinds = ("depth", "colour", "depth_mm", "std_mm", "explained")
+    for n in (1, 2):
+        cabins.save_checkpoint(f"{n}.pt", cabins.CaBins(TINY), args={"data": "toy"})
+        assert run_script("eval.py", f"{n}.pt", "--explain", n).status == 0
+        assert len([*tmp_path.glob(f"{n}_explained/explained_[01].png")]) == n
+        ran = run_script("eval.py", f"{n}.pt", "--images", "a.png", "none", "--explain")
+        assert ran.status == 1 and "none" in ran.err
+        files = {path.name for path in tmp_path.glob(f"{n}_pictures/*")}
+        assert files == {f"a_{kind}.png" for kind in kinds}
 
 
-def test_fine_tuning_starts_from_a_checkpoints_weights(few_rooms, tiny, tmp_path):
-    cabins.save_checkpoint(tmp_path / "tiny.pt", tiny)
-    options = ["--init", str(tmp_path / "tiny.pt"), "--out", str(tmp_path / "out")]
-    run = train.Run(*train.parse_args(options))
-    for name, tensor in tiny.state_dict().items():
-        assert torch.equal(run.learner.model.state_dict()[name], tensor), name
-    assert run.step == 0 and not run.learner.optimizer.state
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """A folder of pictures of every kind, and of other files."""
+    folder, exif = tmp_path_factory.mktemp("pictures"), Image.Exif()
+    values = np.random.default_rng(0).integers(0, 255, (90, 120), np.uint8)
+    grey = Image.fromarray(values)
+    for name in ("L.png", "RGBA.webp", "P.png", "CMYK.tif", "1.bmp"):
+        grey.convert(name.split(".")[0]).save(folder / name)
+    Image.fromarray(values.astype(np.uint16) * 257).save(folder / "deep.png")
+    exif[0x0112] = 6  # the camera was held upright
+    grey.save(folder / "phone.jpg", exif=exif)
+    others = {"save_all": True, "append_images": [grey.rotate(90), grey.rotate(180)]}
+    grey.save(folder / "frames.gif", **others)
+    grey.resize((1, 300)).save(folder / "$thin_{$.PNG")
+    (folder / "broken.jpg").write_bytes((folder / "phone.jpg").read_bytes()[:300])
+    Image.fromarray(np.zeros((80, 90), np.float32)).save(folder / "float.tif")
+    for name in ("notes.txt", "junk.AVIF", "new.HEIC"):
+        (folder / name).write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    with contextlib.suppress(ImportError):
+        __import__("pillow_heif").from_pillow(grey).save(folder / "new.HEIC", format="HEIF")
+    (folder / "deeper.png").mkdir()
+    for name in (".hidden.png", "deeper.png/below.png", "写真.png", "phone.png"):
+        grey.save(folder / name)
+    return folder
 
 
-def test_training_without_any_valid_depth_ends_with_a_sentence(few_rooms, tmp_path, monkeypatch):
-    draw = data.draw_room
-    monkeypatch.setattr(data, "draw_room", lambda i: (draw(i)[0], np.zeros((96, 128), np.float32)))
-    with pytest.raises(ValueError, match="no depth .* valid"):
-        run_train("--epochs", 1, "--batch-size", 2, "--out", tmp_path)
-    assert not list(tmp_path.glob("*.pt"))
+def test_pictures_of_every_kind_give_what_infer_gives(tiny, tiny_checkpoint, pictures, tmp_path):
+    out, command = tmp_path / "out", ("eval.py", tiny_checkpoint, "--out", tmp_path / "out")
+    ran = run_script(*command, "--images", pictures, "--range", 8)
+    no_heif = "pip install pillow-heif" in ran.err
+    assert ran.status == 1 and ran.err.count("\n") == 3 + no_heif
+    assert all(name in ran.err for name in ("broken.jpg", "float.tif", "junk.AVIF"))
+    stems = {"L", "RGBA", "P", "CMYK", "1", "deep", "phone", "phone_", "frames", "$thin_{$", "写真"}
+    stems |= set() if no_heif else {"new"}
+    files = {f"{s}_{k}.png" for s in stems for k in ("depth", "colour", "depth_mm", "std_mm")}
+    assert {path.name for path in out.iterdir()} == files
+    assert [".gif: " in line for line in ran.out.splitlines() if " 3 frames" in line] == [True]
+    for name in ("phone.jpg", "phone_.png", "deep.png", "RGBA.webp", "$thin_{$.PNG"):
+        found = cabins.infer(tiny, pictures / name.replace("_.", "."))
+        start = f"{out}/{name.split('.')[0]}"
+        for kind, values in (("depth", found.depth), ("std", found.std)):
+            written = np.asarray(Image.open(f"{start}_{kind}_mm.png"))
+            assert np.array_equal(written, (values * 1000).round())
+        viridis = pytest.importorskip("matplotlib").colormaps["viridis"]
+        colours = viridis(found.depth / 8, bytes=True)[..., :3]
+        assert np.array_equal(np.asarray(Image.open(f"{start}_colour.png")), colours)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cabins.infer(tiny, pictures / "L.png")
+    for amp, is_equal in (("bf16", True), ("off", False)):
+        assert run_script(*command, "--images", pictures / "L.png", "--amp", amp).status == 0
+        written = np.asarray(Image.open(out / "L_std_mm.png"))
+        assert np.array_equal(written, (found.std * 1000).round()) == is_equal
 
 
-def test_a_second_signal_stops_at_once(tmp_path):
-    run = start_run(tmp_path)
-    wait_until(run, (tmp_path / "log.csv").exists)
-    run.send_signal(signal.SIGSTOP)  # so that both are there before a step can end
-    for number in (signal.SIGINT, signal.SIGTERM):
-        run.send_signal(number)
-    run.send_signal(signal.SIGCONT)
-    printed = run.communicate()[0]
-    assert run.returncode in (130, 143) and "stopped at once" in printed
-    assert "Traceback" not in printed
+def test_what_folders_and_patterns_find(pictures, tmp_path, capsys):
+    found, n_without = evaluation.find_pictures([f"{pictures}", f"{pictures}/L.png", "none"])
+    names, folder = {path.name for path in found}, tmp_path / "[1]"
+    assert n_without == 1 and len(names) == len(found) == 15
+    assert not names & {"notes.txt", ".hidden.png", "below.png", "deeper.png"}
+    assert f"{pictures}: 2 are left out" in capsys.readouterr().out
+    below, _ = evaluation.find_pictures([f"{pictures}/**", f"{pictures}/notes.txt"])
+    assert {path.name for path in below} == names | {"below.png", "notes.txt"}
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError):
+        evaluation.find_pictures([str(folder)])
+    (folder / "a.tif").write_bytes(b"")
+    assert evaluation.find_pictures([str(folder)]) == ([folder / "a.tif"], 0)
 
 
-def test_a_killed_worker_is_one_sentence(monkeypatch):
-    def main():
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-
-    with pytest.raises(SystemExit) as stop:
-        data.run_command(main)
-    assert stop.value.code.endswith(
-        "killed by signal: Killed. Smaller batches or images may fit in memory"
-    )
-    with pytest.raises(RuntimeError, match="another"):
-        data.run_command(lambda: (_ for _ in ()).throw(RuntimeError("another")))
+def test_sixteen_bits_hold_every_range(tmp_path):
+    ranges = [(10, 1000, "_mm", 9600), (80, 1000, "_cm", 7960), (700, 1000, "_dm", 6996)]
+    ranges += [(9999, 1000, "_m", 9999), (80, 256, "", 20378)]  # KITTI's own scale
+    for top, scale, unit, written in ranges:
+        evaluation.write_depth(f"{tmp_path}/a", np.full((2, 2), top - 0.4), top, scale)
+        assert (np.asarray(Image.open(tmp_path / f"a{unit}.png")) == written).all()
 
 
-def test_processes_must_divide_the_batch(few_rooms, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "rank_of", lambda: (0, 2))
-    args = train.parse_args(["--batch-size", "7", "--out", str(tmp_path)])
-    with pytest.raises(ValueError, match="--batch-size 7 is the total: 2 processes must divide it"):
-        train.Run(*args)
+# ---- Settings, checkpoints and your own pictures -------------------------------------------------
 
 
-def test_an_own_list_is_checked(tmp_path, monkeypatch, capsys):
-    for i in range(12):
-        write_pair(tmp_path, str(i), 96, 128, depth=65535 if i == 3 else 2000)
-    write_pair(tmp_path, "small", 40, 60)
-    split, test = tmp_path / "train.txt", tmp_path / "test.txt"
-    split.write_text("".join(f"rgb_{i}.jpg sync_depth_{i}.png\n" for i in range(12)))
-    test.write_text(split.read_text())
-    monkeypatch.chdir(tmp_path)
-    command = ["data.py", "list", "--root", ".", "--train-split", "train.txt"]
-    command += ["--test-split", "test.txt", "--out", "checks"]
-    monkeypatch.setattr(sys, "argv", command)
-    data.main()
-    printed = capsys.readouterr().out
-    assert "test: depths go to 65.53 m; above 10.0 m they are none" in printed.replace("54", "53")
-    assert Image.open(tmp_path / "checks" / "check_list_0_to_10_m.png").size[0] > 8 * 256
-    (tmp_path / "rgb_5.jpg").write_bytes(b"broken")  # none of the eight that are shown
-    with pytest.raises(ValueError, match="rgb_5.jpg cannot be read as an image"):
-        data.main()
-    test.write_text("rgb_small.jpg sync_depth_small.png\n")
-    with pytest.raises(
-        ValueError, match="rgb_small.jpg has 40 x 60 pixels; the network needs at l"
-    ):
-        data.main()
+def test_the_papers_settings_are_the_defaults_and_wrong_ones_are_refused_by_name():
+    paper = ("RN101", "cabins", 256, 8, 8, 1e-3, 10.0, 640)
+    assert dataclasses.astuple(cabins.Config())[:8] == paper
+    texts = {"backbone": ["RN102"], "distance_class": ["mode"], "min_depth": [0.0, "1"]}
+    # 7 does not divide 256, and CLIP has 77 positions
+    counts = {"n_bins": [1, 256.0], "n_cabins": [7, 0], "n_prompts": [-1, 100], "longer_side": [0]}
+    for field, values in (texts | counts | {"max_depth": [1e-4, "10", math.nan]}).items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"{field}.*{re.escape(str(value))}"):
+                cabins.Config(**{field: value})
 
 
-@pytest.mark.parametrize("script", ["data.py", "train.py", "eval.py"])
-def test_help_explains_every_option(script):
-    command = [sys.executable, script, "--help"]
-    run = subprocess.run(command, check=True, cwd=HERE, capture_output=True, text=True)
-    options = re.split(r"\n  (?=-)", run.stdout.split("options:")[1])[1:]
-    assert len(options) >= 8
-    for option in options:
-        text = " ".join(option.split("\n\n")[0].split())
-        assert re.search(r"[a-z]{3,}", re.sub(r"-[-\w]+|\{.*?\}|\[.*?\]|\b[A-Z_|]+\b", "", text)), (
-            text
-        )
-    if script != "data.py":
-        assert run.stdout.count(f"python {script}") >= 3 and run.stdout.count(":\n  --") >= 3
+def test_checkpoints_hold_the_network_its_settings_and_more(tiny, tiny_checkpoint):
+    assert cabins.read_checkpoint(tiny_checkpoint)["args"] == {"data": "toy"}
+    loaded = cabins.load_checkpoint(tiny_checkpoint)
+    assert loaded.config == TINY and not loaded.training
+    assert all(torch.equal(x, tiny.state_dict()[n]) for n, x in loaded.state_dict().items())
+    for conv in (loaded.clip.visual.conv2, cabins.CaBins(TINY).depth_decoder.features):
+        assert conv.weight.is_contiguous(memory_format=torch.channels_last)  # faster
+    with pytest.raises(ValueError, match="80"):
+        cabins.load_checkpoint(tiny_checkpoint, max_depth=80.0)
 
 
-# ---- Bad input: one sentence that names the file or value, and the remedy ------------------------
+def test_the_authors_checkpoints_need_a_range_and_get_the_size_of_their_data(monkeypatch):
+    monkeypatch.setitem(cabins.BACKBONES, "RN101", cabins.BACKBONES["tiny"])
+    content = {"model": cabins.CaBins(cabins.Config()).state_dict()}
+    with pytest.raises(ValueError, match="max_depth"):
+        cabins.restore(content, "theirs.pt")
+    for expected in ((10, 640, 518.86), (80, 1216, 721.54)):
+        model = cabins.restore(content, "theirs.pt", expected[0])
+        assert dataclasses.astuple(model.config)[-3:] == expected
 
 
-SCRIPTS = {
-    "data.py": data.main,
-    "train.py": lambda: train.train(*train.parse_args()),
-    "eval.py": evaluation.main,
-}
+def test_checkpoints_of_earlier_versions_load(vit, tmp_path):
+    config = {"backbone": "RN50", "image_width": 128}
+    state, names = vit.state_dict(), ["trans_decoder. context_decoder."]
+    names += ["reassemble. clip.visual.reassemble.", "depth_decoder.fuse. depth_decoder.reduce."]
+    for new, old in map(str.split, names):
+        state = {re.sub(f"^{new}", old, name): tensor for name, tensor in state.items()}
+    torch.save({"config": config, "model": state}, tmp_path / "old.pt")
+    loaded = cabins.load_checkpoint(tmp_path / "old.pt")
+    assert loaded.config == vit.config
+    assert all(torch.equal(x, vit.state_dict()[n]) for n, x in loaded.state_dict().items())
 
 
-def run_script(monkeypatch, name: str, *arguments) -> str:
-    """Standard error of a script that must fail."""
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        data.run_command(SCRIPTS[name])
-    return stop.value.code
+def test_downloads_are_whole_checked_and_kept(tmp_path, monkeypatch):
+    (tmp_path / "source").write_bytes(b"weights")
+    url, sha256 = (tmp_path / "source").as_uri(), hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(FileNotFoundError, match="file"):
+        cabins.download(url, "file", "0" * 64)
+    path = cabins.download(url, "file", sha256)
+    assert path.read_bytes() == b"weights" and list(path.parent.iterdir()) == [path]
+    assert cabins.download("file:///none", "file", sha256) == path  # which is not fetched again
+    path.write_bytes(b"changed")
+    with pytest.raises(ValueError, match="file"):
+        cabins.download(url, "file", sha256)
 
 
-def test_an_error_is_one_line_on_standard_error():
-    command = [sys.executable, "eval.py", "none.pt"]
-    run = subprocess.run(command, check=False, cwd=HERE, capture_output=True, text=True)
-    expected = "error: none.pt: no such file; expected a checkpoint of train.py or of the authors\n"
-    assert (run.returncode, run.stdout, run.stderr) == (1, "", expected)
+def test_infer_gives_mean_and_std_of_depth_and_leaves_each_part_in_its_mode(tmp_path):
+    model = cabins.CaBins(TINY)
+    model.clip.visual.eval()
+    array = np.random.default_rng(0).integers(0, 255, (90, 141, 3), np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    negative = np.ascontiguousarray(array[..., ::-1])[..., ::-1]  # strides, as from OpenCV
+    found = cabins.infer(model, array)
+    assert model.training and model.bins.training and not model.clip.visual.training
+    for picture in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(array), negative):
+        assert all(np.array_equal(a, b) for a, b in zip(found, cabins.infer(model, picture)))
+    assert all(x.dtype == np.float32 for x in found)
+    # by hand: the longer side is that of training, and reducing averages pixels
+    image = torch.from_numpy(array).permute(2, 0, 1)[None] / 255
+    image = F.interpolate(image, (82, 128), mode="bilinear", antialias=True)
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    inputs = inputs_of(model.eval().depth_decoder, lambda: model((image - mean) / deviation))
+    (seen,) = inputs_of(model.clip.visual, lambda: cabins.infer(model, array))
+    close(seen, (image - mean) / deviation, 1e-5)
+    c, p = model((image - mean) / deviation).centers, model.depth_decoder(*inputs)
+    depth = cabins.expected_depth(c, p)
+    std = (p * (c[..., None, None] - depth).square()).sum(1, keepdim=True).sqrt()
+    close(found.depth, cabins.resize(depth, (90, 141))[0, 0], 1e-5)
+    close(found.std, cabins.resize(std, (90, 141))[0, 0], 1e-3)
+    close(found.centers, c[0], 1e-6)
+    close(found.cabins, cabins.distance_classes(c, 8)[0], 1e-6)
 
 
-@pytest.mark.parametrize(
-    "field, value, message",
-    [
-        ("backbone", "RN102", "backbone is 'RN102'; it must be one of RN50, RN101, ViT-B/16, tiny"),
-        ("distance_class", "mode", "must be one of cabins, median, mean, semantic"),
-        ("n_cabins", 7, "n_cabins is 7; it must divide n_bins, which is 256"),
-        ("n_bins", 1, "n_bins is 1; it must be an integer of at least 2"),
-        ("max_depth", 1e-4, "must be 0 < from < to < 10000 m"),
-        ("min_depth", 0.0, "must be 0 < from < to < 10000 m"),
-    ],
-)
-def test_config_names_field_and_allowed_values(field, value, message):
-    with pytest.raises(ValueError, match=message):
-        cabins.Config(**{field: value})
+def test_pictures_of_any_size_mode_and_orientation(tiny, tmp_path):
+    for size in ((1, 1), (20_000, 3), (3, 500)):
+        found = cabins.infer(tiny, Image.new("RGB", size, (90, 80, 70)))
+        assert found.depth.shape == size[::-1] and np.isfinite(found.depth).all()
+    grey = np.random.default_rng(0).integers(0, 256, (9, 12), np.uint8)
+    grey[0, 0] = 255
+    for mode in ("L", "RGBA", "P", "CMYK"):
+        found = cabins.read_picture(Image.fromarray(grey).convert("RGB").convert(mode))
+        assert found.shape == (9, 12, 3) and found.dtype == np.uint8
+    deep = Image.fromarray(grey.astype(np.uint16) * 16)  # 12 bits in 16: the brightest is white
+    assert np.abs(cabins.read_picture(deep)[..., 1].astype(int) - grey).max() <= 1
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a phone held upright: to be turned by a quarter, clockwise
+    Image.fromarray(grey).save(tmp_path / "phone.png", exif=exif)
+    assert np.array_equal(cabins.read_picture(tmp_path / "phone.png")[..., 0], np.rot90(grey, -1))
+    real, missing = np.zeros((4, 5, 3)), None  # None is what OpenCV gives for a missing file
+    for wrong in (real, missing, grey, grey[:0, :, None].repeat(3, 2), Image.new("F", (9, 9))):
+        with pytest.raises(ValueError):
+            cabins.infer(tiny, wrong)
 
 
-def test_random_weights_warn_and_wrong_clip_is_refused(tiny, monkeypatch):
-    small = {"RN50": cabins.BACKBONES["tiny"]._replace(embed_dim=32)}
-    monkeypatch.setattr(cabins, "BACKBONES", cabins.BACKBONES | small)
-    with pytest.warns(UserWarning, match="CLIP has random weights: give clip"):
-        cabins.CaBins(cabins.Config(backbone="RN50"))
-    with pytest.raises(ValueError, match="backbone is RN50; the CLIP given is another"):
-        cabins.CaBins(cabins.Config(backbone="RN50"), tiny.clip)
-    with pytest.raises(ValueError, match="H and W at least 64"):
-        tiny(torch.zeros(1, 3, 63, 64))
+# ---- Runs: several processes, interruptions, folders ---------------------------------------------
 
 
-class Evil:
-    """What pickle would build by running a command."""
+@contextlib.contextmanager
+def short_runs():
+    """Runs of eight steps, each of them logged and saved, without figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        rooms = {"train": range(8), "test": range(1_000_000, 1_000_002)}
+        patch.setattr(data, "TOY_ROOMS", rooms)
+        for name, value in (("LOG_EVERY", 1), ("SAVE_EVERY", 0), ("draw_curves", lambda _: None)):
+            patch.setattr(train, name, value)
+        patch.setattr(evaluation, "draw_samples", lambda *_: None)
+        yield patch
 
+
+@pytest.fixture
+def quick():
+    with short_runs() as patch:
+        yield patch
+
+
+SCRIPT = f"""
+import sys
+sys.path[:0] = {sys.path}
+from {__name__} import *
+if "--distance-class" in sys.argv:
+    # a process would have the statistics of its own images, which torch joins on GPUs only
+    nn.BatchNorm2d.forward = lambda self, x: F.batch_norm(
+        x, self.running_mean, self.running_var, self.weight, self.bias)
+    nn.Dropout.forward = lambda self, x: x
+with short_runs():
+    data.run_command(train.main)
+"""
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    # phrases as prompts: a number on the edge between two decimals could be written in two ways
+    options = ["--distance-class", "semantic", "--epochs", "2", "--batch-size", "4"]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": 180}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    folders = []
+    for start in ([], torchrun):
+        folders.append(tmp_path / f"out{len(start)}")
+        command = [sys.executable, *start, "script.py", *options, "--workers", "0", "--out"]
+        ran = subprocess.run([*command, folders[-1]], cwd=tmp_path, check=False, **how)
+        assert ran.returncode == 0, ran.stdout
+        assert ran.stdout.count("epoch 2/2") == 1  # only the first process speaks
+    for file, n_rows in (("log.csv", 4), ("metrics.csv", 2)):
+        tables = [np.genfromtxt(f / file, delimiter=",", skip_header=1) for f in folders]
+        assert len(tables[0]) == n_rows
+        np.testing.assert_allclose(*tables, rtol=1e-5)
+    one, two = (cabins.read_checkpoint(folder / "last.pt")["model"] for folder in folders)
+    for name, tensor in one.items():
+        if tensor.is_floating_point():  # Adam makes a step out of the rounding of a tiny gradient
+            difference = (two[name] - tensor).abs()
+            assert difference.mean() < 1e-6 and difference.max() < 2e-4, name
+
+
+EIGHT_STEPS = ("--epochs", 2, "--batch-size", 2)
+
+
+def run_train(*options, stop=None) -> Ran:
+    """Run train.py; `stop` is a step and the signal that comes before it."""
+    take = train.Learner.step
+
+    def step(learner, batch, number):
+        assert torch.get_float32_matmul_precision() == "high"  # TF32, on a GPU
+        if stop and number == stop[0]:
+            os.kill(os.getpid(), stop[1])
+        return take(learner, batch, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "stops", [])
+        patch.setattr(train.Learner, "step", step)
+        return run_script("train.py", "--workers", 0, *options)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> Path:
+    """The folder of a run of eight steps that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    with short_runs():
+        assert run_train(*EIGHT_STEPS, "--out", out).status == 0
+    return out
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Weights, optimizer, schedule, best metric and tables are equal to the last bit."""
+    for name in ("last.pt", "best.pt"):
+        contents = [cabins.read_checkpoint(folder / name) for folder in (one, other)]
+        for content in contents:
+            del content["args"]  # which name their folders
+        leaves = [torch.utils._pytree.tree_flatten_with_path(content)[0] for content in contents]
+        assert len(leaves[0]) == len(leaves[1]) > 250
+        for (path, a), (_, b) in zip(*leaves):
+            assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
+    for file in ("log.csv", "metrics.csv"):
+        assert (one / file).read_text() == (other / file).read_text(), file
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_has_done_its_step_and_goes_on_exactly(number, whole_run, quick, tmp_path):
+    first, second = tmp_path / "a" / "last.pt", tmp_path / "b"
+    ran = run_train(*EIGHT_STEPS, "--out", first.parent, stop=(6, number))
+    assert ran.status == 128 + number and cabins.read_checkpoint(first)["step"] == 6
+    content = torch.load(first, weights_only=True)
+    content["args"]["ply"] = content["args"].pop("workers")  # options come and go with versions
+    torch.save(content, first)
+    assert run_train("--resume", first, "--out", second).status == 0
+    same_run(second, whole_run)  # with the best network and the tables of the first half
+
+
+def test_a_folder_has_one_run_until_that_is_killed_and_then_goes_on(whole_run, quick, tmp_path):
+    options = map(str, (*EIGHT_STEPS, "--workers", 1, "--out", tmp_path))
+    run = subprocess.Popen([sys.executable, "-c", SCRIPT, *options])
+    deadline, last = time.monotonic() + 120, tmp_path / "last.pt"
+    while not (last.exists() and Path(f"{last}.partial").exists()):  # in the middle of saving
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    run.send_signal(signal.SIGSTOP)
+    for options in (["--resume"], EIGHT_STEPS):
+        ran = run_train(*options, "--out", tmp_path)
+        assert ran.status == 1 and str(tmp_path) in ran.err
+    run.kill()
+    assert run.wait(timeout=60) == -signal.SIGKILL
+    assert run_train("--resume", "--out", tmp_path).status == 0
+    same_run(tmp_path, whole_run)
+
+
+def test_a_full_disk_loses_nothing(whole_run, quick, tmp_path):
+    torch_save, is_full = torch.save, iter([True])
+
+    def save(content, path):
+        if path.name.startswith("best") and next(is_full, False):  # after the first validation
+            path.write_bytes(b"half")
+            raise RuntimeError("No space left on device")  # torch's own error
+        torch_save(content, path)
+
+    quick.setattr(torch, "save", save)
+    assert run_train(*EIGHT_STEPS, "--out", tmp_path).status == 1
+    assert cabins.read_checkpoint(tmp_path / "last.pt")["step"] == 3
+    assert not list(tmp_path.glob("*.partial"))
+    with open(tmp_path / "log.csv", "a") as file:
+        file.write("5,1.2")  # half a row
+    assert run_train("--resume", "--out", tmp_path).status == 0
+    same_run(tmp_path, whole_run)
+
+
+def test_resuming_refuses_what_would_change_the_run_and_frees_the_checkpoint(whole_run, quick):
+    last, before = whole_run / "last.pt", (whole_run / "last.pt").read_bytes()
+    for options in (["--epochs", 3], ["--batch-size", 4], ["--seed", 1], ["--as-released"]):
+        ran = run_train("--resume", last, *options)
+        assert ran.status == 1 and options[0] in ran.err
+    assert run_train("--resume", last, *EIGHT_STEPS).status == 0  # has finished
+    content, new = cabins.read_checkpoint(last), whole_run / "new"
+    args, _ = train.parse_args(["--out", str(new), *map(str, EIGHT_STEPS)])
+    args.resume = str(last)
+    assert train.Run(args, content).best == cabins.read_checkpoint(last)["best"]
+    assert not content and last.read_bytes() == before == (new / "last.pt").read_bytes()
+    assert (whole_run / "best.pt").read_bytes() == (new / "best.pt").read_bytes()
+    (new / "best.pt").unlink()  # another must be chosen
+    args.resume = f"{new}/last.pt"
+    assert train.Run(args, cabins.read_checkpoint(new / "last.pt")).best == math.inf
+
+
+@pytest.mark.parametrize("seconds, steps", [(0, [*range(1, 9)]), (600, [4, 8])])
+def test_last_is_saved_by_time_and_the_best_network_stays(seconds, steps, quick, tmp_path):
+    metrics, found = dict.fromkeys(evaluation.HEADINGS, 1.0), iter([0.5, 0.5 + seconds])
+    measure = lambda *_: {"whole": metrics | {"abs_rel": next(found)}}
+    saved = []
+
+    def save(path, *_, step, best, **__):
+        saved.append((path.name, step, best))
+
+    quick.setattr(evaluation, "evaluate_windows", measure)
+    quick.setattr(cabins, "save_checkpoint", save)
+    quick.setattr(train, "SAVE_EVERY", seconds)
+    quick.setattr(train, "PRINT_EVERY", 3)
+    ran = run_train(*EIGHT_STEPS, "--out", tmp_path)
+    assert [step for name, step, _ in saved if name == "last.pt"] == steps
+    assert [step for name, step, _ in saved if name == "best.pt"] == [4]
+    assert saved[-1] == ("last.pt", 8, 0.5)
+    assert [f"step {i} of 8" in ran.out for i in range(1, 9)] == [i in (3, 6) for i in range(1, 9)]
+
+
+def test_a_new_demo_replaces_the_old_one_when_it_has_a_best_network(whole_run, quick, tmp_path):
+    quick.chdir(tmp_path)
+    demo = shutil.copytree(whole_run, tmp_path / "runs" / "toy")
+
+    def files() -> dict:
+        return {path.name: path.read_bytes() for path in demo.glob("*.*")}
+
+    old = files()
+    for options in (["--batch-size", 1000], ["--clip", "none.pt"], ["--resume", "best.pt"]):
+        assert run_train(*options).status == 1 and files() == old, options
+    ran = run_train("--epochs", 2, "--batch-size", 4, stop=(1, signal.SIGTERM))
+    assert ran.status == 143 and files() == old
+    assert run_train("--epochs", 1, "--batch-size", 4).status == 0
+    last, best = (cabins.read_checkpoint(demo / f"{name}.pt") for name in ("last", "best"))
+    assert last["step"] == best["step"] == 2 and not (demo / "new").exists()
+    assert (demo / "log.csv").read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize("name", ["log.csv", "best.pt", "runs/toy/log.csv"])
+def test_files_of_others_stay(name, quick, tmp_path):
+    quick.chdir(tmp_path)
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text("time,note\n1,mine\n")
+    ran = run_train(*EIGHT_STEPS, "--out", Path(name).parent)
+    assert ran.status == 1 and "other" in ran.err  # another run's, or other columns
+    assert Path(name).read_text() == "time,note\n1,mine\n"
+
+
+def test_a_run_that_learns_nothing_ends_and_saves_nothing(quick, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cabins, "total_loss", lambda found, *_: found.depth.sum() * math.nan)
+        ran = run_train(*EIGHT_STEPS, "--out", tmp_path / "a")
+        assert ran.status == 1 and "step 1" in ran.err and "nan" in ran.err
+        patch.setattr(cabins, "total_loss", lambda *_: torch.zeros(10**15))
+        ran = run_train(*EIGHT_STEPS, "--out", tmp_path / "a")
+        assert ran.status == 1 and "--batch-size" in ran.err and ran.err.count("\n") == 1
+    draw, nothing = data.draw_room, np.zeros((96, 128), np.float32)
+    quick.setattr(data, "draw_room", lambda i: (draw(i)[0], nothing if i < 8 else draw(i)[1]))
+    quick.setattr(data, "describe", lambda dataset: "")
+    assert run_train(*EIGHT_STEPS, "--out", tmp_path / "b").status == 1
+    assert not list(tmp_path.glob("*/*.pt"))
+
+
+def test_training_starts_from_a_checkpoint_and_draws_its_curves(
+    tiny, tiny_checkpoint, few_rooms, tmp_path
+):
+    options = ["--init", tiny_checkpoint, "--max-depth", 20, "--out", tmp_path, *EIGHT_STEPS]
+    assert run_train(*options, stop=(5, signal.SIGINT)).status == 130
+    for name in ("explained_0.png", "curves.png"):
+        with Image.open(tmp_path / name) as figure:
+            assert min(figure.size) > 300
+    args, _ = train.parse_args([*map(str, options), "--out", str(tmp_path / "new")])
+    model = train.Run(args, {}).learner.model
+    assert all(torch.equal(model.state_dict()[n], x) for n, x in tiny.state_dict().items())
+    assert model.config.max_depth == 20
+
+
+def test_own_pairs_are_trained_and_their_faults_found_first(own_pairs, quick, tmp_path):
+    def own(training: str, test: str, name: str, *options) -> Ran:
+        lists = ["--train-split", own_pairs / training, "--test-split", own_pairs / test]
+        options += ("--data", "list", "--root", own_pairs, *lists, "--backbone", "tiny")
+        return run_train(*options, "--epochs", 1, "--batch-size", 2, "--out", tmp_path / name)
+
+    ran = own("train.txt", "train.txt", "same")
+    assert ran.status == 0 and "test list" in ran.out and "1000" in ran.out
+    content = cabins.read_checkpoint(tmp_path / "same" / "last.pt")
+    assert (content["config"]["longer_side"], content["config"]["focal"]) == (128, 518.8579)
+    assert own("train.txt", "test.txt", "far", "--max-depth", 1).status == 1  # no truth is so near
+    assert not (tmp_path / "far").exists()
+    ran = own("none.txt", "test.txt", "none")
+    assert ran.status == 1 and "--train-split" in ran.err and "none.txt" in ran.err
+    torch.save(content | {"step": 1}, tmp_path / "same" / "last.pt")  # of a run that has not ended
+    assert own("train.txt", "test.txt", "same", "--resume").status == 1  # another test list
+
+
+# ---- What all scripts share ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_the_data_is_one_sentence_and_a_bug_is_not(workers, own_pairs):
+    (own_pairs / "rooms" / "rgb_4.jpg").write_bytes(b"broken")
+    own = data.DepthDataset("list", own_pairs, own_pairs / "test.txt")
+    with pytest.raises(SystemExit, match=r"^error: .*rgb_4\.jpg cannot be read.*") as stop:
+        data.run_command(lambda: next(iter(data.load(own, workers=workers))))
+    assert "\n" not in stop.value.code and "Caught" not in stop.value.code
+    with pytest.raises(RuntimeError, match="size"):
+        data.run_command(lambda: torch.zeros(2) @ torch.zeros(3))
+
+
+def test_what_the_machine_lacks_is_one_sentence_with_the_remedy():
+    worker = "DataLoader worker (pid 7) is killed by signal: "
+    remedies = {
+        RuntimeError(f"{worker}Bus error."): "--shm-size",
+        RuntimeError("unable to write to file </torch_7>: No space left"): "--shm-size",
+        RuntimeError(f"{worker}Killed."): "--workers",
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 12 bytes\nat x"): "smaller",
+        MemoryError(): "smaller",
+    }
+    for error, remedy in remedies.items():
+        with pytest.raises(SystemExit) as stop:
+            data.run_command(mock.Mock(side_effect=error))
+        assert stop.value.code.startswith("error: ") and stop.value.code.count("\n") == 0
+        assert remedy in stop.value.code and ("Docker" in stop.value.code) == ("sh" in remedy[:7])
+
+
+# ---- Wrong commands: one sentence, which names the file or the option ----------------------------
+
+
+class Evil:  # which pickle would build by running a command
     def __reduce__(self):
         return os.system, ("touch was_run",)
 
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory) -> Path:
-    """A folder of good and of broken files."""
+    """A folder of good files, and of broken ones that are named after what is wrong with them."""
     root = tmp_path_factory.mktemp("broken")
-    for name, size in (("1", (480, 640)), ("small", (100, 100)), ("zero", (480, 640))):
-        write_pair(root / "a", name, *size, depth=0 if name == "zero" else 1500)
-    for name in ("1", "2"):
-        write_pair(root / "küche", name, 96, 128)
-    write_pair(root / "küche", "low", 80, 128)
-    jpg, png = root / "a" / "rgb_1.jpg", root / "a" / "sync_depth_1.png"
-    (root / "a" / "cut.jpg").write_bytes(jpg.read_bytes()[:2000])
-    (root / "a" / "cut.png").write_bytes(png.read_bytes()[:200])
-    (root / "a" / "empty.jpg").write_bytes(b"")
-    (root / "a" / "text.jpg").write_text("no picture")
-    shutil.copy(jpg, root / "a" / "jpg.png")
-    shutil.copy(jpg, root / "a" / "closed.jpg")
-    (root / "a" / "closed.jpg").chmod(0)
-    Image.new("L", (640, 480)).save(root / "a" / "8bit.png")
-    Image.new("RGB", (640, 480)).save(root / "a" / "colours.png")
-    Image.fromarray(np.full((480, 640), 1500, np.uint16)).save(root / "a" / "16bit.png")
-    (root / "loop").symlink_to(root / "loop")
-    (root / "a" / "loop.jpg").symlink_to(root / "a" / "loop.jpg")
-    (root / "nyu.mat").write_text("no HDF5")
-    good = "a/rgb_1.jpg a/sync_depth_1.png 518.8579"
-    lists = {
-        "good": good,
-        "windows": f"/{good}\r\n\r\n",
-        "byte_order_mark": f"\ufeff{good}\n",
-        "kueche": "küche/rgb_1.jpg küche/sync_depth_1.png\nküche/rgb_2.jpg küche/sync_depth_2.png",
-        "two_sizes": "küche/rgb_1.jpg küche/sync_depth_1.png\nküche/rgb_low.jpg küche/sync_depth_low.png",
-        "depth_for_image": "a/16bit.png a/16bit.png 1",
-        "wrong_suffix": "a/jpg.png a/16bit.png 1",
-        "nothing": "",
-        "no_truth": "a/rgb_1.jpg None 1",
-        "nonsense": f"{good}\nnonsense\n",
-        "spaces": "my room/rgb.jpg my room/depth.png 518.8579",
-        "outside": f"{good}\n../a/rgb_1.jpg a/sync_depth_1.png 1",
-        "absolute": f"{jpg} {png} 1",
-        "missing": f"{good}\nb/x b/y 1",
-        "loop": "a/loop.jpg a/sync_depth_1.png 1",
-        "small": "a/rgb_small.jpg a/sync_depth_small.png 1",
-        "other_size": "a/rgb_1.jpg a/sync_depth_small.png 1",
-        "zero": "a/rgb_zero.jpg a/sync_depth_zero.png 1",
-    }
-    for image in ("cut", "empty", "text", "closed"):
-        lists[image] = f"a/{image}.jpg a/sync_depth_1.png 1"
-    for depth in ("8bit", "colours", "jpg"):
-        lists[depth] = f"a/rgb_1.jpg a/{depth}.png 1"
-    lists["cut_depth"] = "a/rgb_1.jpg a/cut.png 1"
+    folder = root / "a"
+    good = write_pair(folder, "1", 96, 128)
+    write_pair(folder, "narrow", 80, 128)
+    write_pair(folder, "small", 48, 64)
+    write_pair(folder, "zero", 96, 128, depth=0)
+    jpg, png = (folder / "rgb_1.jpg").read_bytes(), (folder / "sync_depth_1.png").read_bytes()
+    images = {"cut": jpg[:500], "void": b"", "text": b"no picture", "closed": jpg}
+    depths = {"cutdepth": png[:60], "jpeg": jpg}
+    for name, content in (images | depths).items():
+        (folder / name).write_bytes(content)
+    (folder / "closed").chmod(0)
+    (folder / "loop").symlink_to(folder / "loop")
+    for name, mode in (("8bit", "L"), ("colours", "RGB"), ("real", "F")):
+        Image.new(mode, (128, 96)).save(folder / f"{name}.tif")
+    lists = {name: f"a/{name} a/sync_depth_1.png 1" for name in (*images, "loop", "gone")}
+    lists |= {name: f"a/rgb_1.jpg a/{name} 1" for name in depths}
+    lists |= {name: f"a/rgb_1.jpg a/{name}.tif 1" for name in ("8bit", "colours", "real")}
+    for name in ("narrow", "small", "zero"):
+        lists[name] = f"a/rgb_{name}.jpg a/sync_depth_{name}.png 1\n"
+    lists |= {"good": good, "rgb_narrow": good + lists.pop("narrow"), "nothing": ""}
+    lists |= {"depth_narrow": "a/rgb_1.jpg a/sync_depth_narrow.png 1", "nonsense": f"{good}x"}
+    lists |= {"spaces": "my room/rgb.jpg my room/d.png 1", "outside": "../a/1.jpg ../a/1.png 1"}
+    lists["notruth"] = "a/rgb_1.jpg None"
     for name, text in lists.items():
-        (root / f"{name}.txt").write_text(text, encoding="utf-8", newline="")
+        (root / f"{name}.txt").write_text(text)
     (root / "binary.txt").write_bytes(b"\xff\xfe\x00")
-
+    (root / "nyu.mat").write_text("no HDF5")
+    for name in ("pictures", "empty", "run", "csv"):
+        (root / name).mkdir()
+    (root / "pictures" / "a.jpg").write_bytes(jpg)
+    (root / "csv" / "results.csv").write_text("label,other\n")
+    # checkpoints
     torch.manual_seed(0)
-    model = cabins.CaBins(TINY)
-    cabins.save_checkpoint(root / "tiny.pt", model)
-    cabins.save_checkpoint(root / "trained.pt", model, args={"data": "nyu"})
-    cabins.save_checkpoint(root / "newer.pt", model)
-    content = torch.load(root / "newer.pt", weights_only=True)
-    torch.save(content | {"config": content["config"] | {"n_heads": 4}}, root / "newer.pt")
-    torch.save(content | {"config": content["config"] | {"n_bins": 128}}, root / "shapes.pt")
-    torch.save(content | {"args": ["toy"]}, root / "args.pt")
-    args = vars(train.parse_args([])[0]) | {"out": "out"}
-    state = {
-        "args": args,
-        "lists": [0, 0],
-        "step": 1,
-        "optimizer": {},
-        "scheduler": {},
-    }
-    torch.save(content | state, root / "state.pt")
-    state = model.clip.state_dict()
-    torch.save(state, root / "clip.pt")
-    torch.save({k: v for k, v in state.items() if k != "visual.bn1.bias"}, root / "less.pt")
+    cabins.save_checkpoint(root / "tiny.pt", cabins.CaBins(TINY))
+    content = torch.load(root / "tiny.pt", weights_only=True)
+    config, state = content["config"], content["model"]
+    nan = state | {"prompts": state["prompts"] * math.nan}
+    clip = {k.removeprefix("clip."): v for k, v in state.items() if k.startswith("clip.")}
+    run = {"args": vars(train.parse_args([])[0]), "lists": [0, 0], "step": 1}
+    files = {"newer": content | {"config": config | {"n_heads": 4}}}
+    files["shapes"] = content | {"config": config | {"n_bins": 128}}
+    files["setting"] = content | {"config": config | {"backbone": "RN102"}}
+    files |= {"noconfig": content | {"config": ["tiny"]}, "args": content | {"args": ["toy"]}}
+    files |= {"nan": content | {"model": nan}, "numbers": {"model": {"prompts": 1}}, "list": [1, 2]}
+    files |= {"state": content | run | {"optimizer": {}, "scheduler": {}}, "clip": clip}
+    files |= {"other": {"state_dict": {"a": torch.zeros(1)}}, "evil": {"model": state, "a": Evil()}}
+    files["theirs"] = {"model": {"module.contexts": torch.zeros(1, 8, 512)}}
+    files["less"] = {k: v for k, v in clip.items() if k != "visual.bn1.bias"}
+    files["noclip"] = {k: v for k, v in clip.items() if k.startswith("visual.")}
+    for name, value in files.items():
+        torch.save(value, root / f"{name}.pt")
+    with zipfile.ZipFile(root / "script.pt", "w") as archive:  # as TorchScript's are
+        archive.writestr("script/data.pkl", pickle.dumps(Evil()))
+        archive.writestr("script/constants.pkl", pickle.dumps(()))
     whole = bytearray((root / "tiny.pt").read_bytes())
     (root / "cut.pt").write_bytes(whole[:100_000])
     whole[len(whole) // 2] ^= 1
     (root / "bit.pt").write_bytes(whole)
     (root / "text.pt").write_text("not a network")
-    (root / "empty.pt").write_bytes(b"")
-    torch.save([1, 2], root / "list.pt")
-    torch.save({"state_dict": {"a": torch.zeros(1)}}, root / "other.pt")
-    torch.save({"model": {"prompts": 1}}, root / "numbers.pt")
-    torch.save({"model": state, "args": Evil()}, root / "evil.pt")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.trace(ClipLike(model.clip), torch.zeros(1)).save(root / "script.pt")
-    (root / "run").mkdir()
     shutil.copy(root / "tiny.pt", root / "run" / "last.pt")
-    (root / "pictures").mkdir()
-    shutil.copy(jpg, root / "pictures" / "a.jpg")
-    (root / "empty").mkdir()
-    shutil.copy(jpg, root / "empty" / ".hidden.jpg")
     return root
 
 
-NYU = "data.py nyu --root . --train-split good.txt --test-split"
-TRAIN = (
-    "train.py --data nyu --root . --backbone tiny --batch-size 1 --out out --test-split good.txt"
-)
-OWN = (
-    "train.py --data list --root . --backbone tiny --batch-size 1 --out out --test-split kueche.txt"
-)
-DAMAGED = "is cut off, damaged or of another kind; expected a"
-FAULTS = {
-    # the data set
-    "data.py nyu": "data 'nyu' needs --root, the folder that holds it",
-    "data.py nyu --root none": "none: no such folder; --root must be where nyu lies",
-    "data.py nyu --root loop": "loop: no such folder; --root must be where nyu lies",
-    "data.py list --root .": "data 'list' needs --train-split, a list of its train pairs",
-    f"{NYU} none.txt": "none.txt is no list of pairs, .*No such file",
-    f"{NYU} a": "a is no list of pairs, .*Is a directory",
-    f"{NYU} binary.txt": "binary.txt is no list of pairs, a text in UTF-8",
-    f"{NYU} nothing.txt": "the list for --data nyu names no pair of image and depth",
-    f"{NYU} no_truth.txt": "the list for --data nyu names no pair of image and depth",
-    f"{NYU} nonsense.txt": "nonsense.txt has the line 'nonsense'; it must be 'image depth focal'",
-    f"{NYU} spaces.txt": "spaces.txt has the line 'my room.*; it must be .*without spaces",
-    f"{NYU} outside.txt": "outside.txt has the line '../a/rgb_1.jpg .*paths below --root",
-    f"{NYU} absolute.txt": "2 of the 2 files that the list names are not below .",
-    f"{NYU} missing.txt": "2 of the 4 files that the list names are not below .: b/x, …; docs/data",
-    f"{NYU} loop.txt": "1 of the 2 files that the list names .*: a/loop.jpg, …",
-    f"{NYU} cut.txt": "a/cut.jpg cannot be read as an image: .*truncated",
-    f"{NYU} good.txt --depth-scale 0": "depth_scale is 0.0; it must be positive",
-    f"{NYU} good.txt --max-depth nan": "max_depth is nan; it must be positive",
-    f"{NYU} empty.txt": "a/empty.jpg cannot be read as an image: cannot identify",
-    f"{NYU} text.txt": "a/text.jpg cannot be read as an image: cannot identify",
-    f"{NYU} closed.txt": "a/closed.jpg cannot be read as an image: .*Permission denied",
-    f"{NYU} cut_depth.txt": "a/cut.png cannot be read as a depth map",
-    f"{NYU} 8bit.txt": "a/8bit.png is no depth map: its mode is L, not 16-bit grey",
-    f"{NYU} colours.txt": "a/colours.png is no depth map: its mode is RGB, not 16-bit grey",
-    f"{NYU} depth_for_image.txt": "16bit.png is no image but perhaps a depth map: its mode is I",
-    f"{NYU} jpg.txt": "a/jpg.png is no depth map: its mode is RGB, not 16-bit grey",
-    f"{NYU} other_size.txt": r"rgb_1.jpg has \(480, 640\) pixels, a/sync_depth_small.png \(100, 100\)",
-    f"{NYU} small.txt": "rgb_small.jpg has 100 x 100 pixels; NYU's images have 480 x 640",
-    f"{NYU} zero.txt": "test: there is no depth at all in a/rgb_zero.jpg",
-    "data.py kitti --root . --train-split good.txt": "has 480 x 640 pixels; KITTI's images have at",
-    "data.py nyu --root nyu.mat --test-split good.txt": "nyu.mat (has no pair 1|needs h5py)",
-    # training
-    "train.py --epochs 0": "--epochs is 0; it must be positive",
-    "train.py --batch-size -1": "--batch-size is -1; it must be positive",
-    "train.py --lr nan": "--lr is nan; it must be positive",
-    "train.py --seed -1": "--seed is -1; it must be from 0 to 2147483647",
-    "train.py --root .": "toy rooms take no --root, list or --depth-scale",
-    "train.py --data nyu --root none": "none: no such folder",
-    "train.py --batch-size 1000 --out out": "--batch-size 1000 is the total: 1 processes must divide it, and 640 pairs fill it",
-    "train.py --out run": "run holds another run: --resume it, or take another --out",
-    f"{TRAIN} --train-split cut.txt": "^error: .*a/cut.jpg cannot be read as an image",
-    f"{TRAIN} --train-split nothing.txt": "the list for --data nyu names no pair",
-    f"{TRAIN} --train-split 8bit.txt": "^error: .*a/8bit.png is no depth map",
-    f"{TRAIN} --train-split other_size.txt": "^error: .*rgb_1.jpg has .480, 640. pixels",
-    f"{OWN} --train-split two_sizes.txt": "rgb_low.jpg has 80 x 128 pixels, but the first of the list 96 x 128",
-    f"{TRAIN} --train-split good.txt --clip none.pt": "none.pt: no such file, and none of RN50, RN101, ViT-B/16",
-    f"{TRAIN} --train-split good.txt --clip a": "a: a folder; expected a CLIP file",
-    f"{TRAIN} --train-split good.txt --clip text.pt": f"text.pt .13 bytes. {DAMAGED} CLIP file",
-    f"{TRAIN} --train-split good.txt --clip empty.pt": f"empty.pt .0 bytes. {DAMAGED} CLIP file",
-    f"{TRAIN} --train-split good.txt --clip list.pt": r"list.pt holds '\[1, 2\]'; expected a CLIP",
-    f"{TRAIN} --train-split good.txt --clip other.pt": "other.pt is no CLIP with its two encoders",
-    f"{TRAIN} --train-split good.txt --clip less.pt": "less.pt does not fit the network: .*Missing key.*visual.bn1.bias",
-    f"{TRAIN} --train-split good.txt --clip evil.pt": f"evil.pt .* {DAMAGED} CLIP file",
-    f"{TRAIN} --train-split good.txt --clip script.pt": f"script.pt .* {DAMAGED} CLIP file",
-    "train.py --clip clip.pt --backbone RN50 --out out": "backbone is RN50; the CLIP given is another",
-    "train.py --resume none.pt": "none.pt: no such file; expected a checkpoint of train.py",
-    "train.py --resume --out out": "out/last.pt: no such file",
-    "train.py --resume tiny.pt": "tiny.pt is no last.pt of train.py: it cannot be resumed",
-    "train.py --resume args.pt": "args.pt is no last.pt of train.py: it cannot be resumed",
-    "train.py --resume state.pt --out out": "state.pt cannot be resumed: KeyError",
-    "train.py --resume evil.pt": f"evil.pt .* {DAMAGED} checkpoint",
-    # evaluation and pictures
-    "eval.py none.pt": "none.pt: no such file; expected a checkpoint of train.py or of the authors",
-    "eval.py a": "a: a folder; expected a checkpoint",
-    "eval.py cut.pt": f"cut.pt .100000 bytes. {DAMAGED} checkpoint",
-    "eval.py bit.pt": f"bit.pt .* {DAMAGED} checkpoint",
-    "eval.py text.pt": f"text.pt .* {DAMAGED} checkpoint",
-    "eval.py list.pt": "list.pt holds",
-    "eval.py other.pt": "other.pt is no checkpoint of CaBins: it has no 'model', but state_dict",
-    "eval.py numbers.pt": "numbers.pt is no checkpoint of CaBins",
-    "eval.py newer.pt": "newer.pt is of another version of CaBins: .*n_heads",
-    "eval.py shapes.pt": "shapes.pt does not fit the network: .*size mismatch",
-    "eval.py evil.pt": f"evil.pt .* {DAMAGED} checkpoint",
-    "eval.py script.pt": f"script.pt .* {DAMAGED} checkpoint",
-    "eval.py args.pt": "args.pt does not say what data it is for: give --data",
-    "eval.py tiny.pt": "tiny.pt does not say what data it is for: give --data",
-    "eval.py tiny.pt --max-depth 80": "tiny.pt is for depths to 10.0 m, not to 80",
-    "eval.py trained.pt": "data 'nyu' needs --root",
-    "eval.py trained.pt --root . --split zero.txt": "none of the 1 images has ground truth",
-    "eval.py trained.pt --root . --split cut.txt": "^error: .*a/cut.jpg cannot be read as an image",
-    "eval.py tiny.pt --images none.png": "none.png: no picture there, nor any that the pattern fits",
-    "eval.py tiny.pt --images pictures --out pictures": "is the folder of .*a.jpg, which must stay",
-    "eval.py tiny.pt --images pictures --ply --fov 180": "--fov is 180.0; it must be above 0 and below 180",
-    "eval.py tiny.pt --images pictures --ply --focal nan": "--focal is nan; it must be above 0 and below",
-    "eval.py tiny.pt --explain 0": "--explain is 0; it must be above 0",
-    "eval.py tiny.pt --images pictures --range 0": "--range is 0.0; it must be above 0",
-    "eval.py tiny.pt --ply": "--ply is for --images",
-    "eval.py tiny.pt --range 10": "--range is for --images",
-    "eval.py tiny.pt --focal 500": "--focal is for --images",
-    "eval.py tiny.pt --images pictures --fov 60": "--fov is for --ply",
-    "eval.py tiny.pt --images pictures --focal 500": "--focal is for --ply",
-    "eval.py tiny.pt --images pictures --ply --focal 500 --fov 60": "--fov or --focal: give one",
-    "eval.py tiny.pt --images pictures --ablate": "--ablate is not for --images",
-    "eval.py tiny.pt --images pictures --no-flip": "--no-flip is not for --images",
-    "eval.py tiny.pt --data toy --root .": "toy rooms take no --root",
-    "eval.py tiny.pt --data toy --train-split good.txt": "--train-split is for training",
-    "eval.py tiny.pt --images pictures --out tiny.pt": "tiny.pt must be a folder, but a file is there",
-    "eval.py tiny.pt --images pictures --out tiny.pt/a": "must be a folder, but a file is there",
-    "eval.py tiny.pt --data toy --out tiny.pt": "must be a folder, but a file is there",
-    "eval.py tiny.pt --images empty": "empty: no picture there",
-    "eval.py tiny.pt --data toy --device cuda": "--device cuda: torch finds none on this machine",
-    "train.py --device mps": "--device mps: torch finds none on this machine",
-    "train.py --out tiny.pt": "tiny.pt must be a folder, but a file is there",
-    "train.py --init none.pt --out out": "none.pt: no such file; expected a checkpoint",
-    "train.py --init tiny.pt --backbone RN50 --out out": "tiny.pt needs --backbone tiny",
-    "train.py --init tiny.pt --clip RN50 --out out": "--clip is not for --init",
-    "data.py toy --root .": "toy rooms take no --root",
-    "data.py nyu --root new.mat --fetch": "nyu cannot be fetched: .* into --root DIR",
-    "eval.py tiny.pt --data toy --ablate --explain 1": "--ablate or --explain: give one",
-    "train.py --max-depth 20000 --out out": "depths from 0.001 to 20000.0 m; must be 0 < from",
-    "train.py --depth-scale 10": "toy rooms take no --root, list or --depth-scale",
+LIST = "data.py list --root . --train-split good.txt --test-split"
+TRAIN = "train.py --data list --root . --backbone tiny --out out --batch-size 1"
+TRAIN += " --test-split good.txt --train-split"
+# Each command is its beginning and one of these ends. What the sentence must name is in brackets.
+WRONG = {
+    "data.py": """
+        [nyu] | [moon] --root . | [list] --root . | toy [--root] . | toy [--rot] .
+        | toy --out [tiny.pt] | nyu --root [none] --test-split good.txt --train-split good.txt
+        | nyu --root . --train-split [small].txt | kitti --root . --train-split [small].txt
+        | nyu --root [nyu.mat] --test-split good.txt""",
+    LIST: """
+        [none.txt] | [a] | [binary.txt] | nothing.txt [] | notruth.txt [] | [nonsense].txt
+        | [spaces.txt] | [outside.txt] | [gone].txt | [loop].txt | [cut].txt | [void].txt
+        | [text].txt | [closed].txt | [cutdepth].txt | [jpeg].txt | [8bit].txt
+        | [colours].txt | [real].txt | [depth_narrow].txt | [small].txt
+        | good.txt [--depth-scale] 0 | good.txt [--max-depth] nan | good.txt [--max-depth] ten""",
+    "train.py": """
+        [--epochs] 0 | [--batch-size] -1 | [--batch-size] 1.5 | [--lr] nan | [--lr] 0 | [--seed] -1
+        | [--root] . | [--depth-scale] 10 | [--max-depth] -3 | [--workers] -1 --out out
+        | --data [moon] | --data [kitti] | --data nyu --root [none] --train-split good.txt
+        | --backbone [RN102] | --distance-class [mode] | --amp [fp16] | [--epoch-length] 3
+        | [--batch-size] 1000 --out out | --out [run] | --out [tiny.pt] | --device [mps]
+        | --resume [none.pt] | --resume --out [out] | --resume [tiny.pt] | --resume [args.pt]
+        | --resume [state.pt] | --resume [evil.pt] | --init [none.pt] --out out
+        | --init tiny.pt [--backbone] RN50 --out out | --init tiny.pt [--clip] RN50 --out out
+        | --init [cut.pt] --out out | --clip clip.pt --backbone [RN50] --out out""",
+    TRAIN: """
+        [cut].txt | nothing.txt [] | [8bit].txt | [depth_narrow].txt | [rgb_narrow].txt
+        | [small].txt | good.txt --clip [none.pt] | good.txt --clip [a] | good.txt --clip [text.pt]
+        | good.txt --clip [other.pt] | good.txt --clip [less.pt] | good.txt --clip [noclip.pt]
+        | good.txt --clip [evil.pt] | good.txt --clip [script.pt]""",
+    "eval.py": """
+        [none.pt] | [a] | [cut.pt] | [bit.pt] | [text.pt] | [args.pt] | [list.pt] | [other.pt]
+        | [numbers.pt] | [newer.pt] | [shapes.pt] | [setting.pt] | [noconfig.pt] | [nan.pt]
+        | [evil.pt] | [script.pt] | [theirs.pt] | [tiny.pt] | theirs.pt --released [moon]""",
+    "eval.py tiny.pt": """
+        [--released] nyu | --data [nyu] | --data [moon] | --data toy [--root] .
+        | --data toy [--train-split] good.txt | --data toy --device [cuda] | --data toy --amp [half]
+        | --data list --root . --split [none.txt] | --data list --root . --split [cut].txt
+        | --data list --root . --split zero.txt [] | --data list --root . --split [small].txt
+        | --data toy --out [tiny.pt] | --data toy --out [csv] | --data toy [--range] 10
+        | --data toy [--explain] 0 | --data toy [--explain] two | --data toy [--max-depth] 0
+        | --data toy --explain [--no-flip] | --data toy [--ablate]
+        | --images [none.png] | --images [empty] | --images pictures --out [pictures]
+        | --images pictures --out [tiny.pt] | --images pictures --out [tiny.pt]/a
+        | --images pictures [--range] 0 | --images pictures [--no-flip]
+        | --images pictures [--root] . | --images pictures [--data] toy
+        | --images pictures [--explain] 2 | --images pictures [--max-depth] 5""",
 }
+COMMANDS = [" ".join([start, *end.split()]) for start in WRONG for end in WRONG[start].split("|")]
 
 
-@pytest.mark.parametrize("command", FAULTS)
-def test_a_fault_gives_one_sentence(command, broken, monkeypatch):
-    if "closed" in command and os.access(broken / "a" / "closed.jpg", os.R_OK):
+def files_below(folder: Path) -> dict[str, tuple]:
+    paths = (path for path in folder.rglob("[!.]*") if path.is_file())
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_a_wrong_command_says_why_and_changes_no_file(command, broken, few_rooms, monkeypatch):
+    monkeypatch.chdir(broken)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # and no worker, which takes long to start
+    if "closed" in command and os.access("a/closed", os.R_OK):
         pytest.skip("this user may read everything")
-    monkeypatch.chdir(broken)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of random weights
-        sentence = run_script(monkeypatch, *command.split())
-    assert re.search(FAULTS[command], sentence), sentence
-    assert sentence.startswith("error: ") and "\n" not in sentence and "Traceback" not in sentence
-    assert not (broken / "was_run").exists()
-    assert not list((broken / "out").glob("*.pt")) if (broken / "out").exists() else True
-
-
-@pytest.mark.parametrize("name", ["windows", "byte_order_mark", "wrong_suffix", "zero"])
-def test_odd_lists_that_work(name, broken):
-    pair = data.DepthDataset("nyu", broken, broken / f"{name}.txt", train=True)[0]
-    assert pair["depth"].max() == (0 if name == "zero" else 1.5) and pair["image"].shape[0] == 3
-
-
-def test_training_on_odd_paths(broken, no_figures, tmp_path, monkeypatch):
-    monkeypatch.chdir(broken)
-    options = f"{OWN} --epochs 1 --train-split kueche.txt --out".split()[1:]
-    run_train(*options, tmp_path)
-    assert (tmp_path / "last.pt").exists()
+    if "cuda" in command and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    before, words = files_below(broken), re.sub(r"\[\]|[][]", "", command).split()
+    files = [word for word in words if word.endswith((".txt", ".pt")) and "none" not in word]
+    assert all(Path(file).exists() for file in files)
+    ran = run_script(*words)
+    assert ran.status == 1 and ran.err.startswith("error: ") and ran.err.count("\n") == 1, ran.err
+    assert re.search(r"\[(.*?)\]", command)[1] in ran.err and "Traceback" not in ran.err
+    assert files_below(broken) == before
