@@ -44,12 +44,9 @@ import eval as evaluation
 import train
 
 torch.set_num_threads(1)  # on small networks several threads only wait for each other
-pytestmark = [
-    pytest.mark.filterwarnings("error"),
-    pytest.mark.filterwarnings("ignore:CLIP has random weights"),
-]
-HERE = Path(cabins.__file__).resolve().parent
-GOLDENS = HERE.parent / "shared" / "goldens"
+WARNINGS = ("error", "ignore:CLIP has random weights")  # all others are errors
+pytestmark = [pytest.mark.filterwarnings(line) for line in WARNINGS]
+GOLDENS = Path(cabins.__file__).resolve().parents[1] / "shared" / "goldens"
 needs_goldens = pytest.mark.skipif(not GOLDENS.is_dir(), reason="no ../shared/goldens here")
 TINY = cabins.Config(backbone="tiny", longer_side=128)
 
