@@ -448,7 +448,7 @@ def silog_loss(depth: Tensor, target: Tensor, mask: Tensor, unbiased: bool = Fal
     mean. With λ = 1, a depth that is wrong by one factor everywhere would cost nothing.
 
     NOTE(paper silent): As in the released code, the sums run over the batch, not over each image.
-    NOTE(differs): Eq. 6 has the biased variance. `unbiased` selects that of the released code.
+    NOTE(differs): Eq. 6 has the biased variance, the released code the unbiased one (`unbiased`).
     """
     n = mask.sum().clamp(min=1)
     g = torch.where(mask, depth, 1).log() - torch.where(mask, target, 1).log()  # 0 outside mask
