@@ -68,6 +68,7 @@ import io
 import math
 import os
 import pickle
+import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -77,7 +78,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from clip_tokenizer import EOT, number_tokens, tokenize
@@ -858,7 +859,8 @@ def load_clip(name_or_path: str | Path) -> CLIP:
 def read_tensors(path: Path, expected: str) -> dict:
     """The dictionary in a PyTorch file, or the tensors of a TorchScript archive. Runs no code."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected {expected}")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}; expected {expected}")
     try:
         is_torchscript = False
         if zipfile.is_zipfile(path):
@@ -940,8 +942,9 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())  # or a power cut could leave the name without the content
         partial.replace(path)
-    except RuntimeError as error:  # torch's own, when the disk is full
-        raise OSError(f"{path} could not be written: {error}") from None
+    except RuntimeError:  # torch's own, when the disk is full
+        free = shutil.disk_usage(partial.parent).free // 10**6
+        raise OSError(f"{path} could not be written, and {free} MB are free there") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -1013,6 +1016,8 @@ def open_picture(path: str | Path, what: str = "a picture") -> Image.Image:
         image.load()
     except ImportError:
         raise ValueError(f"{path}: pip install pillow-heif, or convert it to JPEG") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} cannot be read as {what}") from None
     except Exception as error:  # its kind depends on what the bytes happen to be
         raise ValueError(f"{path} cannot be read as {what}: {error}") from error
     return image

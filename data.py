@@ -194,7 +194,8 @@ def read_list(name: str, part: str, split: str | Path | None) -> list[list[str]]
     try:
         text = Path(split).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--{part}-split {split} is no list that can be read: {error}") from None
+        what = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise ValueError(f"--{part}-split {split}: {what}") from None
     lines = [line.split() for line in text.splitlines() if line.strip()]
     for line in map(" ".join, lines):
         if ".." in re.split("[ /]", line) or not re.fullmatch(r"\S+ \S+( \d+\.?\d*)?", line):
@@ -422,9 +423,9 @@ def positive_float(text: str) -> float:
 
 
 def whole_number(text: str, least: int = 0) -> int:
-    if (value := int(text)) < least:
-        raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
-    return value
+    if not text.removeprefix("-").isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least {least}")
+    return int(text)
 
 
 def positive_int(text: str) -> int:
@@ -475,6 +476,7 @@ def run_command(main: Callable[[], object]) -> None:
         sys.exit("error: " + re.sub(inside_worker, "", str(error)).strip())
     except (RuntimeError, MemoryError) as error:
         text = re.sub(inside_worker, "", str(error)).strip().split("\n")[0] or "out of memory"
+        text = re.sub(r"^\[enforce fail.*?\] (.*== 0\. )?", "", text)  # where in torch it was
         if re.search("Bus error|shared memory|/torch_", text):
             remedy = "in Docker, use --ipc=host or --shm-size=8g"
         elif re.search("(out of|enough) memory|allocate|ALLOC_FAILED|DataLoader worker", text):
@@ -490,7 +492,10 @@ def main() -> None:
     add_data_options(parser)
     args = parser.parse_args()
     scale = (args.depth_scale, args.max_depth)
-    for part in ("test",) if str(args.root).endswith(".mat") else ("train", "test"):
+    is_mat = str(args.root).endswith(".mat")
+    if is_mat:
+        refuse(args, "train_split", "would do nothing with a .mat as --root")
+    for part in ("test",) if is_mat else ("train", "test"):
         split = getattr(args, f"{part}_split")
         dataset = DepthDataset(args.data, args.root, split, part == "train", *scale)
         print(f"{part}: {describe(dataset)}")

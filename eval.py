@@ -147,10 +147,12 @@ def protocol(dataset: DepthDataset, window: str, flip: bool, amp="off", longer_s
 
 def open_folder(folder: str | Path) -> Path:
     """Make a folder and try to write to it, so that OSError comes before the work and not after."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(2**20))
+    except (FileExistsError, NotADirectoryError):
+        raise  # `run_command` says that a file is there
     except OSError as error:
         raise OSError(f"{folder} takes no files: {error.strerror}; choose another --out") from None
     return Path(folder)
@@ -255,9 +257,12 @@ def find_pictures(arguments: list[str]) -> tuple[list[Path], int]:
         is_file = os.path.isfile(argument)  # such a file is read whatever its suffix
         chosen = [p for p in found if is_file or (SUFFIX.search(p) and os.path.isfile(p))]
         if n := len(found) - len(chosen):
-            print(f"{argument}: {n} are left out: folders, or files without a picture's suffix")
+            print(f"{argument}: left out {n}, folders or files without a picture's suffix")
         pictures += map(Path, chosen)
-        without += [] if chosen else [argument]
+        if not chosen:
+            without.append(
+                argument if found or pattern != argument else f"{argument} (no such file)"
+            )
     if not pictures:
         raise FileNotFoundError(f"there is no picture in {', '.join(without)}")
     if without:
@@ -407,6 +412,8 @@ def main() -> None:
         measure(model, dataset, args)
     else:
         out = open_folder(args.out or f"{os.path.splitext(args.checkpoint)[0]}_explained")
+        for old in [] if args.out else out.glob("explained_*.png"):
+            old.unlink()  # of a network that had this name before
         with data.autocast(next(model.parameters()).device, args.amp):
             draw_samples(out, model, dataset, args.explain or 4)
         print(f"{out} has a file explained_….png for each sample")

@@ -1331,7 +1331,7 @@ def test_what_folders_and_patterns_find(pictures, tmp_path, capsys):
     names, folder = {path.name for path in found}, tmp_path / "[1]"
     assert n_without == 1 and len(names) == len(found) == 15
     assert not names & {"notes.txt", ".hidden.png", "below.png", "deeper.png"}
-    assert f"{pictures}: 2 are left out" in capsys.readouterr().out
+    assert f"{pictures}: left out 2" in capsys.readouterr().out
     below, _ = evaluation.find_pictures([f"{pictures}/**", f"{pictures}/notes.txt"])
     assert {path.name for path in below} == names | {"below.png", "notes.txt"}
     folder.mkdir()
@@ -1657,10 +1657,11 @@ def test_a_new_demo_replaces_the_old_one_when_it_has_a_best_network(whole_run, q
         assert run_train(*options).status == 1 and files() == old, options
     ran = run_train("--epochs", 2, "--batch-size", 4, stop=(1, signal.SIGTERM))
     assert ran.status == 143 and files() == old
-    assert run_train("--epochs", 1, "--batch-size", 4).status == 0
-    last, best = (cabins.read_checkpoint(demo / f"{name}.pt") for name in ("last", "best"))
-    assert last["step"] == best["step"] == 2 and not (demo / "new").exists()
-    assert (demo / "log.csv").read_text().count("\n") == 3
+    assert run_train("--epochs", 1).status == 1 and files() == old  # a stopped one is not dropped
+    (demo / "best_explained").mkdir()
+    assert run_train("--resume", "runs/toy/new/last.pt").status == 0
+    assert cabins.read_checkpoint(demo / "last.pt")["step"] == 4
+    assert not [path for path in demo.iterdir() if path.is_dir()]  # nothing stale stays
 
 
 @pytest.mark.parametrize("name", ["log.csv", "best.pt", "runs/toy/log.csv"])
@@ -1680,7 +1681,7 @@ def test_a_run_that_learns_nothing_ends_and_saves_nothing(quick, tmp_path):
         assert ran.status == 1 and "step 1" in ran.err and "nan" in ran.err
         patch.setattr(cabins, "total_loss", lambda *_: torch.zeros(10**15))
         ran = run_train(*EIGHT_STEPS, "--out", tmp_path / "a")
-        assert ran.status == 1 and "--batch-size" in ran.err and ran.err.count("\n") == 1
+        assert ran.status == 1 and "--workers" in ran.err and ran.err.count("\n") == 1
     draw, nothing = data.draw_room, np.zeros((96, 128), np.float32)
     quick.setattr(data, "draw_room", lambda i: (draw(i)[0], nothing if i < 8 else draw(i)[1]))
     quick.setattr(data, "describe", lambda dataset: "")

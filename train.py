@@ -200,6 +200,8 @@ class Run:
             return
         if resume or self.out != DEMO or self.args.data != "toy":
             raise ValueError(f"{found[0]} is another run's: --resume it, or choose another --out")
+        if (NEW_DEMO / "last.pt").exists():
+            raise ValueError(f"{NEW_DEMO}/last.pt is a stopped demo: --resume it, or delete it")
         print(f"{DEMO} holds a trained demo; this run replaces it after the first validation")
         self.out = NEW_DEMO
         claim(self.out)
@@ -214,8 +216,9 @@ class Run:
             self.learner.scheduler.load_state_dict(saved["scheduler"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} cannot be resumed: {error!r}") from None
-        if saved["lists"] != self.lists:
-            raise ValueError(f"{path} is of other pairs or test pairs: start a new run")
+        for part, now, before in zip(("train", "test"), self.lists, saved["lists"]):
+            if now != before:
+                raise ValueError(f"{path} has another --{part}-split: start a new run with --init")
         saved.clear()
         if self.rank > 0:
             return
@@ -267,6 +270,8 @@ class Run:
             state["scheduler"] = self.learner.scheduler.state_dict()
         cabins.save_checkpoint(self.out / name, self.learner.model, best=self.best, **state)
         if name == "last.pt" and self.out == NEW_DEMO and (NEW_DEMO / "best.pt").exists():
+            for old in [*DEMO.glob("*_explained"), *DEMO.glob("*_pictures")]:
+                shutil.rmtree(old)  # what eval.py drew of the old network
             for path in NEW_DEMO.iterdir():
                 path.replace(DEMO / path.name)
             NEW_DEMO.rmdir()
@@ -351,7 +356,7 @@ def note_stop(number: int, _) -> None:
 
 def claim(folder: Path) -> None:
     """Lock a folder for this process. The system releases the lock when the process ends."""
-    file = os.open(evaluation.open_folder(folder) / ".claim", os.O_RDWR | os.O_CREAT)
+    file = os.open(evaluation.open_folder(folder) / ".claim", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -425,7 +430,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
         data.refuse(args, "clip", "is not for --init, which has CLIP's weights")
     for name in ("root", "train_split", "test_split"):
         if value := getattr(args, name):
-            setattr(args, name, str(Path(value).resolve()))  # for eval.py in another folder
+            setattr(args, name, os.path.abspath(value))  # for eval.py in another folder
     is_gpu = data.choose_device(args.device).type == "cuda"
     is_bf16 = is_gpu and torch.cuda.is_bf16_supported(False) and not args.as_released
     args.amp = args.amp or ("bf16" if is_bf16 else "off")
@@ -439,13 +444,10 @@ def main() -> None:
         signal.signal(number, note_stop)
     try:
         train(args, saved)
-    except RuntimeError as error:
+    except RuntimeError:
         if stops:  # the same signal has ended a worker or another process
             sys.exit(128 + stops[0])
-        if "memory" not in str(error) and "DataLoader worker" not in str(error):
-            raise
-        remedy = "try a smaller --batch-size or fewer --workers; in Docker, --shm-size=8g"
-        raise OSError(f"{str(error).splitlines()[0]} {remedy}") from None
+        raise
 
 
 if __name__ == "__main__":
