@@ -253,8 +253,8 @@ def test_positions_are_resized_without_aligned_corners_and_feature_maps_with_the
     grid = torch.tensor([[9.0], [0], [1], [2], [3]])  # of the mean token, then of 2 x 2 locations
     found = cabins.resize_positions(grid, 2, 4).flatten().tolist()
     assert found == [9, 0, 0.25, 0.75, 1, 2, 2.25, 2.75, 3]
-    found = cabins.resize(torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]]), (2, 3))
-    assert found.tolist() == [[[[0, 0.5, 1], [2, 2.5, 3]]]]
+    found = cabins.resize(torch.tensor([[[[0.0, 2.0, 4.0]]]]), (1, 5))
+    assert found.tolist() == [[[[0, 1, 2, 3, 4]]]]
 
 
 # ---- Sec. 3.2.2  CaBins: Eq. 2 -------------------------------------------------------------------
@@ -677,16 +677,20 @@ def test_silogs_variance_and_gradients_that_pile_up_are_as_released_only(as_rele
 
 
 def test_defaults_are_the_papers_and_as_released_starts_from_large_prompts(quick, tmp_path):
-    args, _ = train.parse_args(["--data", "nyu", "--root", "."])
+    (args, _), weights = train.parse_args(["--data", "nyu", "--root", "."]), set()
     assert (args.lr, args.epochs, args.batch_size, args.backbone) == (3.57e-5, 25, 8, "RN101")
-    for options, std, amp in (("--amp bf16", 0.02, "bf16"), ("--as-released", 0.88, "off")):
-        run = train.Run(*train.parse_args(["--out", str(tmp_path / amp), *options.split()]))
+    quick.setitem(data.TOY_ROOMS, "train", range(9))  # the last batch, of one, is kept as released
+    for how, std, amp in (("--amp bf16 --seed 1", 0.02, "bf16"), ("--as-released", 0.88, "off")):
+        run = train.Run(*train.parse_args(["--out", str(tmp_path / amp), *how.split()]))
         assert run.learner.model.prompts.std().item() == pytest.approx(std, rel=0.1)
-        assert run.args.amp == amp and run.n_steps == 3 * 1  # of eight rooms
+        weights.add(run.learner.model.bins.mlp[0].weight.sum().item())  # from the seed
+        assert run.args.amp == amp and run.n_steps == 3 * (1 + (amp == "off"))
         is_bf16 = run.learner.amp._enabled and run.learner.amp.fast_dtype == torch.bfloat16
         assert is_bf16 == (amp == "bf16") and run.learner.as_released == (amp == "off")
+    found = cabins.Prediction(0, torch.tensor([[1.0, 3.0]]), 0, 0)
+    text = run.log(found, torch.full((1, 1, 2, 2), 2.0), 1e-3, 5.0)
+    assert text == "epoch 0, loss 5, bins 2, lr 0.001" and len(weights) == 2
     quick.setattr(data, "rank_of", lambda: (1, 2))
-    quick.setitem(data.TOY_ROOMS, "train", range(9))  # the last batch, of one, is kept as released
     for options in ("--batch-size 3", "--batch-size 4 --as-released"):
         with pytest.raises(ValueError, match="processes"):
             train.Run(*train.parse_args([*options.split(), "--out", str(tmp_path)]))
@@ -708,15 +712,10 @@ def test_pairs_are_shuffled_in_each_epoch_and_training_can_start_anywhere(monkey
 
 
 def test_dropout_and_augmentation_depend_on_seed_step_and_process_alone(monkeypatch):
-    (learner, batch), seeds = new_learner(), []
+    (learner, batch), seeds, maps = new_learner(), [], []
     nn.init.ones_(learner.model.trans_decoder.gamma)  # or dropout would hardly change the texts
-
-    def augment(image, depth, recipe, generator, share):
-        seeds.append(generator.initial_seed())
-        return image / 255, depth
-
+    augment = lambda image, depth, _, g, __: (seeds.append(g.initial_seed()) or image / 255, depth)
     monkeypatch.setattr(data, "augment", augment)
-    maps = []
     draws = [(1, 0, 0), (1, 0, 0), (1, 1, 0), (2, 0, 0), (1, 0, 1)]
     for number, learner.rank, learner.seed in draws:
         maps.append(learner.forward(batch, number)[0].similarity)
@@ -821,7 +820,7 @@ def test_recipes_crops_and_windows_are_the_papers():
     assert (kitti.max_depth, kitti.depth_scale) == (80, 256)
     assert (kitti.crop, kitti.focal) == ((352, 704), 721.54)
     assert (own.max_depth, own.depth_scale, own.crop, own.focal) == (10, 1000, None, 518.86)
-    assert (toy.max_depth, toy.crop, toy.focal) == (10, (96, 128), 100)
+    assert toy[:6] == (10, 1000, (96, 128), 0, 0.1, 100)  # rooms are not rotated
     assert data.fixed_crop("nyu", 480, 640, True) == (45, 472, 43, 608)
     assert data.fixed_crop("nyu", 480, 640, False) == (0, 480, 0, 640)
     for train_or_test in (True, False):
@@ -834,8 +833,7 @@ def test_recipes_crops_and_windows_are_the_papers():
     assert windows["full"] == (slice(129, 348), slice(32, 1184))
     assert data.evaluation_windows("nyu", 480, 640) == {"eigen": (slice(45, 471), slice(41, 601))}
     assert data.evaluation_windows("toy", 96, 128) == {"whole": (slice(0, 96), slice(0, 128))}
-    hashes = [sha256[:8] for sha256 in data.LISTS.values()]
-    assert hashes == ["66e2beb7", "e92c191d", "dd5e51c2", "1a631c1b"]
+    assert [x[:8] for x in data.LISTS.values()] == ["66e2beb7", "e92c191d", "dd5e51c2", "1a631c1b"]
 
 
 def augmented(image, depth, crop, degrees, brightness, draws):
@@ -932,8 +930,7 @@ def test_files_are_found_in_any_folder_with_few_looks(tmp_path, monkeypatch):
         lines.append(f"{image.format(drive, i)}.jpg {depth.format(drive, i)} 721.5\n")
     (tmp_path / "list.txt").write_text("".join([*lines, "a.jpg None 721.5\n"]))
     kitti = data.DepthDataset("kitti", tmp_path, tmp_path / "list.txt")
-    assert len(kitti) == 60 and kitti.n_left_out == 1
-    assert kitti.pairs[-1] == tuple(map(str, found))
+    assert len(kitti) == 60 and kitti.n_left_out == 1 and kitti.pairs[-1] == tuple(map(str, found))
     assert len(looks) < 3 * 60  # there are 28 folders and 4 suffixes
 
 
@@ -1186,14 +1183,14 @@ def test_kept_predictions_give_the_same_row(tiny, tiny_checkpoint, own_pairs, no
     split, other, out = own_pairs / "test.txt", own_pairs / "other.pt", own_pairs / "out"
     known = {"data": "list", "root": str(own_pairs), "test_split": str(split)}
     cabins.save_checkpoint(other, tiny, args=known)  # it says on what it was trained
+    write_pair(own_pairs / "rooms", "4", 192, 256)  # larger than the network's pictures
     options = ("--data", "list", "--root", own_pairs, "--split", split, "--out", out)
     for command in ([tiny_checkpoint], [tiny_checkpoint], [other, "--no-flip"]):
         run_script("eval.py", *command, *options)
-    with open(out / "results.csv", newline="") as file:
-        first, _, last = rows = list(csv.DictReader(file))
+    first, _, last = rows = [*csv.DictReader((out / "results.csv").read_text().splitlines())]
     printed = run_script("eval.py", other).out.splitlines()[-1].split()[2:]
     assert printed == [f"{float(first[metric]):.3f}" for metric in evaluation.HEADINGS]
-    assert last["protocol"] != first["protocol"] and str(split) in last["list"]
+    assert "averaging on" in first["protocol"] != last["protocol"] and str(split) in last["list"]
     assert [row["checkpoint"] for row in rows] == [str(tiny_checkpoint)] * 2 + [str(other)]
     names, folders = ["rooms_rgb_4_mm.png", "rooms_rgb_5_mm.png"], {*out.glob("*/")}
     assert {out / row["predictions"] for row in rows} == folders and len(folders) == 3
@@ -1324,6 +1321,7 @@ def test_pictures_of_every_kind_give_what_infer_gives(tiny, tiny_checkpoint, pic
         assert run_script(*command, "--images", pictures / "L.png", "--amp", amp).status == 0
         written = np.asarray(Image.open(out / "L_std_mm.png"))
         assert np.array_equal(written, (found.std * 1000).round()) == is_equal
+    assert (68, 1, 84) in {c for _, c in Image.open(out / "L_colour.png").getcolors(9**6)}
 
 
 def test_what_folders_and_patterns_find(pictures, tmp_path, capsys):
@@ -1343,7 +1341,7 @@ def test_what_folders_and_patterns_find(pictures, tmp_path, capsys):
 
 def test_sixteen_bits_hold_every_range(tmp_path):
     ranges = [(10, 1000, "_mm", 9600), (80, 1000, "_cm", 7960), (700, 1000, "_dm", 6996)]
-    ranges += [(9999, 1000, "_m", 9999), (80, 256, "", 20378)]  # KITTI's own scale
+    ranges += [(9999, 1000, "_m", 9999), (80, 256, "", 20378), (99_999, 1, "_m", 65535)]
     for top, scale, unit, written in ranges:
         evaluation.write_depth(f"{tmp_path}/a", np.full((2, 2), top - 0.4), top, scale)
         assert (np.asarray(Image.open(tmp_path / f"a{unit}.png")) == written).all()
@@ -1425,6 +1423,7 @@ def test_infer_gives_mean_and_std_of_depth_and_leaves_each_part_in_its_mode(tmp_
     # by hand: the longer side is that of training, and reducing averages pixels
     image = torch.from_numpy(array).permute(2, 0, 1)[None] / 255
     image = F.interpolate(image, (82, 128), mode="bilinear", antialias=True)
+    assert cabins.to_training_size(image.mT, 128).shape == (1, 3, 128, 82)  # upright, too
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     inputs = inputs_of(model.eval().depth_decoder, lambda: model((image - mean) / deviation))
     (seen,) = inputs_of(model.clip.visual, lambda: cabins.infer(model, array))
@@ -1489,6 +1488,8 @@ if "--distance-class" in sys.argv:
     nn.BatchNorm2d.forward = lambda self, x: F.batch_norm(
         x, self.running_mean, self.running_var, self.weight, self.bias)
     nn.Dropout.forward = lambda self, x: x
+    # without Adam and clipping, a step shows how long a gradient is
+    train.MAX_NORM, torch.optim.AdamW = 1e9, lambda p, lr, **_: torch.optim.SGD(p, lr / 100, 0.9)
 with short_runs():
     data.run_command(train.main)
 """
@@ -1499,8 +1500,7 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     # phrases as prompts: a number on the edge between two decimals could be written in two ways
     options = ["--distance-class", "semantic", "--epochs", "2", "--batch-size", "4"]
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": 180}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    folders = []
+    torchrun, folders = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], []
     for start in ([], torchrun):
         folders.append(tmp_path / f"out{len(start)}")
         command = [sys.executable, *start, "script.py", *options, "--workers", "0", "--out"]
@@ -1512,10 +1512,7 @@ def test_two_processes_learn_what_one_learns(tmp_path):
         assert len(tables[0]) == n_rows
         np.testing.assert_allclose(*tables, rtol=1e-5)
     one, two = (cabins.read_checkpoint(folder / "last.pt")["model"] for folder in folders)
-    for name, tensor in one.items():
-        if tensor.is_floating_point():  # Adam makes a step out of the rounding of a tiny gradient
-            difference = (two[name] - tensor).abs()
-            assert difference.mean() < 1e-6 and difference.max() < 2e-4, name
+    assert all(torch.allclose(two[name], tensor, atol=1e-6) for name, tensor in one.items())
 
 
 EIGHT_STEPS = ("--epochs", 2, "--batch-size", 2)
@@ -1603,7 +1600,7 @@ def test_a_full_disk_loses_nothing(whole_run, quick, tmp_path):
     assert cabins.read_checkpoint(tmp_path / "last.pt")["step"] == 3
     assert not list(tmp_path.glob("*.partial"))
     with open(tmp_path / "log.csv", "a") as file:
-        file.write("5,1.2")  # half a row
+        file.write("1")  # a row that was cut off in its number
     assert run_train("--resume", "--out", tmp_path).status == 0
     same_run(tmp_path, whole_run)
 
@@ -1614,6 +1611,7 @@ def test_resuming_refuses_what_would_change_the_run_and_frees_the_checkpoint(who
         ran = run_train("--resume", last, *options)
         assert ran.status == 1 and options[0] in ran.err
     assert run_train("--resume", last, *EIGHT_STEPS).status == 0  # has finished
+    assert np.genfromtxt(whole_run / "log.csv", delimiter=",")[1, -1] == pytest.approx(2e-3 / 25)
     content, new = cabins.read_checkpoint(last), whole_run / "new"
     args, _ = train.parse_args(["--out", str(new), *map(str, EIGHT_STEPS)])
     args.resume = str(last)
@@ -1625,19 +1623,17 @@ def test_resuming_refuses_what_would_change_the_run_and_frees_the_checkpoint(who
     assert train.Run(args, cabins.read_checkpoint(new / "last.pt")).best == math.inf
 
 
-@pytest.mark.parametrize("seconds, steps", [(0, [*range(1, 9)]), (600, [4, 8])])
+@pytest.mark.parametrize("seconds, steps", [(0, [*range(1, 9)]), (train.SAVE_EVERY, [3, 4, 7, 8])])
 def test_last_is_saved_by_time_and_the_best_network_stays(seconds, steps, quick, tmp_path):
     metrics, found = dict.fromkeys(evaluation.HEADINGS, 1.0), iter([0.5, 0.5 + seconds])
-    measure = lambda *_: {"whole": metrics | {"abs_rel": next(found)}}
-    saved = []
-
-    def save(path, *_, step, best, **__):
-        saved.append((path.name, step, best))
-
+    measure = lambda *_: {"whole": metrics | {"abs_rel": next(found)}, "full": metrics}
+    saved, clock = [], mock.Mock(monotonic=itertools.count(0, 250).__next__)  # seconds
+    save = lambda path, *_, step, best, **__: saved.append((path.name, step, best))
     quick.setattr(evaluation, "evaluate_windows", measure)
     quick.setattr(cabins, "save_checkpoint", save)
     quick.setattr(train, "SAVE_EVERY", seconds)
     quick.setattr(train, "PRINT_EVERY", 3)
+    quick.setattr(train, "time", clock)
     ran = run_train(*EIGHT_STEPS, "--out", tmp_path)
     assert [step for name, step, _ in saved if name == "last.pt"] == steps
     assert [step for name, step, _ in saved if name == "best.pt"] == [4]
@@ -1647,7 +1643,7 @@ def test_last_is_saved_by_time_and_the_best_network_stays(seconds, steps, quick,
 
 def test_a_new_demo_replaces_the_old_one_when_it_has_a_best_network(whole_run, quick, tmp_path):
     quick.chdir(tmp_path)
-    demo = shutil.copytree(whole_run, tmp_path / "runs" / "toy")
+    demo = shutil.copytree(whole_run, Path("runs/toy"), ignore=shutil.ignore_patterns("new"))
 
     def files() -> dict:
         return {path.name: path.read_bytes() for path in demo.glob("*.*")}
@@ -1655,8 +1651,7 @@ def test_a_new_demo_replaces_the_old_one_when_it_has_a_best_network(whole_run, q
     old = files()
     for options in (["--batch-size", 1000], ["--clip", "none.pt"], ["--resume", "best.pt"]):
         assert run_train(*options).status == 1 and files() == old, options
-    ran = run_train("--epochs", 2, "--batch-size", 4, stop=(1, signal.SIGTERM))
-    assert ran.status == 143 and files() == old
+    assert run_train("--epochs", 2, "--batch-size", 4, stop=(1, signal.SIGTERM)).status == 143
     assert run_train("--epochs", 1).status == 1 and files() == old  # a stopped one is not dropped
     (demo / "best_explained").mkdir()
     assert run_train("--resume", "runs/toy/new/last.pt").status == 0
@@ -1709,6 +1704,12 @@ def test_own_pairs_are_trained_and_their_faults_found_first(own_pairs, quick, tm
         options += ("--data", "list", "--root", own_pairs, *lists, "--backbone", "tiny")
         return run_train(*options, "--epochs", 1, "--batch-size", 2, "--out", tmp_path / name)
 
+    for i, size in enumerate([(128, 96)] * 4 + [(192, 160)] * 2):  # the tests' are made smaller
+        write_pair(own_pairs / "rooms", str(i), *size)
+    own("train.txt", "test.txt", "other")
+    other, pairs = tmp_path / "other", data.DepthDataset("list", own_pairs, own_pairs / "test.txt")
+    row = evaluation.evaluate(cabins.load_checkpoint(other / "last.pt"), pairs)
+    assert str(row["rmse"]) in (other / "metrics.csv").read_text()  # as eval.py measures
     ran = own("train.txt", "train.txt", "same")
     assert ran.status == 0 and "test list" in ran.out and "1000" in ran.out
     content = cabins.read_checkpoint(tmp_path / "same" / "last.pt")
@@ -1834,8 +1835,8 @@ WRONG = {
     "data.py": """
         [nyu] | [moon] --root . | [list] --root . | toy [--root] . | toy [--rot] .
         | toy --out [tiny.pt] | nyu --root [none] --test-split good.txt --train-split good.txt
-        | nyu --root . --train-split [small].txt | kitti --root . --train-split [small].txt
-        | nyu --root [nyu.mat] --test-split good.txt""",
+        | nyu --root . --train-split good.txt --test-split good.txt []
+        | kitti --root . --train-split [small].txt | nyu --root [nyu.mat] --test-split good.txt""",
     LIST: """
         [none.txt] | [a] | [binary.txt] | nothing.txt [] | notruth.txt [] | [nonsense].txt
         | [spaces.txt] | [outside.txt] | [gone].txt | [loop].txt | [cut].txt | [void].txt
@@ -1892,8 +1893,7 @@ def test_a_wrong_command_says_why_and_changes_no_file(command, broken, few_rooms
     if "cuda" in command and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     before, words = files_below(broken), re.sub(r"\[\]|[][]", "", command).split()
-    files = [word for word in words if word.endswith((".txt", ".pt")) and "none" not in word]
-    assert all(Path(file).exists() for file in files)
+    assert all(Path(w).exists() for w in words if w.endswith((".txt", ".pt")) and "none" not in w)
     ran = run_script(*words)
     assert ran.status == 1 and ran.err.startswith("error: ") and ran.err.count("\n") == 1, ran.err
     assert re.search(r"\[(.*?)\]", command)[1] in ran.err and "Traceback" not in ran.err
