@@ -942,9 +942,9 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())  # or a power cut could leave the name without the content
         partial.replace(path)
-    except RuntimeError:  # torch's own, when the disk is full
+    except RuntimeError as error:  # torch's own, when the disk is full
         free = shutil.disk_usage(partial.parent).free // 10**6
-        raise OSError(f"{path} could not be written, and {free} MB are free there") from None
+        raise OSError(f"{path} could not be written, and {free} MB are free there") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -1088,6 +1088,9 @@ def to_input(model: CaBins, picture: np.ndarray) -> Tensor:
 
 
 def infer(model: CaBins, picture: str | Path | Image.Image | np.ndarray) -> Inference:
-    """Depth of a picture of any size: a path, a PIL image, or a uint8 array (H, W, 3)."""
+    """Depth of a picture of any size: a path, a PIL image, or a uint8 array (H, W, 3).
+
+    The network sees it at the size of its training images. Raises ValueError for anything else.
+    """
     picture = read_picture(picture)
     return predict_one(model, to_input(model, picture), picture.shape[:2])[0]

@@ -72,8 +72,10 @@ def evaluate_windows(
     """
     low, high = cabins.Config.min_depth, dataset.recipe.max_depth
     samples = data.load(dataset, workers=workers)
+    if progress:
+        samples = tqdm(samples, "evaluating", leave=False, disable=None)  # only in a terminal
     found: dict[str, list[dict[str, float]]] = {}  # for each window, the metrics of each image
-    for sample in tqdm(samples, "evaluating", leave=False, disable=not progress or None):
+    for sample in samples:
         depth, target = torch.as_tensor(predict(sample["image"])).cpu(), sample["depth"]
         if depth.shape != target.shape:
             raise ValueError(f"predict gave {tuple(depth.shape)} for {tuple(target.shape)}")

@@ -312,7 +312,8 @@ def train(args: argparse.Namespace, saved: dict) -> None:
     steps, n_pairs = range(run.step, run.n_steps), len(run.dataset)
     order = batches(n_pairs, args.batch_size, steps, args.seed, args.as_released)
     loader = data.load(run.dataset, run.device, args.workers, batch_sampler=order)
-    bar = tqdm(loader, "training", run.n_steps, initial=run.step, disable=not is_first or None)
+    hidden = None if is_first else True  # None: shown in a terminal only
+    bar = tqdm(loader, "training", run.n_steps, initial=run.step, disable=hidden)
     next_save = time.monotonic() + SAVE_EVERY
     for batch in bar:
         lr = learner.scheduler.get_last_lr()[0]
