@@ -73,16 +73,11 @@ def merge(word: str) -> tuple[str, ...]:
     if word in SPECIAL:
         return (word,)
     pieces = [*word[:-1], word[-1] + "</w>"]
-    while len(pieces) > 1:
-        pair = min(itertools.pairwise(pieces), key=lambda pair: ranks.get(pair, N_MERGES))
-        if pair not in ranks:
+    while pairs := list(itertools.pairwise(pieces)):
+        rank, i = min((ranks.get(pair, N_MERGES), i) for i, pair in enumerate(pairs))
+        if rank == N_MERGES:  # no merge applies
             break
-        merged, i = [], 0
-        while i < len(pieces):  # join each occurrence of the pair, from the left
-            found = tuple(pieces[i : i + 2]) == pair
-            merged.append("".join(pair) if found else pieces[i])
-            i += 2 if found else 1
-        pieces = merged
+        pieces[i : i + 2] = ["".join(pairs[i])]
     return tuple(pieces)
 
 
