@@ -395,16 +395,8 @@ def load(dataset: Dataset, device=None, workers: int | None = None, **options) -
     return DataLoader(dataset, **options)
 
 
-def check_columns(path: Path, names: Iterable[str]) -> None:
-    """Raise ValueError if the CSV file exists and has other columns than these."""
-    header = path.read_text().split("\n")[0] if path.exists() else ""
-    if header not in ("", ",".join(names)):
-        raise ValueError(f"{path} has other columns: move it away")
-
-
 def append_row(path: Path, row: dict) -> None:
     """Add a row to a CSV file, which begins with the names of its columns."""
-    check_columns(path, row)
     with open(path, "a", newline="") as file:
         rows = [row.values()] if file.tell() else [row, row.values()]
         csv.writer(file, lineterminator="\n").writerows(rows)

@@ -353,7 +353,6 @@ def measure(model: cabins.CaBins, dataset: DepthDataset, args: argparse.Namespac
         name = new_name(time.strftime("predictions_%Y-%m-%d_%H-%M-%S"), {*os.listdir(out)})
         source = {"checkpoint": str(Path(args.checkpoint).resolve()), "predictions": name}
         source["list"] = f"{args.test_split} ({dataset.checksum:08x})"
-        data.check_columns(out / "results.csv", ("label", *source, "protocol", *HEADINGS))
         (out / name).mkdir()
 
         def keep(path: str, depth: Tensor) -> None:

@@ -194,7 +194,6 @@ class Run:
         """Claim --out before the work begins. The files of another run are not overwritten."""
         self.out, resume = Path(self.args.out), self.args.resume
         claim(self.out)
-        data.check_columns(Path(resume or self.out / "log.csv").with_name("log.csv"), LOG_COLUMNS)
         found = [self.out / name for name in FILES if (self.out / name).exists()]
         if not found or (resume and Path(resume).resolve().parent == self.out.resolve()):
             return
