@@ -2,13 +2,13 @@
 
 A sample is an RGB image with its depth in metres, where 0 means that nothing was measured. A
 loader's worker decodes a pair and cuts the fixed crop out of it. `augment` does everything random,
-on the whole batch and on the training device.
+on the whole batch and on the training device. The last part is what all scripts share.
 
-`python data.py NAME --root DIR` checks a data set. `python -m extras.fetch` gets NYU and KITTI. The
-last part of this file is what all scripts share: devices, loading and the command line.
+`python data.py NAME --root DIR` checks a data set. `python -m extras.fetch` gets NYU and KITTI.
 """
 
 import argparse
+import contextlib
 import csv
 import math
 import os
@@ -16,6 +16,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,11 +43,9 @@ class Recipe(NamedTuple):
 
 
 NYU_DIRS = ("", "sync", "train", "official_splits/test", "test")
-KITTI_DIRS = ("", "raw", "raw_data", "kitti_raw") + tuple(
-    f"{folder}{part}"  # the ground truth unzips into train/ and val/
-    for folder in ("", "gts/", "gt_depth/", "data_depth_annotated/", "depth/", "depth_annotated/")
-    for part in ("train", "val", "total", "")
-)
+KITTI_DEPTH = ("", "gts/", "gt_depth/", "data_depth_annotated/", "depth/", "depth_annotated/")
+KITTI_DIRS = ("", "raw", "raw_data", "kitti_raw")  # of images; depth unzips into train/ and val/
+KITTI_DIRS += tuple(top + part for top in KITTI_DEPTH for part in ("train", "val", "total", ""))
 DATASETS = {
     "nyu": Recipe(crop=(416, 544), brightness=0.25, folders=NYU_DIRS),
     "kitti": Recipe(80.0, 256.0, (352, 704), rotation=1, focal=721.54, folders=KITTI_DIRS),
@@ -93,48 +92,36 @@ class DepthDataset(Dataset):
     """The pairs below the folder `root` that the file `split` lists. `name` is a key of DATASETS.
 
     Without `split`, the authors' list is downloaded. NYU's test pairs can also come from its .mat,
-    in `root` or as `root`. [i] is {"image": (3, h, w), "depth": (1, h, w) in metres, "path": str,
-    "size": (2,), rows and columns of the whole frame}. The image is normalised; with `train` it is
-    uint8. ValueError or OSError names what is wrong.
+    in `root` or as `root`. `changes` replace fields of the recipe, such as max_depth, if not None.
+    [i] is {"image": (3, h, w), "depth": (1, h, w) in metres, "path": str, "size": the frame's rows
+    and columns}. The image is normalised, or uint8 with `train`. Raises ValueError or OSError.
     """
 
-    def __init__(
-        self,
-        name: str,
-        root: str | Path | None = None,
-        split: str | Path | None = None,
-        train: bool = False,
-        depth_scale: float | None = None,
-        max_depth: float | None = None,
-    ):
+    def __init__(self, name: str, root=None, split=None, train: bool = False, **changes: float):
         if name not in DATASETS:
             raise ValueError(f"data is {name!r}; it must be one of {', '.join(DATASETS)}")
-        given = {"depth_scale": depth_scale, "max_depth": max_depth}
-        self.recipe = DATASETS[name]._replace(**{k: v for k, v in given.items() if v is not None})
-        self.name, self.train = name, train
-        self.size_to_train = (480, 640) if name == "nyu" else None  # None: of any size
+        changes = {field: value for field, value in changes.items() if value is not None}
+        self.name, self.train, self.recipe = name, train, DATASETS[name]._replace(**changes)
         part = "train" if train else "test"
         if name == "toy":
-            if root or split or depth_scale:
+            if root or split or "depth_scale" in changes:
                 raise ValueError("toy takes no --root, list or --depth-scale; is --data missing?")
-            self.pairs = TOY_ROOMS[part]
-            lines = [("room", i) for i in self.pairs]
+            lines = self.pairs = [("room", i) for i in TOY_ROOMS[part]]
         else:
-            is_mat = name == "nyu" and not train and str(root).endswith(".mat")
-            if root is None or not (is_mat or Path(root).is_dir()):
+            if root is None or not Path(root).exists():
                 raise FileNotFoundError(f"data {name!r} needs a folder as --root, not {root}")
             lines = read_list(name, part, split)
             names = [fields[:2] for fields in lines if fields[1] != "None"]
             if not names:
                 raise ValueError(f"the {part} list for --data {name} names no pair with depth")
             self.pairs = self.find_pairs(Path(root), names)
-        self.n_left_out = sum(fields[1] == "None" for fields in lines)  # without ground truth
+        self.n_left_out = len(lines) - len(self.pairs)  # without ground truth
         self.checksum = zlib.crc32(str(lines).encode())  # tells lists apart
+        self.size_to_train = (480, 640) if name == "nyu" else None  # None: of any size
         if name == "list" and train:
             self.size_to_train = self.read(0)[1].shape
-            _, _, *focal = lines[0]  # a list without focal lengths gets NYU's camera, in proportion
-            focal = float(focal[0]) if focal else self.recipe.focal * max(self.size_to_train) / 640
-            self.recipe = self.recipe._replace(focal=focal)
+            focal = lines[0][2:] or [self.recipe.focal * max(self.size_to_train) / 640]  # NYU's
+            self.recipe = self.recipe._replace(focal=float(focal[0]))
 
     def find_pairs(self, root: Path, names: list[list[str]]) -> list[tuple]:
         """Both files of each pair or, if any is missing, NYU's .mat and the pair's number in it."""
@@ -152,12 +139,15 @@ class DepthDataset(Dataset):
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray, str]:
         """Image (H, W, 3) uint8 and depth (H, W) in metres of the whole frame, and its path."""
-        if self.name == "toy":
-            return *draw_room(self.pairs[i]), f"room {self.pairs[i]}"
         path, depth_path = self.pairs[i]
+        if path == "room":
+            return *draw_room(depth_path), f"room {depth_path}"
         if isinstance(depth_path, int):  # the pair's number in NYU's .mat
             return *read_labelled(path, depth_path), f"{path} {depth_path}"
-        image, depth = read_picture(path), read_depth(depth_path, self.recipe.depth_scale)
+        image, depth = read_picture(path), open_picture(depth_path, "a 16-bit grey PNG")
+        if not depth.mode.startswith("I"):
+            raise ValueError(f"{depth_path} has mode {depth.mode}; it must be a 16-bit grey PNG")
+        depth = np.divide(np.asarray(depth), self.recipe.depth_scale, dtype=np.float32)
         if image.shape[:2] != depth.shape:
             raise ValueError(f"{path} is {image.shape[:2]} pixels, {depth_path} is {depth.shape}")
         return image, depth, path
@@ -170,8 +160,8 @@ class DepthDataset(Dataset):
         size = depth.shape
         least = (352, 1216) if self.name == "kitti" else (64, 64)
         is_small = size[0] < least[0] or size[1] < least[1]
-        if is_small or size != (self.size_to_train or size):
-            must = f"at least {least}" if is_small else self.size_to_train
+        must = f"at least {least}" if is_small else self.size_to_train or size
+        if size != must:
             raise ValueError(f"{path} has {size} rows and columns; all must have {must}")
         top, bottom, left, right = fixed_crop(self.name, *size, self.train)
         image = torch.tensor(image[top:bottom, left:right]).permute(2, 0, 1)  # (3, h, w)
@@ -191,11 +181,7 @@ def read_list(name: str, part: str, split: str | Path | None) -> list[list[str]]
             raise ValueError(f"data {name!r} needs --{part}-split, a list of its {part} pairs")
         file = LIST_FILES[name].format(part)
         split = download(LIST_URL + file, file, LISTS[f"{name}_{part}"])
-    try:
-        text = Path(split).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        what = getattr(error, "strerror", None) or "it is not text in UTF-8"
-        raise ValueError(f"--{part}-split {split}: {what}") from None
+    text = Path(split).read_text(encoding="utf-8-sig", errors="replace")
     lines = [line.split() for line in text.splitlines() if line.strip()]
     for line in map(" ".join, lines):
         if ".." in re.split("[ /]", line) or not re.fullmatch(r"\S+ \S+( \d+\.?\d*)?", line):
@@ -212,22 +198,13 @@ class Finder:
         self.tries = [(f, suffix) for f in folders for suffix in ("", ".png", ".jpg", ".jpeg")]
 
     def __call__(self, name: str) -> str | None:
-        name = name.removeprefix(self.root).lstrip("/")
+        stem, own_suffix = os.path.splitext(name.removeprefix(self.root).lstrip("/"))
         for i, (folder, suffix) in enumerate(self.tries):
-            path = os.path.join(folder, os.path.splitext(name)[0] + suffix if suffix else name)
+            path = f"{folder}/{stem}{suffix or own_suffix}"
             if os.path.isfile(path):
                 self.tries.insert(0, self.tries.pop(i))
                 return path
         return None
-
-
-def read_depth(path: str | Path, scale: float) -> np.ndarray:
-    """Depth (H, W) in metres, from a PNG in which `scale` is 1 m. Raises ValueError for others."""
-    what = f"a 16-bit grey PNG in which {scale:g} is 1 m"
-    image = open_picture(path, what)
-    if not image.mode.startswith("I"):
-        raise ValueError(f"{path} has mode {image.mode}; depth must be {what}")
-    return np.divide(np.asarray(image), scale, dtype=np.float32)
 
 
 def read_labelled(mat: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -239,17 +216,16 @@ def read_labelled(mat: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
             image, depth = file["images"][number].T, file["rawDepths"][number].T
     except (ImportError, OSError, KeyError, IndexError, ValueError) as error:
         raise ValueError(f"pair {number} of {mat} cannot be read: {error}") from None
-    framed = np.zeros_like(image)  # the authors' test images, too, have a black border
-    framed[7:474, 7:632] = image[7:474, 7:632]
-    return framed, depth
+    image[:7] = image[474:] = 0  # the authors' test images, too, have a black border
+    image[:, :7] = image[:, 632:] = 0
+    return image, depth
 
 
 def draw_room(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """A furnished room: image (96, 128, 3) uint8 and its exact depth (96, 128) in metres."""
     rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:96, :128].reshape(2, -1).astype(np.float32)
-    x, y = np.divide((x - 63.5, y - 47.5), DATASETS["toy"].focal)  # rays; z, ahead, is 1 m
-    pitch, yaw = rng.uniform(-0.05, 0.25), rng.uniform(-0.5, 0.5)
+    y, x = np.mgrid[-47.5:48, -63.5:64].reshape(2, -1).astype(np.float32) / DATASETS["toy"].focal
+    pitch, yaw = rng.uniform(-0.05, 0.25), rng.uniform(-0.5, 0.5)  # turn the rays (x, y, 1)
     y, z = np.cos(pitch) * y + np.sin(pitch), np.cos(pitch) - np.sin(pitch) * y
     rays = np.stack([np.cos(yaw) * x + np.sin(yaw) * z, y, np.cos(yaw) * z - np.sin(yaw) * x])
 
@@ -297,8 +273,7 @@ def describe(dataset: DepthDataset) -> str:
 def has_truth(dataset: DepthDataset) -> bool:
     """Whether any pair has a depth inside the range, so that it can be evaluated."""
     low, high = Config.min_depth, dataset.recipe.max_depth
-    depths = (dataset[i]["depth"] for i in range(len(dataset)))
-    return any(((d > low) & (d < high)).any() for d in depths)
+    return any(((low < pair["depth"]) & (pair["depth"] < high)).any() for pair in dataset)
 
 
 def denormalize(image: Tensor) -> Tensor:
@@ -308,23 +283,16 @@ def denormalize(image: Tensor) -> Tensor:
 
 
 def augment(
-    image: Tensor,
-    depth: Tensor,
-    recipe: Recipe | str,
-    generator: torch.Generator | None = None,
-    share: tuple[int, int] = (0, 1),
+    image: Tensor, depth: Tensor, recipe: Recipe, generator: torch.Generator, share: tuple = (0, 1)
 ) -> tuple[Tensor, Tensor]:
-    """Random rotation, crop, flip and colour of a batch, by a recipe or the name of a data set.
+    """Random rotation, crop, flip and colour of a batch, within the recipe's ranges.
 
     image uint8 (B, 3, h, w), depth (B, 1, h, w) in metres -> image normalised (B, 3, H, W), depth
     (B, 1, H, W). H x W is the recipe's crop, or 7/8 of each side in multiples of 32, at least 64.
     The generator is on the CPU. `share` (i, k): the samples are i, i + k, … of a larger batch.
     """
-    recipe = DATASETS[recipe] if isinstance(recipe, str) else recipe
     n, _, h, w = image.shape
     rows, columns = recipe.crop or [max(64, side * 7 // 8 // 32 * 32) for side in (h, w)]
-    if rows > h or columns > w:
-        raise ValueError(f"images of {h} x {w} pixels are too small to crop to {rows} x {columns}")
     i, k = share
     draws = torch.rand(k * n, 10, generator=generator)[i::k]  # uniform on [0, 1)
     draws = draws.to(image.device, non_blocking=True)[..., None, None]  # (B, 10, 1, 1)
@@ -363,9 +331,8 @@ def rank_of() -> tuple[int, int]:
 
 def choose_device(name: str | None) -> torch.device:
     """The device of that name; without a name, CUDA's GPU if there is one, else the CPU."""
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = name or ("cuda" if has["cuda"] else "cpu")
-    if not has[name]:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if getattr(torch, name).device_count() == 0:
         raise ValueError(f"--device {name}: torch finds none on this machine")
     return torch.device(name)
 
@@ -404,37 +371,31 @@ def append_row(path: Path, row: dict) -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        """Leave the error to `run_command`, which prints one line and no usage."""
-        raise ValueError(message)
+        raise ValueError(message)  # `run_command` prints one line and no usage
 
 
-def positive_float(text: str) -> float:
-    if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} must be finite and above 0")
-    return value
+def number(kind: type, least: float, what: str, text: str) -> float:
+    """An argparse type for finite numbers of at least `least`. `what` tells the user so."""
+    with contextlib.suppress(ValueError):
+        if least <= kind(text) < math.inf:
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"{text} is not {what}")
 
 
-def whole_number(text: str, least: int = 0) -> int:
-    if not text.removeprefix("-").isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least {least}")
-    return int(text)
-
-
-def positive_int(text: str) -> int:
-    return whole_number(text, least=1)
+positive_float = partial(number, float, sys.float_info.min, "a finite number above 0")
+positive_int = partial(number, int, 1, "a whole number above 0")
+whole_number = partial(number, int, 0, "a whole number of 0 or more")
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the options that say where a data set is and how it stores depth."""
-    group = parser.add_argument_group("data")
+    group = parser.add_argument_group("data", "Defaults are the data set's, or the network's.")
     add = group.add_argument
-    number = {"type": positive_float, "metavar": "X"}
     add("--root", metavar="DIR", help="folder of the data set, or nyu_depth_v2_labeled.mat")
-    add("--train-split", metavar="FILE", help="list of training pairs; default: the authors'")
-    add("--test-split", metavar="FILE", help="list of test pairs; default: the authors'")
-    add("--depth-scale", **number, help="value of 1 m in a depth PNG; default: the data set's")
-    about = "end of the depth range in metres; default: the data set's, or the network's"
-    add("--max-depth", **number, help=about)
+    add("--train-split", metavar="FILE", help="list of training pairs")
+    add("--test-split", metavar="FILE", help="list of test pairs")
+    add("--depth-scale", type=positive_float, metavar="X", help="value of 1 m in a depth PNG")
+    add("--max-depth", type=positive_float, metavar="M", help="end of the depth range in metres")
     return group
 
 
@@ -456,26 +417,23 @@ def refuse(args: argparse.Namespace, names: str, why: str) -> None:
 
 def run_command(main: Callable[[], object]) -> None:
     """Run a script's `main`. An error in its input becomes one sentence on standard error."""
-    inside_worker = r"(?s)^Caught .*\n\w+Error: "  # what a loader's worker puts before its error
     try:
         main()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-    except (FileExistsError, NotADirectoryError) as error:
-        sys.exit(f"error: {error.filename} must be a folder, but a file is there")
-    except (OSError, ValueError) as error:
-        sys.exit("error: " + re.sub(inside_worker, "", str(error)).strip())
-    except (RuntimeError, MemoryError) as error:
-        text = re.sub(inside_worker, "", str(error)).strip().split("\n")[0] or "out of memory"
-        text = re.sub(r"^\[enforce fail.*?\] (.*== 0\. )?", "", text)  # where in torch it was
-        if re.search("Bus error|shared memory|/torch_", text):
-            remedy = "in Docker, use --ipc=host or --shm-size=8g"
-        elif re.search("(out of|enough) memory|allocate|ALLOC_FAILED|DataLoader worker", text):
-            remedy = "smaller batches or images, or fewer --workers, may fit in memory"
-        else:
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        # A loader's worker puts its traceback before the sentence, and Python an error's number.
+        before = r"(?s)^(Caught .*\n\w+Error: )?(\[Errno \d+\] )?"
+        text = re.sub(before, "", str(error) or repr(error))
+        text = text.strip().split("\n")[0].rstrip(".")
+        if re.search("Bus error|shared memory|</torch_", text):
+            text += "; in Docker, use --ipc=host or --shm-size=8g"
+        elif re.search("out of memory|MemoryError|allocate|ALLOC_FAILED|DataLoader worker", text):
+            text += "; smaller batches or images, or fewer --workers, may fit in memory"
+        elif not isinstance(error, (OSError, ValueError)):
             raise
-        sys.exit(f"error: {text.rstrip('.')}; {remedy}")
+        sys.exit(f"error: {text}")
 
 
 def main() -> None:
@@ -483,13 +441,10 @@ def main() -> None:
     parser.add_argument("data", choices=DATASETS)
     add_data_options(parser)
     args = parser.parse_args()
-    scale = (args.depth_scale, args.max_depth)
-    is_mat = str(args.root).endswith(".mat")
-    if is_mat:
-        refuse(args, "train_split", "would do nothing with a .mat as --root")
-    for part in ("test",) if is_mat else ("train", "test"):
+    scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
+    for part in ("test",) if str(args.root).endswith(".mat") else ("train", "test"):
         split = getattr(args, f"{part}_split")
-        dataset = DepthDataset(args.data, args.root, split, part == "train", *scale)
+        dataset = DepthDataset(args.data, args.root, split, part == "train", **scale)
         print(f"{part}: {describe(dataset)}")
         for i in range(0, len(dataset), math.ceil(len(dataset) / 1000)):
             dataset[i]  # raises what training would meet, perhaps only after hours

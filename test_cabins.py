@@ -889,11 +889,9 @@ CROPS += [("list", 240, 320, 192, 256), ("list", 64, 70, 64, 64)]  # 7/8, in mul
 @pytest.mark.parametrize("name, height, width, rows, columns", CROPS)
 def test_random_crops_have_the_recipes_size(name, height, width, rows, columns):
     image, depth = torch.zeros(1, 3, height, width).byte(), torch.ones(1, 1, height, width)
-    new_image, new_depth = data.augment(image, depth, name)
+    new_image, new_depth = data.augment(image, depth, data.DATASETS[name], generator())
     assert new_image.shape[2:] == new_depth.shape[2:] == (rows, columns)
     assert new_depth.mean() > 0.95  # little of the crop lies outside
-    with pytest.raises(ValueError, match=f"{height} x 60"):
-        data.augment(image[..., :60], depth[..., :60], data.DATASETS[name])
 
 
 # ---- Sec. 4.2  Data sets -------------------------------------------------------------------------
@@ -982,7 +980,9 @@ def test_own_pairs_have_a_scale_a_range_and_one_size(own_pairs):
     own = data.DepthDataset("list", root, split, True, depth_scale=500, max_depth=4)
     assert own.size_to_train == (96, 128) and own.recipe.focal == 518.8579
     assert [own[i]["depth"].max() for i in range(4)] == [2, 3, 4, 0]  # 5 m is above the range
-    shallow, deep = (data.DepthDataset("list", root, split, False, 500, m) for m in (2, 50))
+    shallow, deep = (
+        data.DepthDataset("list", root, split, depth_scale=500, max_depth=m) for m in (2, 50)
+    )
     assert data.has_truth(own) and not data.has_truth(shallow)  # 2 m is not inside the range
     about = data.describe(own)
     assert all(known in about for known in ("500", "4 m", "25.0%", "3.50 m", "5.00 m"))
@@ -1195,9 +1195,9 @@ def test_kept_predictions_give_the_same_row(tiny, tiny_checkpoint, own_pairs, no
     names, folders = ["rooms_rgb_4_mm.png", "rooms_rgb_5_mm.png"], {*out.glob("*/")}
     assert {out / row["predictions"] for row in rows} == folders and len(folders) == 3
     assert all({path.name for path in folder.iterdir()} == set(names) for folder in folders)
-    kept = (data.read_depth(out / first["predictions"] / name, 1000) for name in names)
+    kept = (np.asarray(Image.open(out / first["predictions"] / n)) / 1000 for n in names)
     pairs = data.DepthDataset("list", own_pairs, split)
-    again = evaluation.evaluate(lambda _: next(kept)[None, None], pairs)
+    again = evaluation.evaluate(lambda _: torch.tensor(next(kept))[None, None], pairs)
     for metric, value in evaluation.evaluate(tiny, pairs).items():
         assert float(first[metric]) == pytest.approx(value, rel=1e-9)
         assert again[metric] == pytest.approx(value, abs=1e-3)
@@ -1717,7 +1717,7 @@ def test_own_pairs_are_trained_and_their_faults_found_first(own_pairs, quick, tm
     assert own("train.txt", "test.txt", "far", "--max-depth", 1).status == 1  # no truth is so near
     assert not (tmp_path / "far").exists()
     ran = own("none.txt", "test.txt", "none")
-    assert ran.status == 1 and "--train-split" in ran.err and "none.txt" in ran.err
+    assert ran.status == 1 and "none.txt" in ran.err
     torch.save(content | {"step": 1}, tmp_path / "same" / "last.pt")  # of a run that has not ended
     assert own("train.txt", "test.txt", "same", "--resume").status == 1  # another test list
 
@@ -1843,7 +1843,7 @@ WRONG = {
         | [colours].txt | [real].txt | [depth_narrow].txt | [small].txt
         | good.txt [--depth-scale] 0 | good.txt [--max-depth] nan | good.txt [--max-depth] ten""",
     "train.py": """
-        [--epochs] 0 | [--batch-size] -1 | [--batch-size] 1.5 | [--lr] nan | [--lr] 0 | [--seed] -1
+        [--epochs] 0 | [--batch-size] -1 | [--batch-size] 1.5 | [--lr] nan | [--lr] x | [--seed] -1
         | [--root] . | [--depth-scale] 10 | [--max-depth] -3 | [--workers] -1 --out out
         | --data [moon] | --data [kitti] | --data nyu --root [none] --train-split good.txt
         | --backbone [RN102] | --distance-class [mode] | --amp [fp16] | [--epoch-length] 3
@@ -1895,5 +1895,6 @@ def test_a_wrong_command_says_why_and_changes_no_file(command, broken, few_rooms
     assert all(Path(w).exists() for w in words if w.endswith((".txt", ".pt")) and "none" not in w)
     ran = run_script(*words)
     assert ran.status == 1 and ran.err.startswith("error: ") and ran.err.count("\n") == 1, ran.err
-    assert re.search(r"\[(.*?)\]", command)[1] in ran.err and "Traceback" not in ran.err
+    assert re.search(r"\[(.*?)\]", command)[1] in ran.err
+    assert not re.search("Traceback|invalid .* value", ran.err)
     assert files_below(broken) == before

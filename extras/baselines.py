@@ -41,9 +41,9 @@ def main() -> None:
     group = data.add_data_options(parser)
     group.add_argument("--data", choices=data.DATASETS, default="toy", help="default: toy")
     args = parser.parse_args()
-    scale = (args.depth_scale, args.max_depth)
-    dataset = data.DepthDataset(args.data, args.root, args.train_split, True, *scale)
-    test_set = data.DepthDataset(args.data, args.root, args.test_split, False, *scale)
+    scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
+    dataset = data.DepthDataset(args.data, args.root, args.train_split, True, **scale)
+    test_set = data.DepthDataset(args.data, args.root, args.test_split, **scale)
     constant = best_constant(test_set)
     maps = {
         f"best constant, {constant:.2f} m": torch.full((1, 1, 1, 1), constant),

@@ -277,8 +277,8 @@ def main() -> None:
     args = parser.parse_args()
     fetch(args.data, args.root, args.train_split, args.test_split)
     data.main()  # the same options
-    scale = (args.depth_scale, args.max_depth)
-    test_set = data.DepthDataset(args.data, args.root, args.test_split, False, *scale)
+    scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
+    test_set = data.DepthDataset(args.data, args.root, args.test_split, **scale)
     draw_pairs(Path(args.root) / f"check_{args.data}.png", test_set)
 
 
