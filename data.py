@@ -375,7 +375,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, least: float, what: str, text: str) -> float:
-    """An argparse type for finite numbers of at least `least`. `what` tells the user so."""
+    """Read a finite number of at least `least`: an argparse type, once all but `text` is bound."""
     with contextlib.suppress(ValueError):
         if least <= kind(text) < math.inf:
             return kind(text)
@@ -442,7 +442,8 @@ def main() -> None:
     add_data_options(parser)
     args = parser.parse_args()
     scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
-    for part in ("test",) if str(args.root).endswith(".mat") else ("train", "test"):
+    only_test = str(args.root).endswith(".mat") and not args.train_split
+    for part in ("test",) if only_test else ("train", "test"):
         split = getattr(args, f"{part}_split")
         dataset = DepthDataset(args.data, args.root, split, part == "train", **scale)
         print(f"{part}: {describe(dataset)}")
