@@ -8,11 +8,7 @@ python eval.py runs/toy/best.pt --images *.jpg      depth of your own pictures
 import argparse
 import glob
 import os
-import re
 import sys
-import tempfile
-import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +23,7 @@ import data
 from data import DepthDataset
 
 Predict = Callable[[Tensor], Tensor | np.ndarray]  # images (B, 3, H, W) -> metres (B, 1, H, W)
+Rows = dict[str, dict[str, float]]  # the metrics of each row, by the row's label
 HEADINGS = {"abs_rel": "AbsRel", "sq_rel": "SqRel", "rmse": "RMSE", "rmse_log": "RMSElog"}
 HEADINGS |= {"log10": "log10", "d1": "d<1.25", "d2": "d<1.25²", "d3": "d<1.25³"}
 COLUMNS = {"nyu": ["abs_rel", "rmse", "log10", "d1", "d2", "d3"]}  # Table 1; Table 2 has all
@@ -45,10 +42,10 @@ QUOTED = {  # Tables 1 and 2: the methods with CLIP, and the best one without; �
         CLIP2Depth     0.074 0.303 2.948 - 0.032 0.938 0.990 0.998
         CaBins         0.057 0.186 2.322 0.088 0.025 0.964 0.995 0.999""",
 }
-SUFFIX = re.compile(r"(?i)\.(avif|bmp|gif|hei[cf]|jfif|jpe?g|png|ppm|tiff?|webp)$")  # of a picture
+SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-def format_table(name: str, rows: dict[str, dict[str, float]]) -> str:
+def format_table(name: str, rows: Rows) -> str:
     """The paper's table for data set `name`: its columns, then `rows`, then the paper's own rows."""
     columns = COLUMNS.get(name, list(HEADINGS))
     table = [["", *(HEADINGS[c] for c in columns)]]
@@ -61,14 +58,11 @@ def format_table(name: str, rows: dict[str, dict[str, float]]) -> str:
 
 
 @torch.no_grad()
-def evaluate_windows(
-    predict: Predict, dataset: DepthDataset, workers=None, progress=False, keep=None
-) -> dict[str, dict[str, float]]:
+def evaluate_windows(predict: Predict, dataset: DepthDataset, workers=None, progress=False) -> Rows:
     """Mean metrics in each of the data set's test windows, from one pass.
 
     Ground truth counts where it lies strictly inside the depth range. Predictions are clipped to
-    the range. Each metric is computed for each image and averaged over the images. `keep`, if
-    given, is called with the path and the clipped prediction of each image.
+    the range. Each metric is computed for each image and averaged over the images.
     """
     low, high = cabins.Config.min_depth, dataset.recipe.max_depth
     samples = data.load(dataset, workers=workers)
@@ -80,8 +74,6 @@ def evaluate_windows(
         if depth.shape != target.shape:
             raise ValueError(f"predict gave {tuple(depth.shape)} for {tuple(target.shape)}")
         depth = depth.nan_to_num(low, high, low).clamp(low, high)
-        if keep:
-            keep(sample["path"][0], depth)
         windows = data.evaluation_windows(dataset.name, *sample["size"][0].tolist())
         for window, (rows, columns) in windows.items():
             d, d_star = depth[..., rows, columns], target[..., rows, columns]
@@ -101,10 +93,8 @@ def evaluate_windows(
     return means
 
 
-def evaluate(predict: Predict | cabins.CaBins, dataset: DepthDataset) -> dict[str, float]:
-    """Mean metrics in the paper's test window. A network is measured with flip averaging."""
-    if isinstance(predict, cabins.CaBins):
-        predict = predictor(predict, longer_side=side_for(predict, dataset))
+def evaluate(predict: Predict, dataset: DepthDataset) -> dict[str, float]:
+    """Mean metrics in the paper's test window."""
     return next(iter(evaluate_windows(predict, dataset).values()))
 
 
@@ -148,39 +138,27 @@ def protocol(dataset: DepthDataset, window: str, flip: bool, amp="off", longer_s
 
 
 def open_folder(folder: str | Path) -> Path:
-    """Make a folder and try to write to it, so that OSError comes before the work and not after."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(2**20))
-    except (FileExistsError, NotADirectoryError):
-        raise  # `run_command` says that a file is there
-    except OSError as error:
-        raise OSError(f"{folder} takes no files: {error.strerror}; choose another --out") from None
+    """Make a folder, and those above it, if it is not there."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
 
 
-def new_name(path: str, taken: set[str]) -> str:
-    """One file name for `path`, without a picture's suffix. It is new to `taken`, and added."""
-    name = SUFFIX.sub("", path).strip(f"{os.sep} ").replace(os.sep, "_")
+def new_name(name: str, taken: set[str]) -> str:
+    """`name`, with underscores after it until it is new to `taken`, to which it is added."""
     while name.lower() in taken:
         name += "_"
     taken.add(name.lower())
     return name
 
 
-def write_depth(path: str, depth: np.ndarray, max_depth: float, scale: float = 1000) -> None:
-    """Write metres (H, W) as a 16-bit PNG in which 1 m is `scale`, or less if 16 bits are too few."""
-    units = {1000: "_mm", 100: "_cm", 10: "_dm", 1: "_m"}
-    scale = next((s for s in (scale, *units) if max_depth * s <= 65535), 1)
-    path = f"{path}{units.get(scale, '')}.png"  # KITTI's 256 has no name
+def write_depth(path: str, depth: np.ndarray, scale: float) -> None:
+    """Write metres (H, W) as a 16-bit PNG in which 1 m is `scale`."""
     image = Image.fromarray((depth * scale).round().clip(0, 65535).astype(np.uint16))
     cabins.write_whole(path, lambda partial: image.save(partial, "png"))
 
 
 def save_figure(path: str | Path, figure) -> None:
-    options = {"dpi": 100, "format": "png", "bbox_inches": "tight"}
-    cabins.write_whole(path, lambda partial: figure.savefig(partial, **options))
+    cabins.write_whole(path, lambda file: figure.savefig(file, format="png", bbox_inches="tight"))
 
 
 def show(axis, title: str, values: np.ndarray, low=0.0, high=1.0, cmap="viridis", bar=True):
@@ -249,69 +227,55 @@ def draw_samples(out: Path, model: cabins.CaBins, dataset: DepthDataset, n: int)
 # ---- Your own pictures ---------------------------------------------------------------------------
 
 
-def find_pictures(arguments: list[str]) -> tuple[list[Path], int]:
-    """The pictures that files, folders and patterns name, and how many arguments name none."""
-    pictures, without = [], []
+def find_pictures(arguments: list[str]) -> list[Path]:
+    """The pictures that files, folders and patterns name. An argument that names none is kept."""
+    pictures = []
     for argument in arguments:
         pattern = glob.escape(argument) if os.path.exists(argument) else argument
         pattern += "/*" if os.path.isdir(argument) else ""
-        found = sorted(glob.glob(pattern, recursive=True))
-        is_file = os.path.isfile(argument)  # such a file is read whatever its suffix
-        chosen = [p for p in found if is_file or (SUFFIX.search(p) and os.path.isfile(p))]
-        if n := len(found) - len(chosen):
-            print(f"{argument}: left out {n}, folders or files without a picture's suffix")
-        pictures += map(Path, chosen)
-        if not chosen:
-            without.append(
-                argument if found or pattern != argument else f"{argument} (no such file)"
-            )
-    if not pictures:
-        raise FileNotFoundError(f"there is no picture in {', '.join(without)}")
-    if without:
-        print(f"there is no picture in {', '.join(without)}", file=sys.stderr)
-    return [*dict.fromkeys(pictures)], len(without)
+        found = [p for p in glob.glob(pattern, recursive=True) if p.lower().endswith(SUFFIXES)]
+        pictures += sorted(filter(os.path.isfile, found)) or [argument]  # whatever its suffix
+    if not any(map(os.path.isfile, pictures)):
+        raise FileNotFoundError(f"there is no picture at {', '.join(arguments)}")
+    return [*dict.fromkeys(map(Path, pictures))]
 
 
 def predict_pictures(model: cabins.CaBins, args: argparse.Namespace) -> int:
     """Write the depth of each picture that `args.images` names; return how many failed."""
-    paths, n_without = find_pictures(args.images)
+    paths = find_pictures(args.images)
     out = open_folder(args.out or f"{os.path.splitext(args.checkpoint)[0]}_pictures")
     if own := [path for path in paths if path.resolve().parent == out.resolve()]:
         raise ValueError(f"--out {out} is the folder of {own[0]}, which must stay: choose another")
-    warnings.filterwarnings("ignore", module="PIL")  # of odd EXIF blocks and very large pictures
-    taken, n_done = set(), 0
+    taken, n_failed = set(), 0
     for path in tqdm(paths, unit="picture", disable=None):
         try:
-            start = f"{out}/{new_name(path.name, taken)}"
+            start = f"{out}/{new_name(path.stem, taken)}"
             tqdm.write(f"{path}: {write_picture(path, start, model, args)}")
-            n_done += 1
         except (OSError, ValueError) as error:
             tqdm.write(f"{path} is not complete: {error}", file=sys.stderr)
-    print(f"{n_done} of {len(paths)} pictures are complete in {out}")
-    return n_without + len(paths) - n_done
+            n_failed += 1
+    return n_failed
 
 
 def write_picture(path: Path, start: str, model: cabins.CaBins, args: argparse.Namespace) -> str:
     """Write the files of a picture, whose names begin with `start`; return a line about it."""
     from matplotlib.figure import Figure
 
-    image = cabins.open_picture(path)
-    picture, n_frames = cabins.read_picture(image), getattr(image, "n_frames", 1)
+    picture = cabins.read_picture(path)
     with data.autocast(next(model.parameters()).device, args.amp):
         found, s = cabins.predict_one(model, cabins.to_input(model, picture), picture.shape[:2])
-    depth, top = found.depth, model.config.max_depth
-    low, high = (0, args.range) if args.range else (depth.min(), depth.max())
+    low, high = (0, args.range) if args.range else (found.depth.min(), found.depth.max())
     figure = Figure(figsize=(12, 12))  # `save_figure` cuts its margins off
-    shown = show(figure.subplots(), "depth (m)", depth, low, high)
+    shown = show(figure.subplots(), "depth (m)", found.depth, low, high)
     save_figure(f"{start}_depth.png", figure)
-    colours = Image.fromarray(shown.to_rgba(depth, bytes=True)[..., :3])
+    colours = Image.fromarray(shown.to_rgba(found.depth, bytes=True)[..., :3])
     cabins.write_whole(f"{start}_colour.png", lambda partial: colours.save(partial, "png"))
-    write_depth(f"{start}_depth", depth, top)
-    write_depth(f"{start}_std", found.std, top)
+    unit, scale = ("mm", 1000) if model.config.max_depth <= 65 else ("cm", 100)  # fits 16 bits
+    write_depth(f"{start}_depth_{unit}.png", found.depth, scale)
+    write_depth(f"{start}_std_{unit}.png", found.std, scale)
     if args.explain is not None:
         draw_explained(f"{start}_explained.png", picture, model.config, found, s)
-    first = f"; only the first of its {n_frames} frames or pages is read" if n_frames > 1 else ""
-    return f"{depth.min():.2f} to {depth.max():.2f} m, in {start}_….png{first}"
+    return f"{found.depth.min():.2f} to {found.depth.max():.2f} m, in {start}_….png"
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -334,6 +298,7 @@ def open_network(args: argparse.Namespace) -> tuple[cabins.CaBins, dict]:
 
 def open_data_set(args: argparse.Namespace, model: cabins.CaBins, saved: dict) -> DepthDataset:
     """The test set. For the data set of the training, `saved` gives the options that are missing."""
+    data.refuse(args, "train_split", "is for training")
     known = saved if args.data in (None, saved.get("data")) else {}
     for option in ("data", "root", "test_split", "depth_scale"):
         setattr(args, option, getattr(args, option) or known.get(option))
@@ -341,31 +306,19 @@ def open_data_set(args: argparse.Namespace, model: cabins.CaBins, saved: dict) -
         raise ValueError(f"{args.checkpoint} does not say what data it is for: give --data")
     if known or args.data in ("list", "toy"):  # the others have a depth range of their own
         args.max_depth = args.max_depth or model.config.max_depth
-    options = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
-    return DepthDataset(args.data, args.root, args.test_split, **options)
+    scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
+    return DepthDataset(args.data, args.root, args.test_split, **scale)
 
 
 def measure(model: cabins.CaBins, dataset: DepthDataset, args: argparse.Namespace) -> None:
-    """Print a row for each window. With --out, also add it to results.csv and keep the depths."""
-    flip, side, keep = not args.no_flip, side_for(model, dataset), None
-    if args.out:
-        out, taken, recipe = open_folder(args.out), set(), dataset.recipe
-        name = new_name(time.strftime("predictions_%Y-%m-%d_%H-%M-%S"), {*os.listdir(out)})
-        source = {"checkpoint": str(Path(args.checkpoint).resolve()), "predictions": name}
-        source["list"] = f"{args.test_split} ({dataset.checksum:08x})"
-        (out / name).mkdir()
-
-        def keep(path: str, depth: Tensor) -> None:
-            start = f"{out / name}/{new_name(path.removeprefix(str(Path(args.root or ''))), taken)}"
-            write_depth(start, depth[0, 0].numpy(), recipe.max_depth, recipe.depth_scale)
-
+    """Measure the network. Print the protocol, and a table with a row for each window."""
+    flip, side = not args.no_flip, side_for(model, dataset)
     predict = predictor(model, flip, args.amp, side)
-    windows = evaluate_windows(predict, dataset, args.workers, progress=True, keep=keep)
+    windows = evaluate_windows(predict, dataset, args.workers, progress=True)
+    for window in windows:
+        print(protocol(dataset, window, flip, args.amp, side))
     rows = {f"{Path(args.checkpoint).name}, {window}": row for window, row in windows.items()}
-    lines = [protocol(dataset, window, flip, args.amp, side) for window in windows]
-    print(*lines, format_table(args.data, rows), sep="\n")
-    for (label, row), line in zip(rows.items(), lines) if args.out else ():
-        data.append_row(out / "results.csv", {"label": label, **source, "protocol": line, **row})
+    print(format_table(args.data, rows))
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
@@ -384,21 +337,21 @@ def parse_args() -> argparse.Namespace:
     parser = data.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_network_options(parser)
     add = parser.add_argument_group("files and pictures").add_argument
-    add("--out", metavar="DIR", help="default for figures and pictures: beside the checkpoint")
+    add("--out", metavar="DIR", help="of figures and pictures; default: beside the checkpoint")
     about = "draw figures, of N samples of a data set; default: 4"
     add("--explain", nargs="?", type=data.positive_int, const=0, metavar="N", help=about)
     add("--images", nargs="+", metavar="PICTURE", help="files, folders or patterns of your own")
     add("--range", type=data.positive_float, metavar="M", help="colours go from 0 to M metres")
     args = parser.parse_args()
-    data.refuse(args, "train_split", "is for training")
     if args.images:
-        options = "data root test_split depth_scale max_depth workers no_flip"
+        options = "data root train_split test_split depth_scale max_depth workers no_flip"
         data.refuse(args, options, "would do nothing with --images")
         data.refuse(args, "explain", "takes no number with --images")
+    elif args.explain is not None:
+        data.refuse(args, "range max_depth workers no_flip", "would do nothing with --explain")
     else:
         data.refuse(args, "range", "is for --images")
-    if args.explain is not None:
-        data.refuse(args, "max_depth workers no_flip", "would do nothing with --explain")
+        data.refuse(args, "out", "is for figures and pictures: extras.predictions keeps depth")
     return args
 
 
@@ -413,8 +366,6 @@ def main() -> None:
         measure(model, dataset, args)
     else:
         out = open_folder(args.out or f"{os.path.splitext(args.checkpoint)[0]}_explained")
-        for old in [] if args.out else out.glob("explained_*.png"):
-            old.unlink()  # of a network that had this name before
         with data.autocast(next(model.parameters()).device, args.amp):
             draw_samples(out, model, dataset, args.explain or 4)
         print(f"{out} has a file explained_….png for each sample")

@@ -146,7 +146,6 @@ def main() -> None:
     parser = data.Parser(prog="python -m extras.ablate", description=__doc__, formatter_class=raw)
     add_network_options(parser)
     args = parser.parse_args()
-    data.refuse(args, "train_split", "is for training")
     data.use_tf32(False)
     model, saved = open_network(args)
     dataset = open_data_set(args, model, saved)

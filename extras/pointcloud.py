@@ -99,12 +99,12 @@ def main() -> None:
     if not importlib.util.find_spec("plyfile"):
         raise ValueError("plyfile is missing: pip install -r extras/requirements.txt")
     model, _ = open_network(args)
-    paths, n_failed = find_pictures(args.pictures)
+    paths, n_failed = find_pictures(args.pictures), 0
     out, taken = open_folder(args.out), set()
     warnings.filterwarnings("ignore", module="PIL")  # of odd EXIF blocks and very large pictures
     for path in paths:
         try:
-            line = write_cloud(path, out / f"{new_name(path.name, taken)}.ply", model, args)
+            line = write_cloud(path, out / f"{new_name(path.stem, taken)}.ply", model, args)
             print(f"{path}: {line}")
         except (OSError, ValueError) as error:
             print(f"{path} is left out: {error}", file=sys.stderr)
