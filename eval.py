@@ -94,7 +94,7 @@ def evaluate_windows(predict: Predict, dataset: DepthDataset, workers=None, prog
 
 
 def evaluate(predict: Predict, dataset: DepthDataset) -> dict[str, float]:
-    """Mean metrics in the paper's test window."""
+    """Mean metrics in the paper's test window. `predictor` makes `predict` out of a network."""
     return next(iter(evaluate_windows(predict, dataset).values()))
 
 
@@ -351,7 +351,7 @@ def parse_args() -> argparse.Namespace:
         data.refuse(args, "range max_depth workers no_flip", "would do nothing with --explain")
     else:
         data.refuse(args, "range", "is for --images")
-        data.refuse(args, "out", "is for figures and pictures: extras.predictions keeps depth")
+        data.refuse(args, "out", "is for --explain and --images; extras.predictions keeps depths")
     return args
 
 
