@@ -8,8 +8,7 @@ decoder turns these similarities and the image features into a probability over 
 pixel. Depth is the expected bin centre (Eq. 5).
 
 Read downwards, with the paper beside it. The method comes first, in the paper's order. CLIP
-follows, with the paper's changes to it. Loading and checkpoints come last. train.py has the recipe
-of Sec. 4.1, and data.py has the data sets of Sec. 4.2.
+follows, with the paper's changes to it. Loading and checkpoints come last.
 
 What the equations do not say:
 
@@ -66,19 +65,16 @@ import dataclasses
 import hashlib
 import io
 import math
-import os
 import pickle
-import shutil
-import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from clip_tokenizer import EOT, number_tokens, tokenize
@@ -220,7 +216,7 @@ class Attention(nn.Module):
 class TransDecoderLayer(nn.Module):
     """Self-attention among the K texts, cross-attention from the texts to the image, and an MLP."""
 
-    def __init__(self, width: int, n_heads: int, dropout: float):
+    def __init__(self, width: int, n_heads: int, dropout: float = 0.1):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.self_attn = Attention(width, n_heads, dropout)
@@ -255,14 +251,13 @@ class TransDecoder(nn.Module):
         self.text_proj = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width))
         linear = nn.Linear(embed_dim, width)
         self.memory_proj = nn.Sequential(nn.LayerNorm(embed_dim), linear, nn.LayerNorm(width))
-        layers = (TransDecoderLayer(width, n_heads, dropout=0.1) for _ in range(n_layers))
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(TransDecoderLayer(width, n_heads) for _ in range(n_layers))
         self.out_proj = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, embed_dim))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 2:  # a weight of a linear layer
+                nn.init.trunc_normal_(parameter, std=0.02)
         self.gamma = nn.Parameter(torch.full((embed_dim,), 1e-4))
 
     def forward(self, t: Tensor, z_bar: Tensor, z: Tensor) -> Tensor:
@@ -304,7 +299,7 @@ class DepthDecoder(nn.Module):
     NOTE(differs): `features` has n_bins channels in the paper and here, 256 in the released code.
     """
 
-    def __init__(self, channels: list[int], n_cabins: int, n_bins: int):
+    def __init__(self, channels: tuple[int, ...], n_cabins: int, n_bins: int):
         super().__init__()
         *skips, n = channels  # those of x1, x2 and x3, and of x4
         self.fuse = nn.Conv2d(n + n_cabins, n, 1, padding=1)
@@ -359,16 +354,12 @@ class CaBins(nn.Module):
     def __init__(self, config: Config, clip: CLIP | None = None):
         super().__init__()
         sizes = BACKBONES[config.backbone]
-        if clip is None:
-            clip = CLIP(sizes)
-            if config.backbone != "tiny":
-                warnings.warn("CLIP has random weights: give clip=load_clip(…)", stacklevel=2)
-        if clip.architecture._replace(context_length=77) != sizes:  # 30 in the authors' files
-            raise ValueError(f"backbone is {config.backbone}; the given CLIP is another one")
         self.config = config
         self.integer_digits = len(f"{config.max_depth:.0f}")  # those of the largest distance
-        self.clip = clip
-        self.reassemble = dpt_reassembly(sizes.width) if sizes.is_vit else None
+        self.clip = clip or CLIP(sizes)
+        if self.clip.architecture != sizes:
+            raise ValueError(f"backbone is {config.backbone}; the given CLIP is another one")
+        self.reassemble = dpt_reassembly(sizes.width, sizes.channels) if sizes.is_vit else None
         self.bins = AdaptiveBins(sizes.embed_dim, config.n_bins)
         # NOTE(differs): The standard deviation is CoOp's, 0.02. The released code takes 1.
         self.prompts = nn.Parameter(torch.empty(config.n_prompts, sizes.text_width))
@@ -537,25 +528,20 @@ class Architecture(NamedTuple):
     """The sizes of one CLIP."""
 
     embed_dim: int  # D
+    channels: tuple[int, ...]  # those of x1, x2, x3 and x4
     layers: tuple[int, ...]  # ResNet: the blocks of each stage; ViT: the number of blocks
     width: int  # ResNet: channels after the stem; ViT: channels of a token
     grid: int  # locations along each side of x4 (ViT: of z) in CLIP's own training
     text_width: int  # channels of a text token, and therefore of a prompt
     text_layers: int
     is_vit: bool = False
-    context_length: int = 77  # the longest text, in tokens
-
-    @property
-    def channels(self) -> list[int]:
-        """Those of x1, x2, x3 and x4."""
-        return [(self.width // 8 if self.is_vit else 4 * self.width) * 2**i for i in range(4)]
 
 
 BACKBONES = {
-    "RN50": Architecture(1024, (3, 4, 6, 3), 64, 7, 512, 12),
-    "RN101": Architecture(512, (3, 4, 23, 3), 64, 7, 512, 12),
-    "ViT-B/16": Architecture(512, (12,), 768, 14, 512, 12, is_vit=True),
-    "tiny": Architecture(64, (1, 1, 1, 1), 10, 4, 64, 2),  # not one of OpenAI's: for demo and tests
+    "RN50": Architecture(1024, (256, 512, 1024, 2048), (3, 4, 6, 3), 64, 7, 512, 12),
+    "RN101": Architecture(512, (256, 512, 1024, 2048), (3, 4, 23, 3), 64, 7, 512, 12),
+    "ViT-B/16": Architecture(512, (96, 192, 384, 768), (12,), 768, 14, 512, 12, is_vit=True),
+    "tiny": Architecture(64, (40, 80, 160, 320), (1, 1, 1, 1), 10, 4, 64, 2),  # for demo and tests
 }
 
 
@@ -656,34 +642,24 @@ class ResNet(nn.Module):
         return [x1, x2, x3, x4], z_bar, z
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention. As in OpenAI's files, one matrix holds the three projections."""
-
-    def __init__(self, width: int, is_causal: bool):
-        super().__init__()
-        self.n_heads, self.is_causal = width // 64, is_causal
-        self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) / width**0.5)
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        return self.out_proj(attend(q, k, v, self.n_heads, self.is_causal))
-
-
 class TransformerBlock(nn.Module):
     """A pre-norm layer of CLIP's transformers: (B, T, width) -> (B, T, width)."""
 
     def __init__(self, width: int, is_causal: bool):
         super().__init__()
+        self.n_heads, self.is_causal = width // 64, is_causal
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = SelfAttention(width, is_causal)
+        self.attn = nn.Module()  # one matrix holds the projections to queries, keys and values
+        self.attn.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) / width**0.5)
+        self.attn.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.attn.out_proj = nn.Linear(width, width)
         self.ln_2 = nn.LayerNorm(width)
         c_fc, c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.mlp = nn.ModuleDict({"c_fc": c_fc, "c_proj": c_proj})
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+        qkv = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)
+        x = x + self.attn.out_proj(attend(*qkv.chunk(3, dim=-1), self.n_heads, self.is_causal))
         y = self.mlp.c_fc(self.ln_2(x))
         return x + self.mlp.c_proj(y * torch.sigmoid(1.702 * y))  # CLIP's approximation of GELU
 
@@ -704,7 +680,7 @@ class CLIP(nn.Module):
         self.visual = image_encoder(a.layers, a.width, a.embed_dim, a.grid)
         # Without OpenAI's weights (demo, tests), tokens keep torch's standard deviation of 1.
         self.token_embedding = nn.Embedding(EOT + 1, a.text_width)
-        self.positional_embedding = nn.Parameter(torch.randn(a.context_length, a.text_width) * 0.01)
+        self.positional_embedding = nn.Parameter(torch.randn(77, a.text_width) * 0.01)
         self.transformer = transformer(a.text_width, a.text_layers, is_causal=True)
         self.ln_final = nn.LayerNorm(a.text_width)
         projection = torch.randn(a.text_width, a.embed_dim) / a.text_width**0.5
@@ -772,12 +748,12 @@ class VisionTransformer(nn.Module):
         return features, out[:, 0], out[:, 1:].mT.unflatten(2, (h, w))  # …, (B, D), (B, D, h, w)
 
 
-def dpt_reassembly(width: int) -> nn.ModuleList:
+def dpt_reassembly(width: int, channels: tuple[int, ...]) -> nn.ModuleList:
     """DPT's stages, which bring ViT's four feature maps from stride 16 to 4, 8, 16 and 32.
 
     NOTE(paper silent): The channels are those of DPT for ViT-B: 96, 192, 384 and 768.
     """
-    c1, c2, c3, c4 = width // 8, width // 4, width // 2, width
+    c1, c2, c3, c4 = channels
     stages = [
         nn.Sequential(nn.Conv2d(width, c1, 1), nn.ConvTranspose2d(c1, c1, 4, stride=4)),
         nn.Sequential(nn.Conv2d(width, c2, 1), nn.ConvTranspose2d(c2, c2, 2, stride=2)),
@@ -796,16 +772,14 @@ def check_config(config: Config) -> None:
     for name, choices in (("backbone", BACKBONES), ("distance_class", DISTANCE_CLASSES)):
         if (value := getattr(config, name)) not in choices:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
-    integers = [("n_bins", 2, 10**6), ("n_cabins", 1, 10**6), ("longer_side", 1, 10**6)]
-    integers += [("n_prompts", 0, 60)]  # more leave no room for a number in CLIP's 77 positions
-    for name, least, most in integers:
-        value = getattr(config, name)
-        if type(value) is not int or not least <= value <= most:
-            raise ValueError(f"{name} is {value!r}; it must be an integer from {least} to {most}")
-    for name, least in (("focal", 0), ("min_depth", 0), ("max_depth", config.min_depth)):
-        value = getattr(config, name)
-        if not isinstance(value, (int, float)) or not least < value < 1e6:
-            raise ValueError(f"{name} is {value!r}; it must be a number above {least}, below 1e6")
+    above = {"n_bins": 1, "n_cabins": 0, "n_prompts": -1, "longer_side": 0, "focal": 0}
+    above |= {"min_depth": 0, "max_depth": config.min_depth}
+    below = {"n_prompts": 61}  # more leave no room for a number in CLIP's 77 positions
+    for name, least in above.items():
+        value, kind, most = getattr(config, name), type(getattr(Config, name)), below.get(name, 1e6)
+        if not isinstance(value, (int, kind)) or not least < value < most:
+            what = f"{kind.__name__} above {least} and below {most:g}"
+            raise ValueError(f"{name} is {value!r}; it must be of type {what}")
     if config.n_bins % config.n_cabins:
         raise ValueError(f"n_cabins is {config.n_cabins}; it must divide n_bins, {config.n_bins}")
     if config.distance_class == "semantic" and config.n_cabins != len(SEMANTIC_BINS):
@@ -849,11 +823,20 @@ def load_clip(name_or_path: str | Path) -> CLIP:
     projection = state.get("text_projection", torch.empty(0))
     for a in BACKBONES.values():  # `load_strictly` compares all other sizes
         if (*projection.shape, "visual.proj" in state) == (a.text_width, a.embed_dim, a.is_vit):
-            n_positions = len(state.get("positional_embedding", ()))
-            clip = CLIP(a._replace(context_length=n_positions))
-            load_strictly(clip, state, path)
-            return clip
+            return load_strictly(CLIP(a), state, path)
     raise ValueError(f"{path} is not a CLIP that is one of {', '.join(BACKBONES)}")
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -> nn.Module:
+    """Load tensors of `source`, which must be finite and fit the module exactly. Returns it."""
+    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{source} holds values that are not finite, in {bad[0]}")
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:  # torch lists all that is missing, unknown or of another shape
+        what = " ".join(str(error).split())[:250]
+        raise ValueError(f"{source} does not fit the network: {what} …") from None
+    return module
 
 
 def read_tensors(path: Path, expected: str) -> dict:
@@ -862,58 +845,42 @@ def read_tensors(path: Path, expected: str) -> dict:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{path} {what}; expected {expected}")
     try:
-        is_torchscript = False
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():  # torch does not check these checksums
                     raise ValueError(damaged)
-                is_torchscript = any(n.endswith("/constants.pkl") for n in archive.namelist())
-        if is_torchscript:
-            return read_torchscript(path)
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    return read_torchscript(archive)
         return dict(**torch.load(path, "cpu", weights_only=True))  # refuses all but named values
     except Exception as error:  # its kind depends on what the bytes happen to be
         what = f"{path} ({path.stat().st_size} bytes) is cut off, damaged or of another kind"
         raise ValueError(f"{what}; expected {expected}") from error
 
 
-def read_torchscript(path: Path) -> dict[str, Tensor]:
+def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     """The tensors of a TorchScript archive, by name. No code of the archive runs."""
+    file = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
     known = {"HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long}
     known["_rebuild_tensor_v2"] = lambda x, start, size, step, *_: x.as_strided(size, step, start)
-    known["OrderedDict"] = dict
-    Module = type("Module", (), {})  # replaces every class of the archive
+
+    class Module(dict):  # replaces each class of the archive, and holds the tensors inside
+        def __setstate__(self, state: dict):
+            for name, value in state.items():
+                if torch.is_tensor(value):
+                    self[name] = value
+                elif isinstance(value, Module):  # complete, as pickle builds inner objects first
+                    self.update({f"{name}.{inner}": tensor for inner, tensor in value.items()})
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
-            if module == "torch.jit._pickle":  # builds lists of numbers
-                return list
-            return Module if module.startswith("__torch__") else known[name]
+            other = Module if module.startswith("__torch__") else lambda *_: None
+            return known.get(name, other)
 
         def persistent_load(self, key: tuple) -> Tensor:
-            return torch.frombuffer(bytearray(archive.read(folder + key[2])), dtype=key[1])
+            content = archive.read(f"{file.removesuffix('.pkl')}/{key[2]}")
+            return torch.frombuffer(bytearray(content), dtype=key[1])
 
-    def tensors(module: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        for name, value in vars(module).items():
-            if torch.is_tensor(value):
-                yield prefix + name, value
-            elif isinstance(value, Module):
-                yield from tensors(value, f"{prefix}{name}.")
-
-    with zipfile.ZipFile(path) as archive:
-        file = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        folder = file.removesuffix(".pkl") + "/"
-        return dict(tensors(Unpickler(archive.open(file)).load(), ""))
-
-
-def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
-    """Load tensors of `source`, which must be finite and fit the module exactly."""
-    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{source} holds values that are not finite, in {bad[0]}")
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:  # torch lists all that is missing, unknown or of another shape
-        what = " ".join(str(error).split())[:250]
-        raise ValueError(f"{source} does not fit the network: {what} …") from None
+    return dict(Unpickler(archive.open(file)).load())
 
 
 RENAMED = {  # how a name begins in the authors' checkpoints or in our earlier ones, and here
@@ -934,27 +901,6 @@ RENAMED = {  # how a name begins in the authors' checkpoints or in our earlier o
 }
 
 
-def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, and rename it to `path` when it is complete."""
-    partial = Path(f"{path}.partial")
-    try:
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the name without the content
-        partial.replace(path)
-    except RuntimeError as error:  # torch's own, when the disk is full
-        free = shutil.disk_usage(partial.parent).free // 10**6
-        raise OSError(f"{path} could not be written, and {free} MB are free there") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def save_checkpoint(path: str | Path, model: CaBins, **state) -> None:
-    """Write the model, its config and `state` (tensors and plain values), whole or not at all."""
-    content = {"config": dataclasses.asdict(model.config), "model": model.state_dict(), **state}
-    write_whole(path, lambda partial: torch.save(content, partial))
-
-
 def read_checkpoint(path: str | Path) -> dict:
     """The content of a checkpoint. Both kinds have "model"; ours also have "config" and more."""
     content = read_tensors(Path(path), "a checkpoint of train.py or of the authors")
@@ -967,28 +913,27 @@ def read_checkpoint(path: str | Path) -> dict:
     for old, new in RENAMED.items():
         for name in [name for name in state if name.startswith(old)]:
             state[new + name.removeprefix(old)] = state.pop(name)
+    if (positions := state.get("clip.positional_embedding")) is not None:
+        # The authors keep 30 of CLIP's 77 positions, and no text of ours is longer.
+        state["clip.positional_embedding"] = F.pad(positions, (0, 0, 0, 77 - len(positions)))
     return content | {"model": state}
 
 
 def restore(content: dict, source: object, max_depth: float | None = None) -> CaBins:
     """Build the network, in eval mode, from what `read_checkpoint` gave for `source`."""
-    state, settings = content["model"], content.get("config")
+    settings = content.get("config")
     if settings is None:  # a checkpoint of the authors
         if max_depth is None:
             raise ValueError(f"{source} is the authors': give max_depth, 10 for NYU, 80 for KITTI")
         kitti = {"longer_side": 1216, "focal": 721.54}
         settings = {"max_depth": max_depth} | (kitti if max_depth > 10 else {})
     try:
-        settings = {k.replace("image_width", "longer_side"): v for k, v in settings.items()}
-        config = Config(**settings)
+        config = Config(**{k.replace("image_width", "longer_side"): v for k, v in settings.items()})
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{source} is of another version of CaBins: {error}") from None
     if max_depth not in (None, config.max_depth):
         raise ValueError(f"{source} is for depths to {config.max_depth} m, not to {max_depth}")
-    n_positions = len(state.get("clip.positional_embedding", ()))  # the authors keep 30 of 77
-    model = CaBins(config, CLIP(BACKBONES[config.backbone]._replace(context_length=n_positions)))
-    load_strictly(model, state, source)
-    return model.eval()
+    return load_strictly(CaBins(config), content["model"], source).eval()
 
 
 def load_checkpoint(path: str | Path, max_depth: float | None = None, map_location="cpu") -> CaBins:
@@ -1005,22 +950,14 @@ class Inference(NamedTuple):
     cabins: np.ndarray  # (K,)
 
 
-def open_picture(path: str | Path, what: str = "a picture") -> Image.Image:
+def open_picture(path: str | Path, what: str = "a picture, such as JPEG or PNG") -> Image.Image:
     """Decode an image file. `what` tells an error message which kind is expected."""
     try:
-        if Path(path).suffix.lower() in (".heic", ".heif"):
-            import pillow_heif
-
-            pillow_heif.register_heif_opener()
         image = Image.open(io.BytesIO(Path(path).read_bytes()))  # leaves no file open
         image.load()
-    except ImportError:
-        raise ValueError(f"{path}: pip install pillow-heif, or convert it to JPEG") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} cannot be read as {what}") from None
+        return image
     except Exception as error:  # its kind depends on what the bytes happen to be
         raise ValueError(f"{path} cannot be read as {what}: {error}") from error
-    return image
 
 
 def read_picture(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
@@ -1028,23 +965,20 @@ def read_picture(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     if isinstance(picture, (str, Path)):
         picture = open_picture(picture)
     if isinstance(picture, Image.Image):
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode == "F":
-            raise ValueError("the picture has floating-point values; save it in 8 or 16 bits")
-        if picture.mode.startswith("I"):  # grey of more than 8 bits, whose maximum becomes white
-            grey = np.asarray(picture).clip(0)
-            picture = Image.fromarray((grey * (255 / max(grey.max(), 1))).astype(np.uint8))
-        picture = np.asarray(picture.convert("RGB"))
+        if picture.mode[0] in "IF":
+            raise ValueError("the picture has more than 8 bits for a pixel's grey: save it with 8")
+        picture = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     found = f"{picture.dtype} {picture.shape}" if hasattr(picture, "dtype") else repr(picture)
     if not found.startswith("uint8") or picture.shape[2:] != (3,) or not picture.size:
         raise ValueError(f"picture is {found}; it must be a path, a PIL image or uint8 (H, W, 3)")
     return picture
 
 
-def mean_and_std(image: Tensor) -> Tensor:
-    """ImageNet's mean and standard deviation, each (3, 1, 1), on the device of `image`."""
+def normalize(image: Tensor) -> Tensor:
+    """The input of the network from colours (…, 3, H, W) in [0, 1]."""
     statistics = torch.tensor([Config.image_mean, Config.image_std])[..., None, None]
-    return statistics.to(image.device, non_blocking=True)  # so that a GPU does not stall
+    mean, std = statistics.to(image.device, non_blocking=True)  # so that a GPU does not stall
+    return (image - mean) / std
 
 
 def to_training_size(image: Tensor, longer_side: int) -> Tensor:
@@ -1057,34 +991,28 @@ def to_training_size(image: Tensor, longer_side: int) -> Tensor:
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Set the network to eval mode, and afterwards each part to the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
+    were_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in were_training:
+            module.training = True
 
 
 @torch.inference_mode()
-def predict_one(model: CaBins, image: Tensor, size: tuple) -> tuple[Inference, np.ndarray]:
-    """`Inference` with maps of this size, and s (K, h, w), of one normalised image."""
+def predict_one(model: CaBins, picture: np.ndarray) -> tuple[Inference, np.ndarray]:
+    """`Inference` of a picture (H, W, 3), uint8, and the similarity s (K, h, w)."""
+    image = torch.tensor(picture.copy(), device=next(model.parameters()).device)
+    image = to_training_size(image.permute(2, 0, 1)[None] / 255, model.config.longer_side)
     kept = []  # a Prediction does not contain p, which is large, so a hook keeps p here
     hook = model.depth_decoder.register_forward_hook(lambda module, inputs, p: kept.append(p))
     with hook, eval_mode(model):
-        d, c, e, s = model(image.to(next(model.parameters()).device), upsample=False)
+        d, c, e, s = model(normalize(image), upsample=False)
     variance = (kept[0] * (c[:, :, None, None] - d).square()).sum(1, keepdim=True)  # Σ p (c - d)²
-    d, std = resize(torch.cat([d, variance.sqrt()], dim=1), size)[0]
+    d, std = resize(torch.cat([d, variance.sqrt()], dim=1), picture.shape[:2])[0]
     d, std, c, e, s = (x.float().cpu().numpy() for x in (d, std, c[0], e[0], s[0]))
     return Inference(d, std, c, e), s
-
-
-def to_input(model: CaBins, picture: np.ndarray) -> Tensor:
-    """A picture (H, W, 3) as the network's input: normalised, at the size of training images."""
-    image = torch.tensor(picture.copy(), device=next(model.parameters()).device)
-    image = to_training_size(image.permute(2, 0, 1)[None] / 255, model.config.longer_side)
-    mean, std = mean_and_std(image)
-    return (image - mean) / std
 
 
 def infer(model: CaBins, picture: str | Path | Image.Image | np.ndarray) -> Inference:
@@ -1092,5 +1020,4 @@ def infer(model: CaBins, picture: str | Path | Image.Image | np.ndarray) -> Infe
 
     The network sees it at the size of its training images. Raises ValueError for anything else.
     """
-    picture = read_picture(picture)
-    return predict_one(model, to_input(model, picture), picture.shape[:2])[0]
+    return predict_one(model, read_picture(picture))[0]

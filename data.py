@@ -10,13 +10,14 @@ on the whole batch and on the training device. The last part is what all scripts
 import argparse
 import contextlib
 import csv
+import functools
 import math
 import os
 import re
+import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cabins import Config, download, mean_and_std, open_picture, read_picture
+from cabins import Config, download, normalize, open_picture, read_picture
 
 
 class Recipe(NamedTuple):
@@ -169,8 +170,7 @@ class DepthDataset(Dataset):
         if self.name == "list":  # values above the range, such as 65535, often stand for none
             depth[depth > self.recipe.max_depth] = 0
         if not self.train:
-            mean, std = mean_and_std(image)
-            image = (image / 255 - mean) / std
+            image = normalize(image / 255)
         return {"image": image, "depth": depth, "path": path, "size": torch.tensor(size)}
 
 
@@ -258,39 +258,35 @@ def draw_room(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def describe(dataset: DepthDataset) -> str:
     """One line about the depth in eight of the pairs. It shows whether scale and range fit."""
-    n, recipe = len(dataset), dataset.recipe
+    n, recipe, top = len(dataset), dataset.recipe, dataset.recipe.max_depth
     depth = np.concatenate([dataset.read(i)[1].ravel() for i in range(0, n, math.ceil(n / 8))])
     known = depth[depth > 0]
-    if not len(known):
-        raise ValueError(f"there is no depth at all in {dataset.read(0)[2]} and others")
-    share, median, top = len(known) / len(depth), np.median(known), recipe.max_depth
+    if not ((known > Config.min_depth) & (known < top)).any():
+        which = f"{dataset.read(0)[2]} and others, at 1/{recipe.depth_scale:g} m and up to {top:g} m"
+        raise ValueError(f"{which}, have no depth: wrong --depth-scale or --max-depth?")
+    share, median = len(known) / len(depth), np.median(known)
     odd = "" if 0.05 * top < median < 0.9 * top else "; wrong --depth-scale or --max-depth?"
     line = f"{n} pairs ({dataset.n_left_out} without ground truth left out); {share:.0%} of their "
     line += f"pixels have a depth, in units of 1/{recipe.depth_scale:g} m; median {median:.2f} m, "
     return line + f"deepest {known.max():.2f} m, {(known > top).mean():.1%} beyond {top:g} m{odd}"
 
 
-def has_truth(dataset: DepthDataset) -> bool:
-    """Whether any pair has a depth inside the range, so that it can be evaluated."""
-    low, high = Config.min_depth, dataset.recipe.max_depth
-    return any(((low < pair["depth"]) & (pair["depth"] < high)).any() for pair in dataset)
-
-
 def denormalize(image: Tensor) -> Tensor:
     """Normalised images (…, 3, H, W) as colours from 0 to 1."""
-    mean, std = mean_and_std(image)
+    std, mean = (torch.tensor(x)[:, None, None] for x in (Config.image_std, Config.image_mean))
     return (image * std + mean).clamp(0, 1)
 
 
 def augment(
-    image: Tensor, depth: Tensor, recipe: Recipe, generator: torch.Generator, share: tuple = (0, 1)
+    image: Tensor, depth: Tensor, recipe: Recipe | str, generator=None, share: tuple = (0, 1)
 ) -> tuple[Tensor, Tensor]:
-    """Random rotation, crop, flip and colour of a batch, within the recipe's ranges.
+    """Random rotation, crop, flip and colour of a batch, by a recipe or the name of a data set.
 
     image uint8 (B, 3, h, w), depth (B, 1, h, w) in metres -> image normalised (B, 3, H, W), depth
     (B, 1, H, W). H x W is the recipe's crop, or 7/8 of each side in multiples of 32, at least 64.
     The generator is on the CPU. `share` (i, k): the samples are i, i + k, … of a larger batch.
     """
+    recipe = DATASETS[recipe] if isinstance(recipe, str) else recipe
     n, _, h, w = image.shape
     rows, columns = recipe.crop or [max(64, side * 7 // 8 // 32 * 32) for side in (h, w)]
     i, k = share
@@ -316,9 +312,7 @@ def augment(
     gamma, brightness, colour = (2 * draws[:, 5:] - 1).split((1, 1, 3), 1)  # (B, 1 or 3, 1, 1)
     coloured = image ** (1 + 0.1 * gamma) * (1 + recipe.brightness * brightness)
     coloured = (coloured * (1 + 0.1 * colour)).clamp(0, 1)
-    image = torch.where(recolour[:, None] < 0.5, coloured, image)
-    mean, std = mean_and_std(image)
-    return (image - mean) / std, depth
+    return normalize(torch.where(recolour[:, None] < 0.5, coloured, image)), depth
 
 
 # ---- What all scripts share ----------------------------------------------------------------------
@@ -362,6 +356,21 @@ def load(dataset: Dataset, device=None, workers: int | None = None, **options) -
     return DataLoader(dataset, **options)
 
 
+def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file, and rename it to `path` when it is complete."""
+    partial = Path(f"{path}.partial")
+    try:
+        write(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the name without the content
+        partial.replace(path)
+    except RuntimeError as error:  # torch's own, when the disk is full
+        free = shutil.disk_usage(partial.parent).free // 10**6
+        raise OSError(f"{path} could not be written, and {free} MB are free there") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def append_row(path: Path, row: dict) -> None:
     """Add a row to a CSV file, which begins with the names of its columns."""
     with open(path, "a", newline="") as file:
@@ -382,9 +391,9 @@ def number(kind: type, least: float, what: str, text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text} is not {what}")
 
 
-positive_float = partial(number, float, sys.float_info.min, "a finite number above 0")
-positive_int = partial(number, int, 1, "a whole number above 0")
-whole_number = partial(number, int, 0, "a whole number of 0 or more")
+positive_float = functools.partial(number, float, sys.float_info.min, "a finite number above 0")
+positive_int = functools.partial(number, int, 1, "a whole number above 0")
+whole_number = functools.partial(number, int, 0, "a whole number of 0 or more")
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

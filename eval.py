@@ -1,6 +1,6 @@
 """Measure a checkpoint of CaBins as the paper does (Sec. 4.3), and show what it predicts.
 
-python eval.py runs/toy/best.pt                     a row of the paper's table, beside the quoted ones
+python eval.py runs/toy/best.pt                     a row of the paper's table, beside its own
 python eval.py runs/toy/best.pt --explain 4         figures of bins, prompts and depth
 python eval.py runs/toy/best.pt --images *.jpg      depth of your own pictures
 """
@@ -9,6 +9,7 @@ import argparse
 import glob
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,49 +28,35 @@ Rows = dict[str, dict[str, float]]  # the metrics of each row, by the row's labe
 HEADINGS = {"abs_rel": "AbsRel", "sq_rel": "SqRel", "rmse": "RMSE", "rmse_log": "RMSElog"}
 HEADINGS |= {"log10": "log10", "d1": "d<1.25", "d2": "d<1.25²", "d3": "d<1.25³"}
 COLUMNS = {"nyu": ["abs_rel", "rmse", "log10", "d1", "d2", "d3"]}  # Table 1; Table 2 has all
-QUOTED = {  # Tables 1 and 2: the methods with CLIP, and the best one without; †: reimplemented
-    "nyu": """
-        NeWCRFs        0.095 0.334 0.041 0.922 0.992 0.998
-        DepthCLIP      0.388 1.167 0.156 0.394 0.683 0.851
-        Hu et al.      0.347 1.049 0.140 0.428 0.732 0.898
-        Auty†          0.324 0.961 0.127 0.473 0.779 0.921
-        CaBins         0.120 0.401 0.050 0.866 0.978 0.996""",
-    "kitti": """
-        NeWCRFs        0.052 0.155 2.129 0.079 - 0.974 0.997 0.999
-        DepthCLIP      0.473 6.007 12.958 - 0.680 0.281 0.531 0.696
-        Hu et al.      0.384 4.661 12.290 - 0.632 0.312 0.569 0.739
-        Auty†          0.307 2.197 6.405 0.121 0.113 0.548 0.826 0.935
-        CLIP2Depth     0.074 0.303 2.948 - 0.032 0.938 0.990 0.998
-        CaBins         0.057 0.186 2.322 0.088 0.025 0.964 0.995 0.999""",
+QUOTED = {  # "Ours" of Tables 1 and 2
+    "nyu": "0.120 0.401 0.050 0.866 0.978 0.996",
+    "kitti": "0.057 0.186 2.322 0.088 0.025 0.964 0.995 0.999",
 }
 SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def format_table(name: str, rows: Rows) -> str:
-    """The paper's table for data set `name`: its columns, then `rows`, then the paper's own rows."""
+    """The paper's table for data set `name`: its columns, then `rows`, then the paper's own row."""
     columns = COLUMNS.get(name, list(HEADINGS))
     table = [["", *(HEADINGS[c] for c in columns)]]
     table += [[label, *(f"{row[c]:.3f}" for c in columns)] for label, row in rows.items()]
-    for line in QUOTED.get(name, "").strip().splitlines():
-        label, *values = line.strip().rsplit(maxsplit=len(columns))
-        table.append([f"{label} (quoted)", *values])
+    if name in QUOTED:
+        table.append(["CaBins (quoted)", *QUOTED[name].split()])
     width = max(len(row[0]) for row in table)
     return "\n".join(f"{row[0]:{width}}" + "".join(f" {v:>8}" for v in row[1:]) for row in table)
 
 
 @torch.no_grad()
-def evaluate_windows(predict: Predict, dataset: DepthDataset, workers=None, progress=False) -> Rows:
+def evaluate_windows(predict: Predict, dataset: DepthDataset, workers=None) -> Rows:
     """Mean metrics in each of the data set's test windows, from one pass.
 
     Ground truth counts where it lies strictly inside the depth range. Predictions are clipped to
     the range. Each metric is computed for each image and averaged over the images.
     """
     low, high = cabins.Config.min_depth, dataset.recipe.max_depth
-    samples = data.load(dataset, workers=workers)
-    if progress:
-        samples = tqdm(samples, "evaluating", leave=False, disable=None)  # only in a terminal
-    found: dict[str, list[dict[str, float]]] = {}  # for each window, the metrics of each image
-    for sample in samples:
+    found = defaultdict(list)  # for each window, the metrics of each image
+    bar = {"leave": False, "disable": None}  # shown in a terminal only
+    for sample in tqdm(data.load(dataset, workers=workers), "evaluating", **bar):
         depth, target = torch.as_tensor(predict(sample["image"])).cpu(), sample["depth"]
         if depth.shape != target.shape:
             raise ValueError(f"predict gave {tuple(depth.shape)} for {tuple(target.shape)}")
@@ -78,19 +65,15 @@ def evaluate_windows(predict: Predict, dataset: DepthDataset, workers=None, prog
         for window, (rows, columns) in windows.items():
             d, d_star = depth[..., rows, columns], target[..., rows, columns]
             mask = (d_star > low) & (d_star < high)
-            images = found.setdefault(window, [])
             if mask.any():
                 metrics = cabins.depth_metrics(d[mask].double(), d_star[mask].double())
-                images.append({name: value.item() for name, value in metrics.items()})
-    if not any(found.values()):
+                found[window].append({name: value.item() for name, value in metrics.items()})
+    if not found:
         raise ValueError(f"none of the {len(dataset)} images has depth from {low} to {high} m")
-    means = {}
     for window, images in found.items():
         if n := len(dataset) - len(images):
             print(f"{n} images have no ground truth in window {window} and are left out")
-        if images:
-            means[window] = {k: sum(m[k] for m in images) / len(images) for k in HEADINGS}
-    return means
+    return {w: {k: sum(m[k] for m in f) / len(f) for k in HEADINGS} for w, f in found.items()}
 
 
 def evaluate(predict: Predict, dataset: DepthDataset) -> dict[str, float]:
@@ -137,12 +120,6 @@ def protocol(dataset: DepthDataset, window: str, flip: bool, amp="off", longer_s
     return f"{dataset.name}: {images}, window {window}, {valid}, {network}, mean over images"
 
 
-def open_folder(folder: str | Path) -> Path:
-    """Make a folder, and those above it, if it is not there."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return Path(folder)
-
-
 def new_name(name: str, taken: set[str]) -> str:
     """`name`, with underscores after it until it is new to `taken`, to which it is added."""
     while name.lower() in taken:
@@ -154,11 +131,11 @@ def new_name(name: str, taken: set[str]) -> str:
 def write_depth(path: str, depth: np.ndarray, scale: float) -> None:
     """Write metres (H, W) as a 16-bit PNG in which 1 m is `scale`."""
     image = Image.fromarray((depth * scale).round().clip(0, 65535).astype(np.uint16))
-    cabins.write_whole(path, lambda partial: image.save(partial, "png"))
+    data.write_whole(path, lambda partial: image.save(partial, "png"))
 
 
 def save_figure(path: str | Path, figure) -> None:
-    cabins.write_whole(path, lambda file: figure.savefig(file, format="png", bbox_inches="tight"))
+    data.write_whole(path, lambda file: figure.savefig(file, format="png", bbox_inches="tight"))
 
 
 def show(axis, title: str, values: np.ndarray, low=0.0, high=1.0, cmap="viridis", bar=True):
@@ -215,13 +192,12 @@ def draw_explained(path: str | Path, image: np.ndarray, config, found, s, truth=
 
 def draw_samples(out: Path, model: cabins.CaBins, dataset: DepthDataset, n: int) -> None:
     """Draw n samples, evenly spread over the data set, into the folder `out`."""
-    side = side_for(model, dataset)
     for i in torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long().tolist():
-        image, truth = dataset[i]["image"][None], dataset[i]["depth"][0].numpy()
-        seen = cabins.to_training_size(image, side) if side else image
-        found, s = cabins.predict_one(model, seen, truth.shape)
-        colours = data.denormalize(image)[0].permute(1, 2, 0).numpy()
-        draw_explained(out / f"explained_{i}.png", colours, model.config, found, s, truth)
+        sample = dataset[i]
+        picture = (255 * data.denormalize(sample["image"])).round().byte().permute(1, 2, 0).numpy()
+        found, s = cabins.predict_one(model, picture)
+        path, truth = out / f"explained_{i}.png", sample["depth"][0].numpy()
+        draw_explained(path, picture, model.config, found, s, truth)
 
 
 # ---- Your own pictures ---------------------------------------------------------------------------
@@ -243,7 +219,8 @@ def find_pictures(arguments: list[str]) -> list[Path]:
 def predict_pictures(model: cabins.CaBins, args: argparse.Namespace) -> int:
     """Write the depth of each picture that `args.images` names; return how many failed."""
     paths = find_pictures(args.images)
-    out = open_folder(args.out or f"{os.path.splitext(args.checkpoint)[0]}_pictures")
+    out = Path(args.out or f"{os.path.splitext(args.checkpoint)[0]}_pictures")
+    out.mkdir(parents=True, exist_ok=True)
     if own := [path for path in paths if path.resolve().parent == out.resolve()]:
         raise ValueError(f"--out {out} is the folder of {own[0]}, which must stay: choose another")
     taken, n_failed = set(), 0
@@ -263,13 +240,13 @@ def write_picture(path: Path, start: str, model: cabins.CaBins, args: argparse.N
 
     picture = cabins.read_picture(path)
     with data.autocast(next(model.parameters()).device, args.amp):
-        found, s = cabins.predict_one(model, cabins.to_input(model, picture), picture.shape[:2])
+        found, s = cabins.predict_one(model, picture)
     low, high = (0, args.range) if args.range else (found.depth.min(), found.depth.max())
     figure = Figure(figsize=(12, 12))  # `save_figure` cuts its margins off
     shown = show(figure.subplots(), "depth (m)", found.depth, low, high)
     save_figure(f"{start}_depth.png", figure)
     colours = Image.fromarray(shown.to_rgba(found.depth, bytes=True)[..., :3])
-    cabins.write_whole(f"{start}_colour.png", lambda partial: colours.save(partial, "png"))
+    data.write_whole(f"{start}_colour.png", lambda partial: colours.save(partial, "png"))
     unit, scale = ("mm", 1000) if model.config.max_depth <= 65 else ("cm", 100)  # fits 16 bits
     write_depth(f"{start}_depth_{unit}.png", found.depth, scale)
     write_depth(f"{start}_std_{unit}.png", found.std, scale)
@@ -314,7 +291,7 @@ def measure(model: cabins.CaBins, dataset: DepthDataset, args: argparse.Namespac
     """Measure the network. Print the protocol, and a table with a row for each window."""
     flip, side = not args.no_flip, side_for(model, dataset)
     predict = predictor(model, flip, args.amp, side)
-    windows = evaluate_windows(predict, dataset, args.workers, progress=True)
+    windows = evaluate_windows(predict, dataset, args.workers)
     for window in windows:
         print(protocol(dataset, window, flip, args.amp, side))
     rows = {f"{Path(args.checkpoint).name}, {window}": row for window, row in windows.items()}
@@ -365,7 +342,8 @@ def main() -> None:
     if args.explain is None:
         measure(model, dataset, args)
     else:
-        out = open_folder(args.out or f"{os.path.splitext(args.checkpoint)[0]}_explained")
+        out = Path(args.out or f"{os.path.splitext(args.checkpoint)[0]}_explained")
+        out.mkdir(parents=True, exist_ok=True)
         with data.autocast(next(model.parameters()).device, args.amp):
             draw_samples(out, model, dataset, args.explain or 4)
         print(f"{out} has a file explained_….png for each sample")

@@ -81,7 +81,7 @@ def ablate(
     rows = {}
     for name, (module, change) in changes.items():
         with changed_inputs(module, change):
-            windows = evaluate_windows(predict, dataset, workers, progress=True)
+            windows = evaluate_windows(predict, dataset, workers)
         rows |= {f"{name}, {window}": row for window, row in windows.items()}
     return rows
 
@@ -151,7 +151,7 @@ def main() -> None:
     dataset = open_data_set(args, model, saved)
     side = side_for(model, dataset)
     predict = predictor(model, not args.no_flip, args.amp, side)
-    windows = evaluate_windows(predict, dataset, args.workers, progress=True)
+    windows = evaluate_windows(predict, dataset, args.workers)
     rows = {f"{Path(args.checkpoint).name}, {window}": row for window, row in windows.items()}
     rows |= ablate(model, predict, dataset, args.workers)
     for window in windows:

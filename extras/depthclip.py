@@ -52,7 +52,7 @@ def main() -> None:
     dataset = data.DepthDataset(args.data, args.root, args.split, **scale)
     data.use_tf32(False)
     predict = depthclip(cabins.load_clip(args.clip).to(data.choose_device(None)))
-    windows = evaluate_windows(predict, dataset, progress=True)
+    windows = evaluate_windows(predict, dataset)
     for window in windows:
         print(protocol(dataset, window, flip=False))
     print(format_table(args.data, {f"DepthCLIP, {w}": row for w, row in windows.items()}))

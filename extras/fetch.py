@@ -22,7 +22,6 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import data
-from cabins import write_whole
 
 KITTI = "https://s3.eu-central-1.amazonaws.com/avg-kitti"
 SOURCES = {
@@ -182,7 +181,7 @@ def extract(
         except ValueError as error:
             return str(error)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda partial: partial.write_bytes(content))
+        data.write_whole(path, lambda partial: partial.write_bytes(content))
         return ""
 
     in_a_row = 0
@@ -266,7 +265,9 @@ def draw_pairs(path: Path, dataset: data.DepthDataset) -> None:
     cells = [data.denormalize(sample["image"]) for sample in samples]
     cells += [sample["depth"].expand(3, -1, -1) / dataset.recipe.max_depth for sample in samples]
     cells = [F.interpolate(cell[None], (192, 256))[0] for cell in cells]
-    write_whole(path, lambda partial: save_image(cells, partial, nrow=len(samples), format="png"))
+    data.write_whole(
+        path, lambda partial: save_image(cells, partial, nrow=len(samples), format="png")
+    )
     print(f"{path} shows test images above their depths: do they belong together?")
 
 

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image
 
 import cabins
 import data
-from eval import QUOTED, find_pictures, new_name, open_folder, open_network
+from eval import QUOTED, find_pictures, new_name, open_network
 
 LEAST_FOV, GREATEST_FOV = 15, 120  # degrees; cameras outside of this range are rare
 
@@ -56,7 +56,7 @@ def write_ply(path: Path, picture: np.ndarray, depth: np.ndarray, focal: float) 
     points["z"] = depth
     points["red"], points["green"], points["blue"] = np.moveaxis(picture, 2, 0)
     cloud = PlyData([PlyElement.describe(points.ravel(), "vertex")], byte_order="<")
-    cabins.write_whole(path, lambda partial: cloud.write(str(partial)))
+    data.write_whole(path, lambda partial: cloud.write(str(partial)))
 
 
 def write_cloud(path: Path, out: Path, model: cabins.CaBins, args: argparse.Namespace) -> str:
@@ -100,7 +100,8 @@ def main() -> None:
         raise ValueError("plyfile is missing: pip install -r extras/requirements.txt")
     model, _ = open_network(args)
     paths, n_failed = find_pictures(args.pictures), 0
-    out, taken = open_folder(args.out), set()
+    out, taken = Path(args.out), set()
+    out.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", module="PIL")  # of odd EXIF blocks and very large pictures
     for path in paths:
         try:

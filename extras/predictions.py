@@ -22,7 +22,6 @@ from eval import (
     format_table,
     new_name,
     open_data_set,
-    open_folder,
     open_network,
     predictor,
     protocol,
@@ -71,7 +70,8 @@ def main() -> None:
     model, saved = open_network(args)
     dataset = open_data_set(args, model, saved)
 
-    out = open_folder(args.out)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     name = new_name(time.strftime("predictions_%Y-%m-%d_%H-%M-%S"), {*os.listdir(out)})
     source = {"checkpoint": str(Path(args.checkpoint).resolve()), "predictions": name}
     source["list"] = f"{args.test_split} ({dataset.checksum:08x})"
@@ -80,7 +80,7 @@ def main() -> None:
     flip, side = not args.no_flip, side_for(model, dataset)
     predict = predictor(model, flip, args.amp, side)
     predict = keeping(predict, out / name, file_names(dataset.pairs, args.root), dataset.recipe)
-    windows = evaluate_windows(predict, dataset, args.workers, progress=True)
+    windows = evaluate_windows(predict, dataset, args.workers)
     rows = {f"{Path(args.checkpoint).name}, {window}": row for window, row in windows.items()}
     lines = [protocol(dataset, window, flip, args.amp, side) for window in windows]
     print(*lines, format_table(args.data, rows), sep="\n")

@@ -287,7 +287,7 @@ def test_a_full_disk_ends_it_at_once(server, tmp_path, monkeypatch):
     def write_whole(path, write):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(fetching, "write_whole", write_whole)
+    monkeypatch.setattr(data, "write_whole", write_whole)
     with pytest.raises(OSError, match="No space left"):
         fetch("kitti", tmp_path)
 
