@@ -33,7 +33,6 @@ DEMO_DEFAULTS = {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # it has no pretr
 MAX_NORM = 0.1  # NOTE(paper silent): the released code clips gradients at this norm
 LOG_EVERY, PRINT_EVERY = 10, 100  # steps; the last one of an epoch is logged too
 SAVE_EVERY = 600  # seconds; last.pt is also saved after each validation
-DEMO, NEW_DEMO = Path("runs/toy"), Path("runs/toy/new")  # a new demo replaces the old one
 FILES = ("last.pt", "best.pt", "log.csv", "metrics.csv")  # what tells that a folder has a run
 MOVABLE = {"root", "train_split", "test_split", "device", "workers", "compile", "out", "resume"}
 LOG_COLUMNS = ["step", "epoch", "loss", "bins", "lr"]
@@ -144,7 +143,6 @@ class Run:
         self.learner = Learner(model.to(self.device), self.dataset.recipe, self.n_steps, *how)
         if args.compile:
             self.learner.network = torch.compile(self.learner.network)
-        self.side = evaluation.side_for(model, self.test_set)
         if saved:
             self.restore_progress(saved)
 
@@ -191,22 +189,19 @@ class Run:
         return model
 
     def take_folder(self) -> None:
-        """Claim --out before the work begins. The files of another run are not overwritten."""
-        self.out, resume = Path(self.args.out), self.args.resume
+        """Claim the folder before the work begins. The files of another run are not overwritten."""
+        resume = self.args.resume
+        self.out, n_demos = Path(self.args.out or "runs/toy"), 1
+        while not self.args.out and run_files(self.out):
+            n_demos += 1
+            self.out = Path(f"runs/toy_{n_demos}")
+        if n_demos > 1:
+            print(f"runs/toy holds a run already: this one goes to {self.out}")
         claim(self.out)
-        data.check_columns(Path(resume or self.out / "log.csv").with_name("log.csv"), LOG_COLUMNS)
-        found = [self.out / name for name in FILES if (self.out / name).exists()]
-        if not found or (resume and Path(resume).resolve().parent == self.out.resolve()):
-            return
-        if resume or self.out != DEMO or self.args.data != "toy":
+        found = run_files(self.out)
+        self.resumes_here = bool(resume) and self.out.samefile(Path(resume).parent)
+        if found and not self.resumes_here:
             raise ValueError(f"{found[0]} is another run's: --resume it, or choose another --out")
-        if (NEW_DEMO / "last.pt").exists():
-            raise ValueError(f"{NEW_DEMO}/last.pt is a stopped demo: --resume it, or delete it")
-        print(f"{DEMO} holds a trained demo; this run replaces it after the first validation")
-        self.out = NEW_DEMO
-        claim(self.out)
-        for name in FILES:  # of a run that was stopped before its first validation
-            (NEW_DEMO / name).unlink(missing_ok=True)
 
     def restore_progress(self, saved: dict) -> None:
         """Continue the optimizer, the schedule, the best network and the tables of a run."""
@@ -222,11 +217,10 @@ class Run:
         saved.clear()
         if self.rank > 0:
             return
-        if path.resolve().parent != self.out.resolve():
-            shutil.copy(path, self.out / "last.pt")
-            for source in map(path.with_name, FILES[1:]):
-                if source.exists():
-                    shutil.copy(source, self.out)
+        if not self.resumes_here:
+            for source in run_files(path.parent):
+                shutil.copy(source, self.out)
+            shutil.copy(path, self.out / "last.pt")  # whatever the name of the checkpoint is
         if not (self.out / "best.pt").exists():  # the best network was not kept with last.pt
             self.best = math.inf
         for name in ("log.csv", "metrics.csv"):
@@ -269,36 +263,22 @@ class Run:
             state["optimizer"] = self.learner.optimizer.state_dict()
             state["scheduler"] = self.learner.scheduler.state_dict()
         cabins.save_checkpoint(self.out / name, self.learner.model, best=self.best, **state)
-        if name == "last.pt" and self.out == NEW_DEMO and (NEW_DEMO / "best.pt").exists():
-            for old in [*DEMO.glob("*_explained"), *DEMO.glob("*_pictures")]:
-                shutil.rmtree(old)  # what eval.py drew of the old network
-            for path in NEW_DEMO.iterdir():
-                path.replace(DEMO / path.name)
-            NEW_DEMO.rmdir()
-            self.out = DEMO
 
     def validate(self) -> None:
         """Measure on the test set, draw, and keep the network if it is the best so far."""
         data.use_tf32(False)
         model, epoch = self.learner.model, self.step // self.per_epoch
-        predict = evaluation.predictor(model, longer_side=self.side)
+        predict = evaluation.predictor(model, longer_side=evaluation.side_for(model, self.test_set))
         windows = evaluation.evaluate_windows(predict, self.test_set, self.args.workers, True)
         data.use_tf32(True)
         row = next(iter(windows.values()))  # of the paper's window
         data.append_row(self.out / "metrics.csv", {"step": self.step, "epoch": epoch, **row})
         evaluation.draw_samples(self.out, model, self.test_set, 1)
-        draw_curves(self.out)
         metrics = ", ".join(f"{name} {value:.3f}" for name, value in row.items())
         tqdm.write(f"epoch {epoch}/{self.args.epochs}: {metrics}")
         if row["abs_rel"] < self.best:
             self.best = row["abs_rel"]
             self.save("best.pt")
-        if self.step == self.n_steps:
-            for name in windows:
-                print(evaluation.protocol(self.test_set, name, flip=True, longer_side=self.side))
-            rows = {f"last.pt, {name}": row for name, row in windows.items()}
-            print(evaluation.format_table(self.args.data, rows))
-            print(f"{self.out}: best.pt has the lowest AbsRel on these images, {self.best:.3f}")
 
 
 def train(args: argparse.Namespace, saved: dict) -> None:
@@ -309,8 +289,8 @@ def train(args: argparse.Namespace, saved: dict) -> None:
         run.announce()
     data.use_tf32(True)
     learner.model.train()
-    steps, n_pairs = range(run.step, run.n_steps), len(run.dataset)
-    order = batches(n_pairs, args.batch_size, steps, args.seed, args.as_released)
+    steps = range(run.step, run.n_steps)
+    order = batches(len(run.dataset), args.batch_size, steps, args.seed, args.as_released)
     loader = data.load(run.dataset, run.device, args.workers, batch_sampler=order)
     hidden = None if is_first else True  # None: shown in a terminal only
     bar = tqdm(loader, "training", run.n_steps, initial=run.step, disable=hidden)
@@ -339,10 +319,10 @@ def train(args: argparse.Namespace, saved: dict) -> None:
             dist.barrier()  # the other processes wait for the first
         if stop:
             if is_first:
-                draw_curves(run.out)
-                remedy = f"continue with --resume {run.out}/last.pt"
-                tqdm.write(f"stopped after step {run.step} of {run.n_steps}; {remedy}")
+                tqdm.write(f"stopped after step {run.step}: go on with --resume {run.out}/last.pt")
             sys.exit(128 + stop)
+    if is_first:
+        print(f"training has finished: python eval.py {run.out}/last.pt prints its metrics")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -353,6 +333,11 @@ def note_stop(number: int, _) -> None:
     if not dist.is_initialized():  # torchrun sends each process the signal once more
         signal.signal(number, signal.SIG_DFL)
     os.write(2, b"\nstopping when the step is done and saved\n")
+
+
+def run_files(folder: Path) -> list[Path]:
+    """The files that a run has left in a folder."""
+    return [folder / name for name in FILES if (folder / name).exists()]
 
 
 def claim(folder: Path) -> None:
@@ -374,20 +359,6 @@ def drop_rows(path: Path, last: int) -> None:
         cabins.write_whole(path, lambda partial: partial.write_text("".join([header, *rows])))
 
 
-def draw_curves(out: Path) -> None:
-    """Draw losses and metrics over the epochs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    panels = [("log.csv", "loss"), ("metrics.csv", "abs_rel"), ("metrics.csv", "d1")]
-    for axis, (file, name) in zip(figure.subplots(1, 3), panels):
-        if (out / file).exists():
-            curves = np.genfromtxt(out / file, delimiter=",", names=True)
-            axis.plot(curves["epoch"], curves[name], marker=".")
-            axis.set(title=name, xlabel="epoch", xlim=(0, None), ylim=(0, None))
-    evaluation.save_figure(out / "curves.png", figure)
-
-
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     """The options of a run, and the content of the checkpoint that it resumes, or {}."""
     parser = data.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -397,8 +368,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
     data.add_device_options(group, "bf16 on GPUs that have it, else off")
     add, switch = group.add_argument, {"action": argparse.BooleanOptionalAction}
     add("--backbone", choices=cabins.BACKBONES, help="default: RN101; toy: tiny")
-    add("--clip", metavar="NAME|FILE|none", help="CLIP's weights; default: the backbone's own")
-    add("--init", metavar="CKPT", help="start from its weights, train.py's or the authors'")
+    start = group.add_mutually_exclusive_group().add_argument
+    start("--clip", metavar="NAME|FILE|none", help="CLIP's weights; default: the backbone's own")
+    start("--init", metavar="CKPT", help="start from its weights, train.py's or the authors'")
     add("--distance-class", choices=cabins.DISTANCE_CLASSES, help="see Table 3; default: cabins")
     add("--compile", **switch, help="torch.compile the network")
     add("--epochs", type=data.positive_int, metavar="N", help="default: 25; toy: 3")
@@ -406,32 +378,27 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
     add("--lr", type=data.positive_float, metavar="X", help="default: 3.57e-5; toy: 2e-3")
     add("--seed", type=data.whole_number, metavar="N", help="default: 0")
     add("--as-released", **switch, help="as the released code does: see README's table")
-    add("--out", metavar="DIR", help="default: runs/DATA")
+    add("--out", metavar="DIR", help="default: runs/DATA; toy: also runs/toy_2, runs/toy_3, …")
     add("--resume", nargs="?", const="", metavar="CKPT", help="continue; default: OUT/last.pt")
-    parser.set_defaults(**DEFAULTS)
-    typed, saved = parser.parse_args(argv), {}
-    parser.set_defaults(out=f"runs/{typed.data}", **(DEMO_DEFAULTS if typed.data == "toy" else {}))
-    if typed.resume is not None:
-        path = typed.resume or f"{typed.out or parser.get_default('out')}/last.pt"
+    args, saved = parser.parse_args(argv), {}
+    typed = {name: value for name, value in vars(args).items() if value is not None}
+    for name in {"root", "train_split", "test_split"} & typed.keys():
+        typed[name] = os.path.abspath(typed[name])  # for eval.py in another folder
+    is_demo = args.data in (None, "toy")
+    known = DEFAULTS | (DEMO_DEFAULTS if is_demo else {"out": f"runs/{args.data}"})
+    if args.resume is not None:
+        path = args.resume or f"{args.out or known.get('out', 'runs/toy')}/last.pt"
         saved = cabins.read_checkpoint(path)
         if not {"args", "lists", "step", "optimizer", "scheduler"} <= saved.keys():
             raise ValueError(f"{path} is no last.pt of train.py: it cannot be resumed")
-        known = {name: v for name, v in saved["args"].items() if name in vars(typed)}
-        parser.set_defaults(**known | {"out": str(Path(path).parent)})
-    args = parser.parse_args(argv)
-    if saved:
-        args.resume = path
-        for name in known.keys() - MOVABLE:
-            if getattr(args, name) != known[name]:
+        known |= {k: v for k, v in saved["args"].items() if k in vars(args)}
+        known["out"] = str(Path(path).parent)
+        typed["resume"] = path
+        for name in typed.keys() & known.keys() - MOVABLE:
+            if typed[name] != known[name]:
                 what = f"{path} was trained with another --{name.replace('_', '-')}, {known[name]}"
                 raise ValueError(f"{what}: start a new run with --init {path}")
-        if saved["step"] == saved["scheduler"].get("total_steps"):
-            parser.exit(message=f"{path} has finished: to train more, start anew with --init\n")
-    elif args.init:
-        data.refuse(args, "clip", "is not for --init, which has CLIP's weights")
-    for name in ("root", "train_split", "test_split"):
-        if value := getattr(args, name):
-            setattr(args, name, os.path.abspath(value))  # for eval.py in another folder
+    vars(args).update(known | typed)
     is_gpu = data.choose_device(args.device).type == "cuda"
     is_bf16 = is_gpu and torch.cuda.is_bf16_supported(False) and not args.as_released
     args.amp = args.amp or ("bf16" if is_bf16 else "off")
