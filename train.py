@@ -35,7 +35,6 @@ LOG_EVERY, PRINT_EVERY = 10, 100  # steps; the last one of an epoch is logged to
 SAVE_EVERY = 600  # seconds; last.pt is also saved after each validation
 FILES = ("last.pt", "best.pt", "log.csv", "metrics.csv")  # what tells that a folder has a run
 MOVABLE = {"root", "train_split", "test_split", "device", "workers", "compile", "out", "resume"}
-LOG_COLUMNS = ["step", "epoch", "loss", "bins", "lr"]
 stops: list[int] = []  # the signals that this process has received
 
 
@@ -172,16 +171,12 @@ class Run:
         camera = {"max_depth": recipe.max_depth, "longer_side": max(size), "focal": recipe.focal}
         config = cabins.Config(args.backbone, args.distance_class, **camera)
         if args.init:
-            saved = cabins.read_checkpoint(args.init)
-            top = None if "config" in saved else recipe.max_depth  # the authors' do not say it
-            start = cabins.restore(saved, args.init, top)
+            settings = {"config": vars(cabins.Config())}  # for the authors' files, which have none
+            start = cabins.restore(settings | cabins.read_checkpoint(args.init), args.init)
             if start.config.backbone != args.backbone:
                 raise ValueError(f"{args.init} needs --backbone {start.config.backbone}")
             model = cabins.CaBins(config, start.clip)
             cabins.load_strictly(model, start.state_dict(), args.init)
-            if self.rank == 0:
-                was, now = start.config.max_depth, config.max_depth
-                print(f"starts from {args.init}: depths to {was} m before, to {now} m now")
             return model
         model = cabins.CaBins(config, None if args.clip == "none" else cabins.load_clip(args.clip))
         if args.as_released:  # NOTE(differs): the released prompts start 44 times larger
@@ -211,9 +206,8 @@ class Run:
             self.learner.scheduler.load_state_dict(saved["scheduler"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} cannot be resumed: {error!r}") from None
-        for part, now, before in zip(("train", "test"), self.lists, saved["lists"]):
-            if now != before:
-                raise ValueError(f"{path} has another --{part}-split: start a new run with --init")
+        if saved["lists"] != self.lists:
+            raise ValueError(f"{path} was trained with other lists: start a new run with --init")
         saved.clear()
         if self.rank > 0:
             return
@@ -227,20 +221,14 @@ class Run:
             drop_rows(self.out / name, self.step)
 
     def announce(self) -> None:
-        """Print what is trained, on what, and what is not."""
-        args, model = self.args, self.learner.model
-        where = f"{self.n_processes} x {self.device}, {args.amp.replace('off', 'fp32')}"
+        """Print what is trained, and on what."""
+        where = f"{self.n_processes} x {self.device}, {self.args.amp.replace('off', 'fp32')}"
         print(f"training on {where}: {data.describe(self.dataset)}")
         if self.lists[0] == self.lists[1]:
             print("the test list is the training list: the metrics say nothing of new images")
-        trained = self.learner.optimizer.param_groups[0]["params"]
-        n, total = (sum(p.numel() for p in part) for part in (trained, model.parameters()))
-        print(f"{n:,} of {total:,} parameters are trained; CLIP's text encoder is frozen")
-        if args.as_released:
-            std, gamma = model.prompts.std().item(), model.trans_decoder.gamma.mean().item()
-            print(
-                f"as released: its tokens are trained; p (std {std:.2g}) and γ ({gamma:.2g}) are not"
-            )
+        trained = sum(p.numel() for p in self.learner.optimizer.param_groups[0]["params"])
+        total = sum(p.numel() for p in self.learner.model.parameters())
+        print(f"{trained:,} of {total:,} parameters are trained")
 
     def log(self, prediction: cabins.Prediction, depth: Tensor, lr: float, loss: float) -> str:
         """Add a row to log.csv, and return it as a text. Without a terminal, print some rows."""
@@ -248,10 +236,10 @@ class Run:
         if not mask.any():
             raise ValueError(f"step {self.step} has no valid depth: check the data with data.py")
         bins = cabins.chamfer_loss(prediction.centers.detach(), depth, mask).item()
-        row = dict(zip(LOG_COLUMNS, (self.step, self.step / self.per_epoch, loss, bins, lr)))
-        text = ", ".join(f"{name} {row[name]:.3g}" for name in LOG_COLUMNS[1:])
+        row = {"epoch": self.step / self.per_epoch, "loss": loss, "bins": bins, "lr": lr}
+        text = ", ".join(f"{name} {value:.3g}" for name, value in row.items())
         if self.rank == 0:
-            data.append_row(self.out / "log.csv", row)
+            data.append_row(self.out / "log.csv", {"step": self.step, **row})
             if self.step % PRINT_EVERY == 0 and not sys.stderr.isatty():
                 print(f"step {self.step} of {self.n_steps}: {text}", flush=True)
         return text
@@ -410,12 +398,7 @@ def main() -> None:
     args, saved = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note_stop)
-    try:
-        train(args, saved)
-    except RuntimeError:
-        if stops:  # the same signal has ended a worker or another process
-            sys.exit(128 + stops[0])
-        raise
+    train(args, saved)
 
 
 if __name__ == "__main__":
