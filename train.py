@@ -379,8 +379,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
         saved = cabins.read_checkpoint(path)
         if not {"args", "lists", "step", "optimizer", "scheduler"} <= saved.keys():
             raise ValueError(f"{path} is no last.pt of train.py: it cannot be resumed")
-        known |= {k: v for k, v in saved["args"].items() if k in vars(args)}
-        known["out"] = str(Path(path).parent)
+        known |= saved["args"] | {"out": str(Path(path).parent)}
         typed["resume"] = path
         for name in typed.keys() & known.keys() - MOVABLE:
             if typed[name] != known[name]:
