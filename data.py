@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterable
@@ -262,7 +263,9 @@ def describe(dataset: DepthDataset) -> str:
     depth = np.concatenate([dataset.read(i)[1].ravel() for i in range(0, n, math.ceil(n / 8))])
     known = depth[depth > 0]
     if not ((known > Config.min_depth) & (known < top)).any():
-        which = f"{dataset.read(0)[2]} and others, at 1/{recipe.depth_scale:g} m and up to {top:g} m"
+        which = (
+            f"{dataset.read(0)[2]} and others, at 1/{recipe.depth_scale:g} m and up to {top:g} m"
+        )
         raise ValueError(f"{which}, have no depth: wrong --depth-scale or --max-depth?")
     share, median = len(known) / len(depth), np.median(known)
     odd = "" if 0.05 * top < median < 0.9 * top else "; wrong --depth-scale or --max-depth?"
@@ -344,6 +347,7 @@ def use_tf32(enabled: bool) -> None:
 
 def leave_process_group(worker: int) -> None:
     os.setpgrp()  # Ctrl-C stays with the run, which needs its workers to finish the step
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which Slurm sends to every process
 
 
 def load(dataset: Dataset, device=None, workers: int | None = None, **options) -> DataLoader:

@@ -6,6 +6,7 @@ python train.py --resume runs/nyu/last.pt     continues a run that was stopped
 """
 
 import argparse
+import dataclasses
 import fcntl
 import math
 import os
@@ -33,10 +34,8 @@ DEMO_DEFAULTS = {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # it has no pretr
 MAX_NORM = 0.1  # NOTE(paper silent): the released code clips gradients at this norm
 LOG_EVERY, PRINT_EVERY = 10, 100  # steps; the last one of an epoch is logged too
 SAVE_EVERY = 600  # seconds; last.pt is also saved after each validation
-DEMO, NEW_DEMO = Path("runs/toy"), Path("runs/toy/new")  # a new demo replaces the old one
 FILES = ("last.pt", "best.pt", "log.csv", "metrics.csv")  # what tells that a folder has a run
 MOVABLE = {"root", "train_split", "test_split", "device", "workers", "compile", "out", "resume"}
-LOG_COLUMNS = ["step", "epoch", "loss", "bins", "lr"]
 stops: list[int] = []  # the signals that this process has received
 
 
@@ -144,7 +143,6 @@ class Run:
         self.learner = Learner(model.to(self.device), self.dataset.recipe, self.n_steps, *how)
         if args.compile:
             self.learner.network = torch.compile(self.learner.network)
-        self.side = evaluation.side_for(model, self.test_set)
         if saved:
             self.restore_progress(saved)
 
@@ -161,8 +159,6 @@ class Run:
         sizes = [n, n_pairs % n] if args.as_released else [n]  # the last batch may be smaller
         if any(size % self.n_processes for size in sizes):
             raise ValueError(f"{self.n_processes} processes cannot share batches of {sizes} pairs")
-        if self.rank == 0 and not data.has_truth(self.test_set):
-            raise ValueError("no test pair has depth inside the range: check them with data.py")
         self.per_epoch = math.ceil(n_pairs / n) if args.as_released else n_pairs // n
         self.n_steps = args.epochs * self.per_epoch
 
@@ -174,16 +170,12 @@ class Run:
         camera = {"max_depth": recipe.max_depth, "longer_side": max(size), "focal": recipe.focal}
         config = cabins.Config(args.backbone, args.distance_class, **camera)
         if args.init:
-            saved = cabins.read_checkpoint(args.init)
-            top = None if "config" in saved else recipe.max_depth  # the authors' do not say it
-            start = cabins.restore(saved, args.init, top)
+            settings = {"config": vars(cabins.Config())}  # for the authors' files, which have none
+            start = cabins.restore(settings | cabins.read_checkpoint(args.init), args.init)
             if start.config.backbone != args.backbone:
                 raise ValueError(f"{args.init} needs --backbone {start.config.backbone}")
             model = cabins.CaBins(config, start.clip)
             cabins.load_strictly(model, start.state_dict(), args.init)
-            if self.rank == 0:
-                was, now = start.config.max_depth, config.max_depth
-                print(f"starts from {args.init}: depths to {was} m before, to {now} m now")
             return model
         model = cabins.CaBins(config, None if args.clip == "none" else cabins.load_clip(args.clip))
         if args.as_released:  # NOTE(differs): the released prompts start 44 times larger
@@ -191,21 +183,19 @@ class Run:
         return model
 
     def take_folder(self) -> None:
-        """Claim --out before the work begins. The files of another run are not overwritten."""
-        self.out, resume = Path(self.args.out), self.args.resume
+        """Claim the folder before the work begins. The files of another run are not overwritten."""
+        resume = self.args.resume
+        self.out, n_demos = Path(self.args.out or "runs/toy"), 1
+        while not self.args.out and run_files(self.out):
+            n_demos += 1
+            self.out = Path(f"runs/toy_{n_demos}")
+        if n_demos > 1:
+            print(f"runs/toy holds a run already: this one goes to {self.out}")
         claim(self.out)
-        found = [self.out / name for name in FILES if (self.out / name).exists()]
-        if not found or (resume and Path(resume).resolve().parent == self.out.resolve()):
-            return
-        if resume or self.out != DEMO or self.args.data != "toy":
+        found = run_files(self.out)
+        self.resumes_here = bool(resume) and self.out.samefile(Path(resume).parent)
+        if found and not self.resumes_here:
             raise ValueError(f"{found[0]} is another run's: --resume it, or choose another --out")
-        if (NEW_DEMO / "last.pt").exists():
-            raise ValueError(f"{NEW_DEMO}/last.pt is a stopped demo: --resume it, or delete it")
-        print(f"{DEMO} holds a trained demo; this run replaces it after the first validation")
-        self.out = NEW_DEMO
-        claim(self.out)
-        for name in FILES:  # of a run that was stopped before its first validation
-            (NEW_DEMO / name).unlink(missing_ok=True)
 
     def restore_progress(self, saved: dict) -> None:
         """Continue the optimizer, the schedule, the best network and the tables of a run."""
@@ -215,37 +205,30 @@ class Run:
             self.learner.scheduler.load_state_dict(saved["scheduler"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} cannot be resumed: {error!r}") from None
-        for part, now, before in zip(("train", "test"), self.lists, saved["lists"]):
-            if now != before:
-                raise ValueError(f"{path} has another --{part}-split: start a new run with --init")
+        if saved["lists"] != self.lists:
+            raise ValueError(f"{path} was trained with other lists: start a new run with --init")
         saved.clear()
         if self.rank > 0:
             return
-        if path.resolve().parent != self.out.resolve():
-            shutil.copy(path, self.out / "last.pt")
-            for source in map(path.with_name, FILES[1:]):
-                if source.exists():
-                    shutil.copy(source, self.out)
+        if not self.resumes_here:
+            for source in run_files(path.parent):
+                shutil.copy(source, self.out)
+            shutil.copy(path, self.out / "last.pt")  # whatever the name of the checkpoint is
         if not (self.out / "best.pt").exists():  # the best network was not kept with last.pt
             self.best = math.inf
         for name in ("log.csv", "metrics.csv"):
             drop_rows(self.out / name, self.step)
 
     def announce(self) -> None:
-        """Print what is trained, on what, and what is not."""
-        args, model = self.args, self.learner.model
-        where = f"{self.n_processes} x {self.device}, {args.amp.replace('off', 'fp32')}"
+        """Print what is trained, and on what."""
+        where = f"{self.n_processes} x {self.device}, {self.args.amp.replace('off', 'fp32')}"
         print(f"training on {where}: {data.describe(self.dataset)}")
+        print(f"validation: {data.describe(self.test_set)}")
         if self.lists[0] == self.lists[1]:
             print("the test list is the training list: the metrics say nothing of new images")
-        trained = self.learner.optimizer.param_groups[0]["params"]
-        n, total = (sum(p.numel() for p in part) for part in (trained, model.parameters()))
-        print(f"{n:,} of {total:,} parameters are trained; CLIP's text encoder is frozen")
-        if args.as_released:
-            std, gamma = model.prompts.std().item(), model.trans_decoder.gamma.mean().item()
-            print(
-                f"as released: its tokens are trained; p (std {std:.2g}) and γ ({gamma:.2g}) are not"
-            )
+        trained = sum(p.numel() for p in self.learner.optimizer.param_groups[0]["params"])
+        total = sum(p.numel() for p in self.learner.model.parameters())
+        print(f"{trained:,} of {total:,} parameters are trained")
 
     def log(self, prediction: cabins.Prediction, depth: Tensor, lr: float, loss: float) -> str:
         """Add a row to log.csv, and return it as a text. Without a terminal, print some rows."""
@@ -253,51 +236,40 @@ class Run:
         if not mask.any():
             raise ValueError(f"step {self.step} has no valid depth: check the data with data.py")
         bins = cabins.chamfer_loss(prediction.centers.detach(), depth, mask).item()
-        row = dict(zip(LOG_COLUMNS, (self.step, self.step / self.per_epoch, loss, bins, lr)))
-        text = ", ".join(f"{name} {row[name]:.3g}" for name in LOG_COLUMNS[1:])
+        row = {"epoch": self.step / self.per_epoch, "loss": loss, "bins": bins, "lr": lr}
+        text = ", ".join(f"{name} {value:.3g}" for name, value in row.items())
         if self.rank == 0:
-            data.append_row(self.out / "log.csv", row)
+            data.append_row(self.out / "log.csv", {"step": self.step, **row})
             if self.step % PRINT_EVERY == 0 and not sys.stderr.isatty():
                 print(f"step {self.step} of {self.n_steps}: {text}", flush=True)
         return text
 
     def save(self, name: str) -> None:
         """Write last.pt, from which training continues exactly, or best.pt, the network alone."""
-        state = {"args": vars(self.args), "lists": self.lists, "step": self.step}
+        model = self.learner.model
+        content = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
+        content |= {"args": vars(self.args), "lists": self.lists}
+        content |= {"step": self.step, "best": self.best}
         if name == "last.pt":
-            state["optimizer"] = self.learner.optimizer.state_dict()
-            state["scheduler"] = self.learner.scheduler.state_dict()
-        cabins.save_checkpoint(self.out / name, self.learner.model, best=self.best, **state)
-        if name == "last.pt" and self.out == NEW_DEMO and (NEW_DEMO / "best.pt").exists():
-            for old in [*DEMO.glob("*_explained"), *DEMO.glob("*_pictures")]:
-                shutil.rmtree(old)  # what eval.py drew of the old network
-            for path in NEW_DEMO.iterdir():
-                path.replace(DEMO / path.name)
-            NEW_DEMO.rmdir()
-            self.out = DEMO
+            content["optimizer"] = self.learner.optimizer.state_dict()
+            content["scheduler"] = self.learner.scheduler.state_dict()
+        data.write_whole(self.out / name, lambda partial: torch.save(content, partial))
 
     def validate(self) -> None:
         """Measure on the test set, draw, and keep the network if it is the best so far."""
         data.use_tf32(False)
         model, epoch = self.learner.model, self.step // self.per_epoch
-        predict = evaluation.predictor(model, longer_side=self.side)
-        windows = evaluation.evaluate_windows(predict, self.test_set, self.args.workers, True)
+        predict = evaluation.predictor(model, longer_side=evaluation.side_for(model, self.test_set))
+        windows = evaluation.evaluate_windows(predict, self.test_set, self.args.workers)
         data.use_tf32(True)
         row = next(iter(windows.values()))  # of the paper's window
         data.append_row(self.out / "metrics.csv", {"step": self.step, "epoch": epoch, **row})
         evaluation.draw_samples(self.out, model, self.test_set, 1)
-        draw_curves(self.out)
         metrics = ", ".join(f"{name} {value:.3f}" for name, value in row.items())
         tqdm.write(f"epoch {epoch}/{self.args.epochs}: {metrics}")
         if row["abs_rel"] < self.best:
             self.best = row["abs_rel"]
             self.save("best.pt")
-        if self.step == self.n_steps:
-            for name in windows:
-                print(evaluation.protocol(self.test_set, name, flip=True, longer_side=self.side))
-            rows = {f"last.pt, {name}": row for name, row in windows.items()}
-            print(evaluation.format_table(self.args.data, rows))
-            print(f"{self.out}: best.pt has the lowest AbsRel on these images, {self.best:.3f}")
 
 
 def train(args: argparse.Namespace, saved: dict) -> None:
@@ -308,8 +280,8 @@ def train(args: argparse.Namespace, saved: dict) -> None:
         run.announce()
     data.use_tf32(True)
     learner.model.train()
-    steps, n_pairs = range(run.step, run.n_steps), len(run.dataset)
-    order = batches(n_pairs, args.batch_size, steps, args.seed, args.as_released)
+    steps = range(run.step, run.n_steps)
+    order = batches(len(run.dataset), args.batch_size, steps, args.seed, args.as_released)
     loader = data.load(run.dataset, run.device, args.workers, batch_sampler=order)
     hidden = None if is_first else True  # None: shown in a terminal only
     bar = tqdm(loader, "training", run.n_steps, initial=run.step, disable=hidden)
@@ -338,10 +310,10 @@ def train(args: argparse.Namespace, saved: dict) -> None:
             dist.barrier()  # the other processes wait for the first
         if stop:
             if is_first:
-                draw_curves(run.out)
-                remedy = f"continue with --resume {run.out}/last.pt"
-                tqdm.write(f"stopped after step {run.step} of {run.n_steps}; {remedy}")
+                tqdm.write(f"stopped after step {run.step}: go on with --resume {run.out}/last.pt")
             sys.exit(128 + stop)
+    if is_first:
+        print(f"training has finished: python eval.py {run.out}/last.pt prints its metrics")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -354,9 +326,15 @@ def note_stop(number: int, _) -> None:
     os.write(2, b"\nstopping when the step is done and saved\n")
 
 
+def run_files(folder: Path) -> list[Path]:
+    """The files that a run has left in a folder."""
+    return [folder / name for name in FILES if (folder / name).exists()]
+
+
 def claim(folder: Path) -> None:
     """Lock a folder for this process. The system releases the lock when the process ends."""
-    file = os.open(evaluation.open_folder(folder) / ".claim", os.O_RDWR | os.O_CREAT, 0o666)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / ".claim", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -370,21 +348,7 @@ def drop_rows(path: Path, last: int) -> None:
     if path.exists():
         header, *rows = path.read_text().splitlines(keepends=True) or [""]
         rows = [r for r in rows if r.endswith("\n") and int(r.split(",")[0]) <= last]
-        cabins.write_whole(path, lambda partial: partial.write_text("".join([header, *rows])))
-
-
-def draw_curves(out: Path) -> None:
-    """Draw losses and metrics over the epochs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    panels = [("log.csv", "loss"), ("metrics.csv", "abs_rel"), ("metrics.csv", "d1")]
-    for axis, (file, name) in zip(figure.subplots(1, 3), panels):
-        if (out / file).exists():
-            curves = np.genfromtxt(out / file, delimiter=",", names=True)
-            axis.plot(curves["epoch"], curves[name], marker=".")
-            axis.set(title=name, xlabel="epoch", xlim=(0, None), ylim=(0, None))
-    evaluation.save_figure(out / "curves.png", figure)
+        data.write_whole(path, lambda partial: partial.write_text("".join([header, *rows])))
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
@@ -396,8 +360,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
     data.add_device_options(group, "bf16 on GPUs that have it, else off")
     add, switch = group.add_argument, {"action": argparse.BooleanOptionalAction}
     add("--backbone", choices=cabins.BACKBONES, help="default: RN101; toy: tiny")
-    add("--clip", metavar="NAME|FILE|none", help="CLIP's weights; default: the backbone's own")
-    add("--init", metavar="CKPT", help="start from its weights, train.py's or the authors'")
+    start = group.add_mutually_exclusive_group().add_argument
+    start("--clip", metavar="NAME|FILE|none", help="CLIP's weights; default: the backbone's own")
+    start("--init", metavar="CKPT", help="start from its weights, train.py's or the authors'")
     add("--distance-class", choices=cabins.DISTANCE_CLASSES, help="see Table 3; default: cabins")
     add("--compile", **switch, help="torch.compile the network")
     add("--epochs", type=data.positive_int, metavar="N", help="default: 25; toy: 3")
@@ -405,32 +370,26 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
     add("--lr", type=data.positive_float, metavar="X", help="default: 3.57e-5; toy: 2e-3")
     add("--seed", type=data.whole_number, metavar="N", help="default: 0")
     add("--as-released", **switch, help="as the released code does: see README's table")
-    add("--out", metavar="DIR", help="default: runs/DATA")
+    add("--out", metavar="DIR", help="default: runs/DATA; toy: also runs/toy_2, runs/toy_3, …")
     add("--resume", nargs="?", const="", metavar="CKPT", help="continue; default: OUT/last.pt")
-    parser.set_defaults(**DEFAULTS)
-    typed, saved = parser.parse_args(argv), {}
-    parser.set_defaults(out=f"runs/{typed.data}", **(DEMO_DEFAULTS if typed.data == "toy" else {}))
-    if typed.resume is not None:
-        path = typed.resume or f"{typed.out or parser.get_default('out')}/last.pt"
+    args, saved = parser.parse_args(argv), {}
+    typed = {name: value for name, value in vars(args).items() if value is not None}
+    for name in {"root", "train_split", "test_split"} & typed.keys():
+        typed[name] = os.path.abspath(typed[name])  # for eval.py in another folder
+    is_demo = args.data in (None, "toy")
+    known = DEFAULTS | (DEMO_DEFAULTS if is_demo else {"out": f"runs/{args.data}"})
+    if args.resume is not None:
+        path = args.resume or f"{args.out or known.get('out', 'runs/toy')}/last.pt"
         saved = cabins.read_checkpoint(path)
         if not {"args", "lists", "step", "optimizer", "scheduler"} <= saved.keys():
             raise ValueError(f"{path} is no last.pt of train.py: it cannot be resumed")
-        known = {name: v for name, v in saved["args"].items() if name in vars(typed)}
-        parser.set_defaults(**known | {"out": str(Path(path).parent)})
-    args = parser.parse_args(argv)
-    if saved:
-        args.resume = path
-        for name in known.keys() - MOVABLE:
-            if getattr(args, name) != known[name]:
+        known |= saved["args"] | {"out": str(Path(path).parent)}
+        typed["resume"] = path
+        for name in typed.keys() & known.keys() - MOVABLE:
+            if typed[name] != known[name]:
                 what = f"{path} was trained with another --{name.replace('_', '-')}, {known[name]}"
                 raise ValueError(f"{what}: start a new run with --init {path}")
-        if saved["step"] == saved["scheduler"].get("total_steps"):
-            parser.exit(message=f"{path} has finished: to train more, start anew with --init\n")
-    elif args.init:
-        data.refuse(args, "clip", "is not for --init, which has CLIP's weights")
-    for name in ("root", "train_split", "test_split"):
-        if value := getattr(args, name):
-            setattr(args, name, os.path.abspath(value))  # for eval.py in another folder
+    vars(args).update(known | typed)
     is_gpu = data.choose_device(args.device).type == "cuda"
     is_bf16 = is_gpu and torch.cuda.is_bf16_supported(False) and not args.as_released
     args.amp = args.amp or ("bf16" if is_bf16 else "off")
@@ -442,12 +401,7 @@ def main() -> None:
     args, saved = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note_stop)
-    try:
-        train(args, saved)
-    except RuntimeError:
-        if stops:  # the same signal has ended a worker or another process
-            sys.exit(128 + stops[0])
-        raise
+    train(args, saved)
 
 
 if __name__ == "__main__":

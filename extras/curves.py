@@ -1,0 +1,59 @@
+"""Draw how runs learn: python -m extras.curves RUN …
+
+RUN is a folder of train.py, such as runs/nyu. RUN/curves.png shows the loss of its log.csv, and
+AbsRel and δ < 1.25 of its metrics.csv, over the epochs. A run that still goes on can be drawn, too.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import data
+from eval import save_figure
+
+PANELS = {"loss": "log.csv", "abs_rel": "metrics.csv", "d1": "metrics.csv"}  # column: its table
+
+
+def read_curve(table: Path, name: str) -> tuple[list[float], list[float]]:
+    """The epochs of a table, and its column `name`. A row that was cut off is left out."""
+    lines = [line for line in table.read_text().splitlines(True) if line.endswith("\n")]
+    try:
+        rows = [(float(row["epoch"]), float(row[name])) for row in csv.DictReader(lines)]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{table} is not a table of train.py with a column {name}") from None
+    return [epoch for epoch, _ in rows], [value for _, value in rows]
+
+
+def draw_curves(run: Path) -> str:
+    """Draw the tables of a run into its folder; return a line about the figure."""
+    from matplotlib.figure import Figure
+
+    if not (run / "log.csv").exists():
+        raise FileNotFoundError(f"{run}/log.csv is missing; is this the folder of a run?")
+    has_metrics = (run / "metrics.csv").exists()
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    for axis, (name, file) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
+        if has_metrics or file == "log.csv":
+            axis.plot(*read_curve(run / file, name), marker=".")
+        axis.set(title=name, xlabel="epoch", xlim=(0, None), ylim=(0, None))
+    save_figure(run / "curves.png", figure)
+    return f"{run}/curves.png" + ("" if has_metrics else ", without metrics.csv, which is missing")
+
+
+def main() -> None:
+    options = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = data.Parser(prog="python -m extras.curves", **options)
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folder of a run")
+    n_failed = 0
+    for run in parser.parse_args().runs:
+        try:
+            print(draw_curves(run))
+        except (OSError, ValueError) as error:
+            print(f"{run} is left out: {error}", file=sys.stderr)
+            n_failed += 1
+    sys.exit(1 if n_failed else 0)
+
+
+if __name__ == "__main__":
+    data.run_command(main)
