@@ -65,14 +65,16 @@ def evaluate_windows(predict: Predict, dataset: DepthDataset, workers=None) -> R
         for window, (rows, columns) in windows.items():
             d, d_star = depth[..., rows, columns], target[..., rows, columns]
             mask = (d_star > low) & (d_star < high)
+            images = found[window]
             if mask.any():
                 metrics = cabins.depth_metrics(d[mask].double(), d_star[mask].double())
-                found[window].append({name: value.item() for name, value in metrics.items()})
-    if not found:
+                images.append({name: value.item() for name, value in metrics.items()})
+    if not any(found.values()):
         raise ValueError(f"none of the {len(dataset)} images has depth from {low} to {high} m")
     for window, images in found.items():
         if n := len(dataset) - len(images):
             print(f"{n} images have no ground truth in window {window} and are left out")
+    found = {window: images for window, images in found.items() if images}
     return {w: {k: sum(m[k] for m in f) / len(f) for k in HEADINGS} for w, f in found.items()}
 
 

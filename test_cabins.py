@@ -89,6 +89,12 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def save_network(path, model: cabins.CaBins, **more) -> None:
+    """Write what a checkpoint of train.py holds of a network, and `more`."""
+    settings = dataclasses.asdict(model.config)
+    torch.save({"config": settings, "model": model.state_dict(), **more}, path)
+
+
 @pytest.fixture(scope="module")
 def tiny() -> cabins.CaBins:
     """A network of random weights, in eval mode. No test changes it."""
@@ -100,7 +106,7 @@ def tiny() -> cabins.CaBins:
 def tiny_checkpoint(tiny, tmp_path_factory) -> Path:
     """The checkpoint of `tiny`, as train.py would save it after training on toy rooms."""
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.pt"
-    cabins.save_checkpoint(path, tiny, args={"data": "toy"})
+    save_network(path, tiny, args={"data": "toy"})
     return path
 
 
@@ -1049,7 +1055,8 @@ def test_semantic_prompts_are_the_papers_eight_phrases():
 @pytest.fixture
 def vit(monkeypatch) -> cabins.CaBins:
     """A network on a small ViT of twelve blocks, with made weights."""
-    sizes = cabins.BACKBONES["tiny"]._replace(layers=(12,), width=64, is_vit=True)
+    sizes = {"layers": (12,), "width": 64, "channels": (8, 16, 32, 64), "is_vit": True}
+    sizes = cabins.BACKBONES["tiny"]._replace(**sizes)
     monkeypatch.setattr(cabins, "BACKBONES", cabins.BACKBONES | {"RN50": sizes})
     model = cabins.CaBins(cabins.Config(backbone="RN50", longer_side=128))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -1065,7 +1072,8 @@ def test_vit_is_tapped_after_blocks_3_6_9_12_and_brought_to_strides_4_8_16_32(vi
     for i, tap in enumerate(taps):  # 90 rows become 6 patches; the class token is left out
         assert torch.equal(tap, blocks[3 * i + 2][:, 1:].mT.unflatten(2, (6, 8)))
     pyramid, s = inputs_of(vit.depth_decoder, lambda: vit(image))
-    sizes = [(8, 24, 32), (16, 12, 16), (32, 6, 8), (64, 3, 4)]  # of the width: 1/8, 1/4, 1/2, 1
+    assert cabins.BACKBONES["ViT-B/16"].channels == (96, 192, 384, 768)  # DPT's
+    sizes = [(8, 24, 32), (16, 12, 16), (32, 6, 8), (64, 3, 4)]
     assert [tuple(x.shape[1:]) for x in pyramid] == sizes
     close([x[0, 1, 2, 3].item() for x in pyramid], [0.5572053, 0.6477839, 0.6523997, -3.09675])
     assert s.shape == (2, 8, 6, 8) and vit(image).depth.shape == (2, 1, 90, 128)
@@ -1160,7 +1168,7 @@ def test_own_lists_are_measured_at_the_size_of_training(tmp_path, no_workers, mo
     close(straight(image)[0, 0], depth, 1e-5)
     small, large = (evaluation.predictor(model, longer_side=side) for side in (128, None))
     known = {"data": "list", "root": str(tmp_path), "test_split": str(tmp_path / "list.txt")}
-    cabins.save_checkpoint(tmp_path / "a.pt", model, args=known)  # it says on what it was trained
+    save_network(tmp_path / "a.pt", model, args=known)  # it says on what it was trained
     for predict, option, averaging in ((small, [], "on"), (straight, ["--no-flip"], "off")):
         row = evaluation.evaluate(predict, pairs)
         assert row != evaluation.evaluate(large, pairs)
@@ -1191,7 +1199,7 @@ def test_an_own_list_is_measured_over_the_networks_range(own_pairs, monkeypatch)
     monkeypatch.setattr(evaluation, "measure", lambda _, pairs, __: found.append(pairs.recipe))
     for top, option in ((80, []), (80, ["--max-depth", 6]), (6, ["--depth-scale", 500])):
         model = cabins.CaBins(dataclasses.replace(TINY, max_depth=float(top)))
-        cabins.save_checkpoint(path, model)
+        save_network(path, model)
         run_script("eval.py", path, *command, *option)
     found = [(recipe.max_depth, recipe.depth_scale) for recipe in found]
     assert found == [(80, 1000), (6, 1000), (6, 500)]
@@ -1244,7 +1252,7 @@ def test_each_network_has_folders_of_its_own(few_rooms, tmp_path, monkeypatch):
     Image.new("RGB", (80, 70)).save("a.png")
     for n, top, unit, scale in ((1, 10.0, "mm", 1000), (2, 80.0, "cm", 100)):  # fits 16 bits
         model = cabins.CaBins(dataclasses.replace(TINY, max_depth=top))
-        cabins.save_checkpoint(f"{n}.pt", model, args={"data": "toy"})
+        save_network(f"{n}.pt", model, args={"data": "toy"})
         assert run_script("eval.py", f"{n}.pt", "--explain", n).status == 0
         assert len([*tmp_path.glob(f"{n}_explained/explained_[01].png")]) == n
         ran = run_script("eval.py", f"{n}.pt", "--images", "a.png", "none", "--explain")
@@ -1603,16 +1611,16 @@ def test_last_is_saved_by_time_and_the_best_network_stays(seconds, steps, quick,
     metrics, found = dict.fromkeys(evaluation.HEADINGS, 1.0), iter([0.5, 0.5 + seconds])
     measure = lambda *_: {"whole": metrics | {"abs_rel": next(found)}, "full": metrics}
     saved, clock = [], mock.Mock(monotonic=itertools.count(0, 250).__next__)  # seconds
-    save = lambda path, *_, step, best, **__: saved.append((path.name, step, best))
+    save = lambda state, path: saved.append((path.stem, state["step"], state["best"], path.touch()))
     quick.setattr(evaluation, "evaluate_windows", measure)
-    quick.setattr(cabins, "save_checkpoint", save)
+    quick.setattr(torch, "save", save)
     quick.setattr(train, "SAVE_EVERY", seconds)
     quick.setattr(train, "PRINT_EVERY", 3)
     quick.setattr(train, "time", clock)
     ran = run_train(*EIGHT_STEPS, "--out", tmp_path)
-    assert [step for name, step, _ in saved if name == "last.pt"] == steps
-    assert [step for name, step, _ in saved if name == "best.pt"] == [4]
-    assert saved[-1] == ("last.pt", 8, 0.5)
+    assert [step for name, step, *_ in saved if name == "last.pt"] == steps
+    assert [step for name, step, *_ in saved if name == "best.pt"] == [4]
+    assert saved[-1][:3] == ("last.pt", 8, 0.5)
     assert [f"step {i} of 8" in ran.out for i in range(1, 9)] == [i in (3, 6) for i in range(1, 9)]
 
 
@@ -1766,7 +1774,7 @@ def broken(tmp_path_factory) -> Path:
     (root / "pictures" / "a.jpg").write_bytes(jpg)
     # checkpoints
     torch.manual_seed(0)
-    cabins.save_checkpoint(root / "tiny.pt", cabins.CaBins(TINY))
+    save_network(root / "tiny.pt", cabins.CaBins(TINY))
     content = torch.load(root / "tiny.pt", weights_only=True)
     config, state = content["config"], content["model"]
     nan = state | {"prompts": state["prompts"] * math.nan}

@@ -159,6 +159,8 @@ class Run:
         sizes = [n, n_pairs % n] if args.as_released else [n]  # the last batch may be smaller
         if any(size % self.n_processes for size in sizes):
             raise ValueError(f"{self.n_processes} processes cannot share batches of {sizes} pairs")
+        if self.rank == 0:
+            print(f"testing on {data.describe(self.test_set)}")
         self.per_epoch = math.ceil(n_pairs / n) if args.as_released else n_pairs // n
         self.n_steps = args.epochs * self.per_epoch
 
@@ -223,7 +225,6 @@ class Run:
         """Print what is trained, and on what."""
         where = f"{self.n_processes} x {self.device}, {self.args.amp.replace('off', 'fp32')}"
         print(f"training on {where}: {data.describe(self.dataset)}")
-        print(f"validation: {data.describe(self.test_set)}")
         if self.lists[0] == self.lists[1]:
             print("the test list is the training list: the metrics say nothing of new images")
         trained = sum(p.numel() for p in self.learner.optimizer.param_groups[0]["params"])

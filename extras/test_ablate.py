@@ -10,6 +10,7 @@ import data
 import train
 from eval import evaluate, predictor
 from extras import ablate
+from test_cabins import save_network
 
 SILENCED = ["s = 0, whole", "s of the classes in reverse, whole", "one text for all classes, whole"]
 TINY = cabins.Config(backbone="tiny", longer_side=128)
@@ -79,7 +80,7 @@ def test_gradient_sizes_are_those_that_adam_saw(model):
 
 
 def test_the_command(model, rooms, tmp_path, monkeypatch, capsys):
-    cabins.save_checkpoint(tmp_path / "best.pt", model, args={"data": "toy"})
+    save_network(tmp_path / "best.pt", model, args={"data": "toy"})
     command = ["ablate", str(tmp_path / "best.pt"), "--workers", "0", "--no-flip"]
     monkeypatch.setattr(sys, "argv", command)
     ablate.main()

@@ -9,6 +9,7 @@ from PIL import Image
 
 import cabins
 from extras import pointcloud
+from test_cabins import save_network
 
 plyfile = pytest.importorskip("plyfile")
 
@@ -17,7 +18,7 @@ plyfile = pytest.importorskip("plyfile")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.pt"
     config = cabins.Config(backbone="tiny", longer_side=128, focal=100.0)
-    cabins.save_checkpoint(path, cabins.CaBins(config))
+    save_network(path, cabins.CaBins(config))
     return path
 
 

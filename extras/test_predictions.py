@@ -12,6 +12,7 @@ import cabins
 import data
 import eval as evaluation
 from extras import predictions
+from test_cabins import save_network
 
 TINY = cabins.Config(backbone="tiny", longer_side=128)
 
@@ -45,7 +46,7 @@ def run(monkeypatch, *arguments) -> None:
 def test_kept_predictions_give_the_same_row(model, pairs, monkeypatch, capsys):
     checkpoint, split, out = pairs / "a.pt", pairs / "list.txt", pairs / "out"
     known = {"data": "list", "root": str(pairs), "test_split": str(split)}
-    cabins.save_checkpoint(checkpoint, model, args=known)  # it says on what it was trained
+    save_network(checkpoint, model, args=known)  # it says on what it was trained
     for options in ([], [], ["--no-flip"]):
         run(monkeypatch, checkpoint, "--out", out, *options)
     first, _, last = rows = [*csv.DictReader((out / "results.csv").read_text().splitlines())]
@@ -96,7 +97,7 @@ def test_each_pair_has_a_file_name_of_its_own():
 
 
 def test_eval_names_this_script(model, tmp_path, monkeypatch):
-    cabins.save_checkpoint(tmp_path / "a.pt", model, args={"data": "toy"})
+    save_network(tmp_path / "a.pt", model, args={"data": "toy"})
     monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "a.pt"), "--out", str(tmp_path)])
     with pytest.raises(ValueError, match=predictions.__name__):
         evaluation.main()
