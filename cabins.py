@@ -13,8 +13,7 @@ follows, with the paper's changes to it. Loading and checkpoints come last.
 What the equations do not say:
 
 - The text does not train the bins. A distance becomes digits, digits become token ids, and no
-  gradient passes through a look-up. The bins learn from the pixel loss, through Eq. 5, and from the
-  bins loss (Eq. 7).
+  gradient passes through a look-up. The bins learn from Eq. 6, through Eq. 5, and from Eq. 7.
 - No loss gives the similarity s a meaning. The decoder receives s as 8 of its 2,056 channels. The
   others are x4, from which z is computed.
 - TransDecoder hardly learns. Its gradient passes through γ, which starts at 1e-4, and is far below
@@ -98,7 +97,6 @@ class Config:
     min_depth: float = 1e-3  # d_min, metres. NOTE(paper silent): The released code has this value.
     max_depth: float = 10.0  # d_max, metres; 80 for KITTI
     longer_side: int = 640  # longer side of the training images, pixels; 1216 for KITTI
-    focal: float = 518.86  # focal length of their camera, pixels; 721.54 for KITTI
     # NOTE(paper silent): Like the released code, we normalise images with the statistics of
     # ImageNet, not with those of CLIP's own training. They are constants, not settings.
     image_mean: ClassVar = (0.485, 0.456, 0.406)  # red, green, blue, in [0, 1]
@@ -392,8 +390,7 @@ class CaBins(nn.Module):
         """Figure 2, for normalised images (B, 3, H, W) of at least 64 x 64 pixels.
 
         In a smaller image x4 may have a single location, and BatchNorm cannot train on one such
-        image. Without `upsample`, depth stays at H/2 x W/2, where `eval.predictor` averages it with
-        the depth of the mirror image.
+        image. Without `upsample`, depth stays at H/2 x W/2, as flip averaging needs it.
         """
         shape, config = tuple(image.shape), self.config
         if image.ndim != 4 or shape[1] != 3 or min(shape[2:]) < 64:
@@ -693,8 +690,7 @@ class CLIP(nn.Module):
     def encode_text(self, ids: Tensor, prompts: Tensor | None = None) -> Tensor:
         """Text embeddings (L, D) of token ids (L, T), each text from [SOT] to [EOT].
 
-        The prompts (N, text_width) stand after [SOT], as in CoOp. Gradients pass to them through
-        the frozen encoder.
+        The prompts (N, text_width) stand after [SOT]. Gradients reach them through the encoder.
         NOTE(differs): Sec. 3.1 encodes 77 positions, the released code 30. We encode 17: 8 prompts,
         and 9 for a number. The encoder is causal, so positions after [EOT] change nothing.
         """
@@ -772,8 +768,8 @@ def check_config(config: Config) -> None:
     for name, choices in (("backbone", BACKBONES), ("distance_class", DISTANCE_CLASSES)):
         if (value := getattr(config, name)) not in choices:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
-    above = {"n_bins": 1, "n_cabins": 0, "n_prompts": -1, "longer_side": 0, "focal": 0}
-    above |= {"min_depth": 0, "max_depth": config.min_depth}
+    above = {"n_bins": 1, "n_cabins": 0, "n_prompts": -1, "longer_side": 0, "min_depth": 0}
+    above["max_depth"] = config.min_depth
     below = {"n_prompts": 61}  # more leave no room for a number in CLIP's 77 positions
     for name, least in above.items():
         value, kind, most = getattr(config, name), type(getattr(Config, name)), below.get(name, 1e6)
@@ -924,11 +920,13 @@ def restore(content: dict, source: object, max_depth: float | None = None) -> Ca
     settings = content.get("config")
     if settings is None:  # a checkpoint of the authors
         if max_depth is None:
-            raise ValueError(f"{source} is the authors': give max_depth, 10 for NYU, 80 for KITTI")
-        kitti = {"longer_side": 1216, "focal": 721.54}
-        settings = {"max_depth": max_depth} | (kitti if max_depth > 10 else {})
+            which = "10 for NYU or 80 for KITTI; in eval.py, --released nyu or --released kitti"
+            raise ValueError(f"{source} is the authors': give max_depth, {which}")
+        settings = {"max_depth": max_depth, "longer_side": 1216 if max_depth > 10 else 640}
     try:
-        config = Config(**{k.replace("image_width", "longer_side"): v for k, v in settings.items()})
+        settings = {k.replace("image_width", "longer_side"): v for k, v in settings.items()}
+        settings.pop("focal", None)  # as longer_side above, of earlier versions
+        config = Config(**settings)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{source} is of another version of CaBins: {error}") from None
     if max_depth not in (None, config.max_depth):

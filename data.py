@@ -40,7 +40,6 @@ class Recipe(NamedTuple):
     crop: tuple[int, int] | None = None  # rows and columns of the random crop; None: see `augment`
     rotation: float = 2.5  # degrees, to either side
     brightness: float = 0.1  # the image is multiplied by a factor within 1 ± this
-    focal: float = 518.86  # focal length of the camera in pixels; the default is NYU's
     folders: tuple[str, ...] = ("",)  # folders below the root in which a list's paths may begin
 
 
@@ -50,8 +49,8 @@ KITTI_DIRS = ("", "raw", "raw_data", "kitti_raw")  # of images; depth unzips int
 KITTI_DIRS += tuple(top + part for top in KITTI_DEPTH for part in ("train", "val", "total", ""))
 DATASETS = {
     "nyu": Recipe(crop=(416, 544), brightness=0.25, folders=NYU_DIRS),
-    "kitti": Recipe(80.0, 256.0, (352, 704), rotation=1, focal=721.54, folders=KITTI_DIRS),
-    "toy": Recipe(crop=(96, 128), rotation=0, focal=100.0),  # rooms drawn on the fly
+    "kitti": Recipe(80.0, 256.0, (352, 704), rotation=1, folders=KITTI_DIRS),
+    "toy": Recipe(crop=(96, 128), rotation=0),  # rooms drawn on the fly
     "list": Recipe(),  # your own pairs
 }
 LIST_URL = "https://raw.githubusercontent.com/EunjinSon1/CaBins/"
@@ -122,8 +121,6 @@ class DepthDataset(Dataset):
         self.size_to_train = (480, 640) if name == "nyu" else None  # None: of any size
         if name == "list" and train:
             self.size_to_train = self.read(0)[1].shape
-            focal = lines[0][2:] or [self.recipe.focal * max(self.size_to_train) / 640]  # NYU's
-            self.recipe = self.recipe._replace(focal=float(focal[0]))
 
     def find_pairs(self, root: Path, names: list[list[str]]) -> list[tuple]:
         """Both files of each pair or, if any is missing, NYU's .mat and the pair's number in it."""
@@ -225,7 +222,7 @@ def read_labelled(mat: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
 def draw_room(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """A furnished room: image (96, 128, 3) uint8 and its exact depth (96, 128) in metres."""
     rng = np.random.default_rng(seed)
-    y, x = np.mgrid[-47.5:48, -63.5:64].reshape(2, -1).astype(np.float32) / DATASETS["toy"].focal
+    y, x = np.mgrid[-47.5:48, -63.5:64].reshape(2, -1).astype(np.float32) / 100  # the focal length
     pitch, yaw = rng.uniform(-0.05, 0.25), rng.uniform(-0.5, 0.5)  # turn the rays (x, y, 1)
     y, z = np.cos(pitch) * y + np.sin(pitch), np.cos(pitch) - np.sin(pitch) * y
     rays = np.stack([np.cos(yaw) * x + np.sin(yaw) * z, y, np.cos(yaw) * z - np.sin(yaw) * x])

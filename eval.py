@@ -71,9 +71,6 @@ def evaluate_windows(predict: Predict, dataset: DepthDataset, workers=None) -> R
                 images.append({name: value.item() for name, value in metrics.items()})
     if not any(found.values()):
         raise ValueError(f"none of the {len(dataset)} images has depth from {low} to {high} m")
-    for window, images in found.items():
-        if n := len(dataset) - len(images):
-            print(f"{n} images have no ground truth in window {window} and are left out")
     found = {window: images for window, images in found.items() if images}
     return {w: {k: sum(m[k] for m in f) / len(f) for k in HEADINGS} for w, f in found.items()}
 
@@ -262,14 +259,12 @@ def write_picture(path: Path, start: str, model: cabins.CaBins, args: argparse.N
 
 def open_network(args: argparse.Namespace) -> tuple[cabins.CaBins, dict]:
     """The network of `args.checkpoint` on its device, and the options of its training, if known."""
-    content, path, max_depth = cabins.read_checkpoint(args.checkpoint), args.checkpoint, None
+    content, path = cabins.read_checkpoint(args.checkpoint), args.checkpoint
+    name = args.released or args.data  # the authors' checkpoints do not say their depth range
     if "config" in content:
         data.refuse(args, "released", f"is for the authors' checkpoints, and {path} is not theirs")
-    else:  # the authors' checkpoints do not say their depth range
-        name = args.released or args.data
-        if name not in QUOTED:
-            raise ValueError(f"{path} is the authors': give --released nyu or --released kitti")
-        max_depth = data.DATASETS[name].max_depth
+        name = None
+    max_depth = data.DATASETS[name].max_depth if name in QUOTED else None
     model = cabins.restore(content, path, max_depth).to(data.choose_device(args.device))
     print(f"{path}, all of its {len(content['model'])} tensors: {model.config}")
     return model, content["args"] if isinstance(content.get("args"), dict) else {}

@@ -820,11 +820,11 @@ def test_the_released_training_loop(released, monkeypatch):
 
 def test_recipes_crops_and_windows_are_the_papers():
     nyu, kitti, own, toy = (data.DATASETS[name] for name in ("nyu", "kitti", "list", "toy"))
-    assert (nyu.max_depth, nyu.depth_scale, nyu.crop, nyu.focal) == (10, 1000, (416, 544), 518.86)
+    assert (nyu.max_depth, nyu.depth_scale, nyu.crop) == (10, 1000, (416, 544))
     assert (kitti.max_depth, kitti.depth_scale) == (80, 256)
-    assert (kitti.crop, kitti.focal) == ((352, 704), 721.54)
-    assert (own.max_depth, own.depth_scale, own.crop, own.focal) == (10, 1000, None, 518.86)
-    assert toy[:6] == (10, 1000, (96, 128), 0, 0.1, 100)  # rooms are not rotated
+    assert kitti.crop == (352, 704)
+    assert (own.max_depth, own.depth_scale, own.crop) == (10, 1000, None)
+    assert toy[:5] == (10, 1000, (96, 128), 0, 0.1)  # rooms are not rotated
     assert data.fixed_crop("nyu", 480, 640, True) == (45, 472, 43, 608)
     assert data.fixed_crop("nyu", 480, 640, False) == (0, 480, 0, 640)
     for train_or_test in (True, False):
@@ -983,7 +983,7 @@ def test_nyus_test_pairs_come_from_the_mat(tmp_path, monkeypatch):
 def test_own_pairs_have_a_scale_a_range_and_one_size(own_pairs):
     root, split = own_pairs, own_pairs / "train.txt"
     own = data.DepthDataset("list", root, split, True, depth_scale=500, max_depth=4)
-    assert own.size_to_train == (96, 128) and own.recipe.focal == 518.8579
+    assert own.size_to_train == (96, 128)
     assert [own[i]["depth"].max() for i in range(4)] == [2, 3, 4, 0]  # 5 m is above the range
     ends = {"max_depth": 2}, {"max_depth": 100}
     shallow, deep = (data.DepthDataset("list", root, split, depth_scale=500, **end) for end in ends)
@@ -993,10 +993,10 @@ def test_own_pairs_have_a_scale_a_range_and_one_size(own_pairs):
     assert is_odd == [False, True]  # the median is 3.5 m, the range ends at 4 and 100 m
     with pytest.raises(ValueError, match="--max-depth"):
         data.describe(shallow)  # 2 m is not inside the range
-    # an absolute path below the root works, and a list without focal lengths gets NYU's camera
+    # an absolute path below the root works, and so does a line without a focal length
     split.write_text(f"{root}/rooms/rgb_0.jpg {root}/rooms/sync_depth_0.png\n")
     own = data.DepthDataset("list", root, split, train=True)
-    assert own[0]["depth"].unique().tolist() == [1] and own.recipe.focal == 518.86 * 128 / 640
+    assert own[0]["depth"].unique().tolist() == [1]
     write_pair(root / "rooms", "small", 80, 128)
     split.write_text(split.read_text() + "rooms/rgb_small.jpg rooms/sync_depth_small.png\n")
     with pytest.raises(ValueError, match=r"rgb_small\.jpg .*80, 128.*96, 128"):
@@ -1208,8 +1208,8 @@ def test_an_own_list_is_measured_over_the_networks_range(own_pairs, monkeypatch)
 def test_the_authors_networks_get_the_range_of_their_data(tiny, few_rooms, tmp_path, monkeypatch):
     torch.save({"model": {"module.prompts": torch.zeros(1)}}, tmp_path / "theirs.pt")
     ranges, command = [], ["eval.py", tmp_path / "theirs.pt", "--workers", 0, "--data"]
-    monkeypatch.setattr(cabins, "restore", lambda _, __, top: (ranges.append(top), tiny)[1])
     assert run_script(*command, "toy").status == 1  # toy rooms do not say which network it is
+    monkeypatch.setattr(cabins, "restore", lambda _, __, top: (ranges.append(top), tiny)[1])
     for name in ("nyu", "kitti"):
         assert run_script(*command, "toy", "--released", name, "--max-depth", 5).status == 0
         run_script(*command, name, "--root", tmp_path / "none")
@@ -1360,13 +1360,13 @@ def test_the_authors_checkpoints_need_a_range_and_get_the_size_of_their_data(mon
     content = {"model": cabins.CaBins(cabins.Config()).state_dict()}
     with pytest.raises(ValueError, match="max_depth"):
         cabins.restore(content, "theirs.pt")
-    for expected in ((10, 640, 518.86), (80, 1216, 721.54)):
+    for expected in ((10, 640), (80, 1216)):
         model = cabins.restore(content, "theirs.pt", expected[0])
-        assert dataclasses.astuple(model.config)[-3:] == expected
+        assert dataclasses.astuple(model.config)[-2:] == expected
 
 
 def test_checkpoints_of_earlier_versions_load(vit, tmp_path):
-    config = {"backbone": "RN50", "image_width": 128}
+    config = {"backbone": "RN50", "image_width": 128, "focal": 518.86}
     state, names = vit.state_dict(), ["trans_decoder. context_decoder."]
     names += ["reassemble. clip.visual.reassemble.", "depth_decoder.fuse. depth_decoder.reduce."]
     for new, old in map(str.split, names):
@@ -1690,9 +1690,9 @@ def test_own_pairs_are_trained_and_their_faults_found_first(own_pairs, quick, tm
     row = evaluation.evaluate(predict, pairs)
     assert str(row["rmse"]) in (other / "metrics.csv").read_text()  # as eval.py measures
     ran = own("train.txt", "train.txt", "same")
-    assert ran.status == 0 and "test list" in ran.out and "1000" in ran.out
+    assert ran.status == 0 and "1000" in ran.out
     content = cabins.read_checkpoint(tmp_path / "same" / "last.pt")
-    assert (content["config"]["longer_side"], content["config"]["focal"]) == (128, 518.8579)
+    assert content["config"]["longer_side"] == 128
     assert own("train.txt", "test.txt", "far", "--max-depth", 1).status == 1  # no truth is so near
     assert not (tmp_path / "far").exists()
     assert "none.txt" in own("none.txt", "test.txt", "none").err

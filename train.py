@@ -169,8 +169,8 @@ class Run:
         args, recipe = self.args, self.dataset.recipe
         torch.manual_seed(args.seed % 2**63)  # torch takes 64 bits
         size = self.dataset.size_to_train or self.test_set[0]["image"].shape[1:]
-        camera = {"max_depth": recipe.max_depth, "longer_side": max(size), "focal": recipe.focal}
-        config = cabins.Config(args.backbone, args.distance_class, **camera)
+        seen = {"max_depth": recipe.max_depth, "longer_side": max(size)}
+        config = cabins.Config(args.backbone, args.distance_class, **seen)
         if args.init:
             settings = {"config": vars(cabins.Config())}  # for the authors' files, which have none
             start = cabins.restore(settings | cabins.read_checkpoint(args.init), args.init)
@@ -225,8 +225,6 @@ class Run:
         """Print what is trained, and on what."""
         where = f"{self.n_processes} x {self.device}, {self.args.amp.replace('off', 'fp32')}"
         print(f"training on {where}: {data.describe(self.dataset)}")
-        if self.lists[0] == self.lists[1]:
-            print("the test list is the training list: the metrics say nothing of new images")
         trained = sum(p.numel() for p in self.learner.optimizer.param_groups[0]["params"])
         total = sum(p.numel() for p in self.learner.model.parameters())
         print(f"{trained:,} of {total:,} parameters are trained")

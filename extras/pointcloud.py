@@ -4,8 +4,8 @@ Writes NAME.ply for each picture: a coloured point for each pixel, in metres, wi
 down, z ahead and the camera at the origin. This needs plyfile (extras/requirements.txt).
 
 The shape of the cloud depends on the focal length of the camera. It comes from --focal or --fov, or
-from the picture's EXIF data, or else from the camera of the training images. The printed line says
-which it was, and which field of view follows from it.
+from the picture's EXIF data. Without them we take NYU's camera, or KITTI's for its networks. The
+printed line says which it was, and which field of view follows from it.
 """
 
 import argparse
@@ -41,7 +41,9 @@ def focal_length(image: Image.Image, size: tuple[int, int], config, args) -> tup
     equivalent = exif.get(ExifTags.Base.FocalLengthIn35mmFilm)
     if isinstance(equivalent, int) and equivalent > 0:
         return equivalent * math.hypot(*size) / math.hypot(36, 24), "EXIF"
-    return config.focal * max(size) / config.longer_side, "the camera of the training images"
+    if config.longer_side == 1216:  # KITTI's frames, as the network sees them
+        return 721.54 * max(size) / 1216, "KITTI's camera"
+    return 518.86 * max(size) / 640, "NYU's camera"
 
 
 def write_ply(path: Path, picture: np.ndarray, depth: np.ndarray, focal: float) -> None:

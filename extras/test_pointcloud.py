@@ -1,5 +1,6 @@
 """python -m pytest -q extras"""
 
+import argparse
 import math
 import sys
 
@@ -17,7 +18,7 @@ plyfile = pytest.importorskip("plyfile")
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.pt"
-    config = cabins.Config(backbone="tiny", longer_side=128, focal=100.0)
+    config = cabins.Config(backbone="tiny", longer_side=128)
     save_network(path, cabins.CaBins(config))
     return path
 
@@ -45,7 +46,7 @@ def test_the_cloud_read_back(checkpoint, tmp_path, monkeypatch):
         assert np.array_equal(points[name], picture[..., channel].ravel())
 
 
-def test_the_focal_length_comes_from_options_exif_or_training(
+def test_the_focal_length_comes_from_options_exif_or_a_data_set(
     checkpoint, tmp_path, monkeypatch, capsys
 ):
     picture, exif = Image.new("RGB", (120, 90)), Image.Exif()
@@ -57,7 +58,7 @@ def test_the_focal_length_comes_from_options_exif_or_training(
     pictures = [tmp_path / f"{name}.jpg" for name in ("none", "odd", "phone")]
     of_phone = 28 * math.hypot(120, 90) / math.hypot(36, 24)
     for options, expected in (
-        ([], [93.75, 93.75, of_phone]),  # 100 pixels at the 128 of training
+        ([], [518.86 * 120 / 640, 518.86 * 120 / 640, of_phone]),
         (["--focal", 77], [77, 77, 77]),
         (["--fov", 90], [60, 60, 45]),
     ):
@@ -65,6 +66,10 @@ def test_the_focal_length_comes_from_options_exif_or_training(
         lines = [line for line in capsys.readouterr().out.splitlines() if ".jpg: " in line]
         for line, focal in zip(lines, expected, strict=True):
             assert f" {focal:.1f} pixels" in line
+    config = cabins.Config(longer_side=1216, max_depth=80)
+    args = argparse.Namespace(focal=None, fov=None)
+    focal, source = pointcloud.focal_length(picture, (375, 1216), config, args)
+    assert (focal, source) == (721.54, "KITTI's camera")
 
 
 @pytest.mark.parametrize("focal", [18, 5000])
