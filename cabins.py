@@ -831,7 +831,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -
         module.load_state_dict(state)
     except RuntimeError as error:  # torch lists all that is missing, unknown or of another shape
         what = " ".join(str(error).split())[:250]
-        raise ValueError(f"{source} does not fit the network: {what} …") from None
+        raise ValueError(f"{source} does not fit; is its backbone another one? {what} …") from None
     return module
 
 
@@ -869,8 +869,7 @@ def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
-            other = Module if module.startswith("__torch__") else lambda *_: None
-            return known.get(name, other)
+            return known.get(name, Module if module.startswith("__torch__") else lambda *_: None)
 
         def persistent_load(self, key: tuple) -> Tensor:
             content = archive.read(f"{file.removesuffix('.pkl')}/{key[2]}")

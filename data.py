@@ -331,11 +331,6 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """A context in which convolutions and matrix products run in bfloat16 if `amp` is "bf16"."""
-    return torch.autocast(device.type, torch.bfloat16, amp == "bf16")
-
-
 def use_tf32(enabled: bool) -> None:
     """Let GPUs compute float32 in TF32, with the kernels that are fastest for one image size."""
     torch.set_float32_matmul_precision("high" if enabled else "highest")
@@ -409,12 +404,10 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     return group
 
 
-def add_device_options(group: argparse._ArgumentGroup, amp: str) -> None:
-    """Add the options that say how a network runs. `amp` describes the default of --amp."""
+def add_device_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options that say where a network runs, and how its data are loaded."""
     add = group.add_argument
     add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda, else cpu; mps is untested")
-    default = "off" if amp == "off" else None
-    add("--amp", choices=("off", "bf16"), default=default, help=f"off: float32; default: {amp}")
     add("--workers", type=whole_number, metavar="N", help="loading processes; default: up to 8")
 
 

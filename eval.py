@@ -85,7 +85,7 @@ def side_for(model: cabins.CaBins, dataset: DepthDataset) -> int | None:
     return model.config.longer_side if dataset.name == "list" else None
 
 
-def predictor(model: cabins.CaBins, flip=True, amp="off", longer_side=None) -> Predict:
+def predictor(model: cabins.CaBins, flip=True, longer_side=None) -> Predict:
     """The function from images to depth that `evaluate_windows` measures.
 
     With `flip`, it averages the depths of the image and of its mirror image at the decoder's size,
@@ -99,7 +99,7 @@ def predictor(model: cabins.CaBins, flip=True, amp="off", longer_side=None) -> P
         if longer_side:
             image = cabins.to_training_size(image, longer_side)
         both = torch.cat([image, image.flip(-1)]) if flip else image
-        with cabins.eval_mode(model), data.autocast(image.device, amp):
+        with cabins.eval_mode(model):
             depth = model(both, upsample=False).depth
         depth = depth.nan_to_num(low, high, low).clamp(low, high)
         if flip:
@@ -110,12 +110,12 @@ def predictor(model: cabins.CaBins, flip=True, amp="off", longer_side=None) -> P
     return predict
 
 
-def protocol(dataset: DepthDataset, window: str, flip: bool, amp="off", longer_side=None) -> str:
+def protocol(dataset: DepthDataset, window: str, flip: bool, longer_side=None) -> str:
     """One line that says how a row was measured."""
     images = f"{len(dataset)} images ({dataset.n_left_out} without ground truth left out)"
     images += f" at {longer_side} pixels" if longer_side else ""
     valid = f"{cabins.Config.min_depth} < depth < {dataset.recipe.max_depth} m"
-    network = f"flip averaging {'on' if flip else 'off'}, {'fp32' if amp == 'off' else amp}"
+    network = f"flip averaging {'on' if flip else 'off'}, fp32"
     return f"{dataset.name}: {images}, window {window}, {valid}, {network}, mean over images"
 
 
@@ -238,8 +238,7 @@ def write_picture(path: Path, start: str, model: cabins.CaBins, args: argparse.N
     from matplotlib.figure import Figure
 
     picture = cabins.read_picture(path)
-    with data.autocast(next(model.parameters()).device, args.amp):
-        found, s = cabins.predict_one(model, picture)
+    found, s = cabins.predict_one(model, picture)
     low, high = (0, args.range) if args.range else (found.depth.min(), found.depth.max())
     figure = Figure(figsize=(12, 12))  # `save_figure` cuts its margins off
     shown = show(figure.subplots(), "depth (m)", found.depth, low, high)
@@ -287,10 +286,10 @@ def open_data_set(args: argparse.Namespace, model: cabins.CaBins, saved: dict) -
 def measure(model: cabins.CaBins, dataset: DepthDataset, args: argparse.Namespace) -> None:
     """Measure the network. Print the protocol, and a table with a row for each window."""
     flip, side = not args.no_flip, side_for(model, dataset)
-    predict = predictor(model, flip, args.amp, side)
+    predict = predictor(model, flip, side)
     windows = evaluate_windows(predict, dataset, args.workers)
     for window in windows:
-        print(protocol(dataset, window, flip, args.amp, side))
+        print(protocol(dataset, window, flip, side))
     rows = {f"{Path(args.checkpoint).name}, {window}": row for window, row in windows.items()}
     print(format_table(args.data, rows))
 
@@ -302,7 +301,7 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     add("--data", choices=data.DATASETS, help="default: what the network was trained on")
     add("--split", dest="test_split", metavar="FILE", help="same as --test-split")
     group = parser.add_argument_group("network")
-    data.add_device_options(group, "off")
+    data.add_device_options(group)
     group.add_argument("--released", choices=QUOTED, help="which of the authors' checkpoints it is")
     group.add_argument("--no-flip", action="store_true", help="no averaging with the mirror image")
 
@@ -341,8 +340,7 @@ def main() -> None:
     else:
         out = Path(args.out or f"{os.path.splitext(args.checkpoint)[0]}_explained")
         out.mkdir(parents=True, exist_ok=True)
-        with data.autocast(next(model.parameters()).device, args.amp):
-            draw_samples(out, model, dataset, args.explain or 4)
+        draw_samples(out, model, dataset, args.explain or 4)
         print(f"{out} has a file explained_….png for each sample")
 
 

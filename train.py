@@ -73,7 +73,7 @@ class Learner:
         """`model` is on its device. `recipe` says how `data.augment` draws."""
         self.model, self.recipe, self.seed, self.as_released = model, recipe, seed, as_released
         self.device = next(model.parameters()).device
-        self.amp = data.autocast(self.device, amp)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, amp == "bf16")
         self.rank, self.n_processes = data.rank_of()
         if self.n_processes > 1 and self.device.type == "cuda":  # torch has it for GPUs only
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -89,7 +89,7 @@ class Learner:
         generator = torch.Generator().manual_seed(seed_of(self.seed, number))
         image, depth = data.augment(image, depth, self.recipe, generator, data.rank_of())
         torch.manual_seed(seed_of(self.seed, number, 1 + self.rank))  # for dropout
-        with self.amp:
+        with self.autocast:
             prediction = self.network(image)
         if self.n_processes > 1:
             # NOTE(differs): one loss for the whole batch. The released code has one for each GPU.
@@ -160,6 +160,7 @@ class Run:
         if any(size % self.n_processes for size in sizes):
             raise ValueError(f"{self.n_processes} processes cannot share batches of {sizes} pairs")
         if self.rank == 0:
+            print(f"training on {data.describe(self.dataset)}")
             print(f"testing on {data.describe(self.test_set)}")
         self.per_epoch = math.ceil(n_pairs / n) if args.as_released else n_pairs // n
         self.n_steps = args.epochs * self.per_epoch
@@ -172,13 +173,8 @@ class Run:
         seen = {"max_depth": recipe.max_depth, "longer_side": max(size)}
         config = cabins.Config(args.backbone, args.distance_class, **seen)
         if args.init:
-            settings = {"config": vars(cabins.Config())}  # for the authors' files, which have none
-            start = cabins.restore(settings | cabins.read_checkpoint(args.init), args.init)
-            if start.config.backbone != args.backbone:
-                raise ValueError(f"{args.init} needs --backbone {start.config.backbone}")
-            model = cabins.CaBins(config, start.clip)
-            cabins.load_strictly(model, start.state_dict(), args.init)
-            return model
+            state = cabins.read_checkpoint(args.init)["model"]
+            return cabins.load_strictly(cabins.CaBins(config), state, args.init)
         model = cabins.CaBins(config, None if args.clip == "none" else cabins.load_clip(args.clip))
         if args.as_released:  # NOTE(differs): the released prompts start 44 times larger
             nn.init.trunc_normal_(model.prompts, std=1.0)
@@ -220,14 +216,6 @@ class Run:
             self.best = math.inf
         for name in ("log.csv", "metrics.csv"):
             drop_rows(self.out / name, self.step)
-
-    def announce(self) -> None:
-        """Print what is trained, and on what."""
-        where = f"{self.n_processes} x {self.device}, {self.args.amp.replace('off', 'fp32')}"
-        print(f"training on {where}: {data.describe(self.dataset)}")
-        trained = sum(p.numel() for p in self.learner.optimizer.param_groups[0]["params"])
-        total = sum(p.numel() for p in self.learner.model.parameters())
-        print(f"{trained:,} of {total:,} parameters are trained")
 
     def log(self, prediction: cabins.Prediction, depth: Tensor, lr: float, loss: float) -> str:
         """Add a row to log.csv, and return it as a text. Without a terminal, print some rows."""
@@ -276,7 +264,9 @@ def train(args: argparse.Namespace, saved: dict) -> None:
     run = Run(args, saved)
     learner, is_first = run.learner, run.rank == 0
     if is_first:
-        run.announce()
+        trained = sum(p.numel() for p in learner.optimizer.param_groups[0]["params"])
+        where = f"{run.n_processes} x {run.device}, {args.amp.replace('off', 'fp32')}"
+        print(f"{trained:,} parameters are trained on {where}")
     data.use_tf32(True)
     learner.model.train()
     steps = range(run.step, run.n_steps)
@@ -356,13 +346,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
     add = data.add_data_options(parser).add_argument
     add("--data", choices=data.DATASETS, help="default: toy, rooms drawn on the fly")
     group = parser.add_argument_group("training")
-    data.add_device_options(group, "bf16 on GPUs that have it, else off")
+    data.add_device_options(group)
     add, switch = group.add_argument, {"action": argparse.BooleanOptionalAction}
     add("--backbone", choices=cabins.BACKBONES, help="default: RN101; toy: tiny")
     start = group.add_mutually_exclusive_group().add_argument
     start("--clip", metavar="NAME|FILE|none", help="CLIP's weights; default: the backbone's own")
     start("--init", metavar="CKPT", help="start from its weights, train.py's or the authors'")
     add("--distance-class", choices=cabins.DISTANCE_CLASSES, help="see Table 3; default: cabins")
+    add("--amp", choices=("off", "bf16"), help="default: bf16 on GPUs that have it, else off")
     add("--compile", **switch, help="torch.compile the network")
     add("--epochs", type=data.positive_int, metavar="N", help="default: 25; toy: 3")
     add("--batch-size", type=data.positive_int, metavar="N", help="of all processes; default: 8")

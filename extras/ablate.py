@@ -150,12 +150,12 @@ def main() -> None:
     model, saved = open_network(args)
     dataset = open_data_set(args, model, saved)
     side = side_for(model, dataset)
-    predict = predictor(model, not args.no_flip, args.amp, side)
+    predict = predictor(model, not args.no_flip, side)
     windows = evaluate_windows(predict, dataset, args.workers)
     rows = {f"{Path(args.checkpoint).name}, {window}": row for window, row in windows.items()}
     rows |= ablate(model, predict, dataset, args.workers)
     for window in windows:
-        print(protocol(dataset, window, not args.no_flip, args.amp, side))
+        print(protocol(dataset, window, not args.no_flip, side))
     print(format_table(args.data, rows))
     report(model, cabins.read_checkpoint(args.checkpoint))
 

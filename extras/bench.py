@@ -113,7 +113,7 @@ def make_pass(model: cabins.CaBins, size, n: int, setting: Setting, device):
 
     @torch.no_grad()
     def run() -> None:
-        with data.autocast(device, setting.amp):
+        with torch.autocast(device.type, torch.bfloat16, setting.amp == "bf16"):
             network(image)
 
     return run

@@ -78,11 +78,11 @@ def main() -> None:
     (out / name).mkdir()
 
     flip, side = not args.no_flip, side_for(model, dataset)
-    predict = predictor(model, flip, args.amp, side)
+    predict = predictor(model, flip, side)
     predict = keeping(predict, out / name, file_names(dataset.pairs, args.root), dataset.recipe)
     windows = evaluate_windows(predict, dataset, args.workers)
     rows = {f"{Path(args.checkpoint).name}, {window}": row for window, row in windows.items()}
-    lines = [protocol(dataset, window, flip, args.amp, side) for window in windows]
+    lines = [protocol(dataset, window, flip, side) for window in windows]
     print(*lines, format_table(args.data, rows), sep="\n")
     for (label, row), line in zip(rows.items(), lines):
         data.append_row(out / "results.csv", {"label": label, **source, "protocol": line, **row})
