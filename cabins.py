@@ -109,8 +109,6 @@ class Config:
 # ---- Sec. 3.1 and 3.2.1  Image encoder -----------------------------------------------------------
 # CLIP stands below the network. `CLIP.visual` turns an image into the pyramid [x1, x2, x3, x4],
 # z_bar and z (see `ResNet` and `AttentionPool`). `CLIP.encode_text` turns token ids into t.
-
-
 class AdaptiveBins(nn.Module):
     """The MLP of Sec. 3.2.1: bin widths b (B, n_bins), which sum to 1, from z_bar (B, D).
 
@@ -142,8 +140,6 @@ def bin_centers(widths: Tensor, min_depth: float, max_depth: float) -> Tensor:
 
 
 # ---- Sec. 3.2.2  CaBins --------------------------------------------------------------------------
-
-
 def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Tensor:
     """Condense the bin centres (B, n_bins) to K distances (B, K), in metres (Figure 3, Eq. 2).
 
@@ -185,8 +181,6 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
 #
 # Close distances need not have close texts: "2.9999" and "3.0" share only the point. With random
 # weights (RN101), t turns by 0.1 rad when e_k changes by 0.1 mm, and also when e_k changes by 1 m.
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, is_causal: bool = False) -> Tensor:
     """Multi-head attention of queries (B, Tq, C) to keys and values (B, Tk, C): (B, Tq, C)."""
     q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, n, T, C/n)
@@ -270,8 +264,6 @@ class TransDecoder(nn.Module):
 
 
 # ---- Sec. 3.2.4  Depth prediction ----------------------------------------------------------------
-
-
 def cosine_similarity(z: Tensor, t: Tensor) -> Tensor:
     """Cosine of each location z (B, D, h, w) and each text t (B, K, D): s (B, K, h, w).
 
@@ -335,8 +327,6 @@ def expected_depth(centers: Tensor, p: Tensor) -> Tensor:
 
 
 # ---- Figure 2: the network -----------------------------------------------------------------------
-
-
 class Prediction(NamedTuple):
     """What the network gives for a batch of images, in float32."""
 
@@ -491,8 +481,6 @@ def total_loss(prediction: Prediction, target: Tensor, min_depth: float, unbiase
 
 
 # ---- Sec. 4.3  Evaluation metrics ----------------------------------------------------------------
-
-
 def depth_metrics(depth: Tensor, target: Tensor) -> dict[str, Tensor]:
     """The metrics of one image, from the predicted and the true depths (n,) of its valid pixels.
 
@@ -519,8 +507,6 @@ def depth_metrics(depth: Tensor, target: Tensor) -> dict[str, Tensor]:
 
 # ==== CLIP (Sec. 3.1) =============================================================================
 # Parameters are named as in OpenAI's files.
-
-
 class Architecture(NamedTuple):
     """The sizes of one CLIP."""
 
@@ -706,8 +692,6 @@ class CLIP(nn.Module):
 
 
 # ---- Sec. 4.6  ViT-B/16 --------------------------------------------------------------------------
-
-
 class VisionTransformer(nn.Module):
     """CLIP's ViT: image (B, 3, H, W) to four feature maps, z_bar (B, D) and z (B, D, h, w).
 
@@ -761,8 +745,6 @@ def dpt_reassembly(width: int, channels: tuple[int, ...]) -> nn.ModuleList:
 
 # ==== The paper ends here. Below: checks, weights, checkpoints, pictures ==========================
 # A wrong file or value raises FileNotFoundError or ValueError, and the message names it.
-
-
 def check_config(config: Config) -> None:
     """Raise ValueError for a wrong setting."""
     for name, choices in (("backbone", BACKBONES), ("distance_class", DISTANCE_CLASSES)):

@@ -316,8 +316,6 @@ def augment(
 
 
 # ---- What all scripts share ----------------------------------------------------------------------
-
-
 def rank_of() -> tuple[int, int]:
     """The number of this process, and how many processes torchrun started."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

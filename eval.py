@@ -200,8 +200,6 @@ def draw_samples(out: Path, model: cabins.CaBins, dataset: DepthDataset, n: int)
 
 
 # ---- Your own pictures ---------------------------------------------------------------------------
-
-
 def find_pictures(arguments: list[str]) -> list[Path]:
     """The pictures that files, folders and patterns name. An argument that names none is kept."""
     pictures = []
@@ -254,8 +252,6 @@ def write_picture(path: Path, start: str, model: cabins.CaBins, args: argparse.N
 
 
 # ---- The command ---------------------------------------------------------------------------------
-
-
 def open_network(args: argparse.Namespace) -> tuple[cabins.CaBins, dict]:
     """The network of `args.checkpoint` on its device, and the options of its training, if known."""
     content, path = cabins.read_checkpoint(args.checkpoint), args.checkpoint

@@ -10,7 +10,6 @@ import dataclasses
 import fcntl
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -35,7 +34,7 @@ MAX_NORM = 0.1  # NOTE(paper silent): the released code clips gradients at this 
 LOG_EVERY, PRINT_EVERY = 10, 100  # steps; the last one of an epoch is logged too
 SAVE_EVERY = 600  # seconds; last.pt is also saved after each validation
 FILES = ("last.pt", "best.pt", "log.csv", "metrics.csv")  # what tells that a folder has a run
-MOVABLE = {"root", "train_split", "test_split", "device", "workers", "compile", "out", "resume"}
+MOVABLE = {"root", "train_split", "test_split", "device", "workers", "compile", "resume"}
 stops: list[int] = []  # the signals that this process has received
 
 
@@ -182,7 +181,6 @@ class Run:
 
     def take_folder(self) -> None:
         """Claim the folder before the work begins. The files of another run are not overwritten."""
-        resume = self.args.resume
         self.out, n_demos = Path(self.args.out or "runs/toy"), 1
         while not self.args.out and run_files(self.out):
             n_demos += 1
@@ -191,8 +189,7 @@ class Run:
             print(f"runs/toy holds a run already: this one goes to {self.out}")
         claim(self.out)
         found = run_files(self.out)
-        self.resumes_here = bool(resume) and self.out.samefile(Path(resume).parent)
-        if found and not self.resumes_here:
+        if found and not self.args.resume:
             raise ValueError(f"{found[0]} is another run's: --resume it, or choose another --out")
 
     def restore_progress(self, saved: dict) -> None:
@@ -208,10 +205,6 @@ class Run:
         saved.clear()
         if self.rank > 0:
             return
-        if not self.resumes_here:
-            for source in run_files(path.parent):
-                shutil.copy(source, self.out)
-            shutil.copy(path, self.out / "last.pt")  # whatever the name of the checkpoint is
         if not (self.out / "best.pt").exists():  # the best network was not kept with last.pt
             self.best = math.inf
         for name in ("log.csv", "metrics.csv"):
