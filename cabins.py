@@ -79,7 +79,6 @@ from torch import Tensor, nn
 from clip_tokenizer import EOT, number_tokens, tokenize
 
 # ---- Configuration -------------------------------------------------------------------------------
-
 DISTANCE_CLASSES = ("cabins", "median", "mean", "semantic")  # rows of Table 3; "Ours" is "cabins"
 SEMANTIC_BINS = ["giant", "extremely close", "close", "not in distance", "a little remote"]
 SEMANTIC_BINS += ["far", "farthest", "unseen"]  # the phrases of Sec. 4.6
@@ -109,6 +108,8 @@ class Config:
 # ---- Sec. 3.1 and 3.2.1  Image encoder -----------------------------------------------------------
 # CLIP stands below the network. `CLIP.visual` turns an image into the pyramid [x1, x2, x3, x4],
 # z_bar and z (see `ResNet` and `AttentionPool`). `CLIP.encode_text` turns token ids into t.
+
+
 class AdaptiveBins(nn.Module):
     """The MLP of Sec. 3.2.1: bin widths b (B, n_bins), which sum to 1, from z_bar (B, D).
 
@@ -181,6 +182,8 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
 #
 # Close distances need not have close texts: "2.9999" and "3.0" share only the point. With random
 # weights (RN101), t turns by 0.1 rad when e_k changes by 0.1 mm, and also when e_k changes by 1 m.
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, is_causal: bool = False) -> Tensor:
     """Multi-head attention of queries (B, Tq, C) to keys and values (B, Tk, C): (B, Tq, C)."""
     q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, n, T, C/n)
@@ -414,7 +417,6 @@ class CaBins(nn.Module):
 
 
 # ---- Sec. 3.3  Training loss ---------------------------------------------------------------------
-
 LAMBDA, ALPHA, BETA = 0.85, 10.0, 0.1  # λ, α, β
 
 
@@ -507,6 +509,8 @@ def depth_metrics(depth: Tensor, target: Tensor) -> dict[str, Tensor]:
 
 # ==== CLIP (Sec. 3.1) =============================================================================
 # Parameters are named as in OpenAI's files.
+
+
 class Architecture(NamedTuple):
     """The sizes of one CLIP."""
 
@@ -745,6 +749,8 @@ def dpt_reassembly(width: int, channels: tuple[int, ...]) -> nn.ModuleList:
 
 # ==== The paper ends here. Below: checks, weights, checkpoints, pictures ==========================
 # A wrong file or value raises FileNotFoundError or ValueError, and the message names it.
+
+
 def check_config(config: Config) -> None:
     """Raise ValueError for a wrong setting."""
     for name, choices in (("backbone", BACKBONES), ("distance_class", DISTANCE_CLASSES)):

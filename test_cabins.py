@@ -1656,10 +1656,10 @@ def test_a_run_that_learns_nothing_ends_and_saves_nothing(quick, tmp_path):
         patch.setattr(cabins, "total_loss", lambda *_: torch.zeros(10**15))
         ran = run_train(*EIGHT_STEPS, "--out", tmp_path / "a")
         assert ran.status == 1 and "--workers" in ran.err and ran.err.count("\n") == 1
-    draw, nothing = data.draw_room, np.zeros((96, 128), np.float32)
-    quick.setattr(data, "draw_room", lambda i: (draw(i)[0], nothing if i < 8 else draw(i)[1]))
-    quick.setattr(data, "describe", lambda dataset: "")
-    assert run_train(*EIGHT_STEPS, "--out", tmp_path / "b").status == 1
+    draw = data.draw_room
+    quick.setattr(data, "draw_room", lambda i: (draw(i)[0], draw(i)[1] * (i > 8)))
+    ran = run_train(*EIGHT_STEPS, "--out", tmp_path / "b")  # without depth in the training rooms
+    assert ran.status == 1 and "room 0" in ran.err
     assert not list(tmp_path.glob("*/*.pt"))
 
 
