@@ -17,7 +17,7 @@ What the equations do not say:
 - No loss gives the similarity s a meaning. The decoder receives s as 8 of its 2,056 channels. The
   others are x4, from which z is computed.
 - TransDecoder hardly learns. Its gradient passes through γ, which starts at 1e-4, and is far below
-  the ε of Adam. For such a gradient, Adam takes almost no step. γ itself learns.
+  the ε of Adam. For such a gradient, Adam takes almost no step. In the demo, γ itself learns.
 - Eq. 2 depends on the unit of depth. In metres, e_k is almost the bin centre nearest to the mean of
   its group. In centimetres, e_k would be almost that mean.
 
@@ -38,7 +38,7 @@ the prompts and γ, which all images share.
     w          w_i      8 x 32           weights inside each group (only in Eq. 2)        3.2.2
     e          e_k      8                CaBins, metres; K = n_cabins of them             3.2.2
     prompts    p        8 x 512          N = n_prompts learnable tokens                   3.2.3
-    ids        -        8 x 9            L texts of T tokens each                         3.2.3
+    ids        -        8 x 9            token ids of L texts, T for each                 3.2.3
     t          t        8 x 512          text embeddings                                  3.2.3
     v_post     v_post   8 x 512          what the image adds to the text embeddings       3.2.3
     gamma      γ        512              scale of v_post                                  3.2.3
@@ -95,7 +95,7 @@ class Config:
     n_prompts: int = 8  # N
     min_depth: float = 1e-3  # d_min, metres. NOTE(paper silent): The released code has this value.
     max_depth: float = 10.0  # d_max, metres; 80 for KITTI
-    longer_side: int = 640  # longer side of the training images, pixels; 1216 for KITTI
+    longer_side: int = 640  # longer side of the training images before cropping; 1216 for KITTI
     # NOTE(paper silent): Like the released code, we normalise images with the statistics of
     # ImageNet, not with those of CLIP's own training. They are constants, not settings.
     image_mean: ClassVar = (0.485, 0.456, 0.406)  # red, green, blue, in [0, 1]
@@ -124,7 +124,7 @@ class AdaptiveBins(nn.Module):
         self.mlp = nn.Sequential(*layers, nn.Linear(256, n_bins))
 
     def forward(self, z_bar: Tensor) -> Tensor:
-        # From here on we compute in float32: near 10 m, bfloat16 has steps of 6 cm.
+        # Bins are computed in float32, because bfloat16 has steps of 6 cm near 10 m.
         b = F.relu(self.mlp(z_bar).float()) + 0.1  # b′: (B, n_bins)
         return b / b.sum(1, keepdim=True)
 
@@ -218,9 +218,8 @@ class TransDecoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.cross_attn = Attention(width, n_heads, dropout)
         self.norm3 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
-        )
+        mlp = [nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout)]
+        self.mlp = nn.Sequential(*mlp, nn.Linear(4 * width, width))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
@@ -233,7 +232,7 @@ class TransDecoderLayer(nn.Module):
 class TransDecoder(nn.Module):
     """Update the text embeddings t (B, K, D) with the image, z_bar (B, D) and z (B, D, h, w).
 
-    The same distance looks different in two rooms. Eq. 3 adapts the text of a distance to the room.
+    The same distance looks different in two rooms. Eq. 3 adapts its text embedding to the room.
     γ starts so small that Eq. 3 is almost the identity. So training starts from CLIP's own text
     embeddings. The price is that the layers hardly learn, because γ also scales their gradient.
 
@@ -346,7 +345,7 @@ class CaBins(nn.Module):
         super().__init__()
         sizes = BACKBONES[config.backbone]
         self.config = config
-        self.integer_digits = len(f"{config.max_depth:.0f}")  # those of the largest distance
+        self.integer_digits = len(f"{config.max_depth:.0f}")  # digits before the point
         self.clip = clip or CLIP(sizes)
         if self.clip.architecture != sizes:
             raise ValueError(f"backbone is {config.backbone}; the given CLIP is another one")
@@ -383,7 +382,7 @@ class CaBins(nn.Module):
         """Figure 2, for normalised images (B, 3, H, W) of at least 64 x 64 pixels.
 
         In a smaller image x4 may have a single location, and BatchNorm cannot train on one such
-        image. Without `upsample`, depth stays at H/2 x W/2, as flip averaging needs it.
+        image. Without `upsample`, depth stays at H/2 x W/2, the size at which flips are averaged.
         """
         shape, config = tuple(image.shape), self.config
         if image.ndim != 4 or shape[1] != 3 or min(shape[2:]) < 64:
@@ -636,7 +635,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.n_heads, self.is_causal = width // 64, is_causal
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = nn.Module()  # one matrix holds the projections to queries, keys and values
+        self.attn = nn.Module()  # a name in OpenAI's files; one matrix projects to q, k and v
         self.attn.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) / width**0.5)
         self.attn.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.attn.out_proj = nn.Linear(width, width)
@@ -681,8 +680,8 @@ class CLIP(nn.Module):
         """Text embeddings (L, D) of token ids (L, T), each text from [SOT] to [EOT].
 
         The prompts (N, text_width) stand after [SOT]. Gradients reach them through the encoder.
-        NOTE(differs): Sec. 3.1 encodes 77 positions, the released code 30. We encode 17: 8 prompts,
-        and 9 for a number. The encoder is causal, so positions after [EOT] change nothing.
+        NOTE(differs): Sec. 3.1 encodes 77 positions, the released code 30. We encode 17, because
+        the encoder is causal, and positions after [EOT] change nothing.
         """
         x = self.token_embedding(ids)  # (L, T, text_width)
         end = ids.argmax(-1)  # (L,): [EOT] has the highest id
@@ -702,7 +701,7 @@ class VisionTransformer(nn.Module):
     The feature maps and z have stride 16. The class token takes the role of x̄ and gives z_bar.
 
     NOTE(differs): The paper follows DPT, which takes its features after blocks 3, 6, 9 and 12, and
-    so do we. The released ViT has no fifth output, [z̄, z], which the released network needs.
+    so do we. The released ViT does not return [z̄, z], which the released network needs.
     """
 
     def __init__(self, layers: tuple[int], width: int, embed_dim: int, grid: int):
@@ -753,17 +752,17 @@ def dpt_reassembly(width: int, channels: tuple[int, ...]) -> nn.ModuleList:
 
 def check_config(config: Config) -> None:
     """Raise ValueError for a wrong setting."""
-    for name, choices in (("backbone", BACKBONES), ("distance_class", DISTANCE_CLASSES)):
+    for name, choices in (("backbone", [*BACKBONES]), ("distance_class", DISTANCE_CLASSES)):
         if (value := getattr(config, name)) not in choices:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
     above = {"n_bins": 1, "n_cabins": 0, "n_prompts": -1, "longer_side": 0, "min_depth": 0}
     above["max_depth"] = config.min_depth
-    below = {"n_prompts": 61}  # more leave no room for a number in CLIP's 77 positions
-    for name, least in above.items():
-        value, kind, most = getattr(config, name), type(getattr(Config, name)), below.get(name, 1e6)
-        if not isinstance(value, (int, kind)) or not least < value < most:
-            what = f"{kind.__name__} above {least} and below {most:g}"
-            raise ValueError(f"{name} is {value!r}; it must be of type {what}")
+    below = {"n_prompts": 61}  # 60 prompts leave 17 of CLIP's 77 positions for a number
+    for name, low in above.items():
+        value, kind, high = getattr(config, name), type(getattr(Config, name)), below.get(name, 1e6)
+        if not isinstance(value, (int, kind)) or not low < value < high:
+            limits = f"{kind.__name__}, above {low} and below {high:g}"
+            raise ValueError(f"{name} is {value!r}; it must be {limits}")
     if config.n_bins % config.n_cabins:
         raise ValueError(f"n_cabins is {config.n_cabins}; it must divide n_bins, {config.n_bins}")
     if config.distance_class == "semantic" and config.n_cabins != len(SEMANTIC_BINS):
@@ -808,7 +807,7 @@ def load_clip(name_or_path: str | Path) -> CLIP:
     for a in BACKBONES.values():  # `load_strictly` compares all other sizes
         if (*projection.shape, "visual.proj" in state) == (a.text_width, a.embed_dim, a.is_vit):
             return load_strictly(CLIP(a), state, path)
-    raise ValueError(f"{path} is not a CLIP that is one of {', '.join(BACKBONES)}")
+    raise ValueError(f"{path} is none of the CLIPs {', '.join(CLIP_SHA256)}")
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -> nn.Module:
@@ -826,8 +825,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -
 def read_tensors(path: Path, expected: str) -> dict:
     """The dictionary in a PyTorch file, or the tensors of a TorchScript archive. Runs no code."""
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} {what}; expected {expected}")
+        raise FileNotFoundError(f"{path} is not a file; expected {expected}")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -835,29 +833,29 @@ def read_tensors(path: Path, expected: str) -> dict:
                     raise ValueError(damaged)
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     return read_torchscript(archive)
-        return dict(**torch.load(path, "cpu", weights_only=True))  # refuses all but named values
+        return dict(**torch.load(path, "cpu", weights_only=True))  # refuses keys that are no names
     except Exception as error:  # its kind depends on what the bytes happen to be
         what = f"{path} ({path.stat().st_size} bytes) is cut off, damaged or of another kind"
         raise ValueError(f"{what}; expected {expected}") from error
 
 
 def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
-    """The tensors of a TorchScript archive, by name. No code of the archive runs."""
+    """The tensors of a TorchScript archive, by name, without torch.jit, which is deprecated."""
     file = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-    known = {"HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long}
-    known["_rebuild_tensor_v2"] = lambda x, start, size, step, *_: x.as_strided(size, step, start)
+    allowed = {"HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long}
+    allowed["_rebuild_tensor_v2"] = lambda x, start, size, step, *_: x.as_strided(size, step, start)
 
-    class Module(dict):  # replaces each class of the archive, and holds the tensors inside
+    class Node(dict):  # stands for each module of the archive, and holds the tensors inside
         def __setstate__(self, state: dict):
             for name, value in state.items():
                 if torch.is_tensor(value):
                     self[name] = value
-                elif isinstance(value, Module):  # complete, as pickle builds inner objects first
+                elif isinstance(value, Node):  # complete, as pickle builds inner objects first
                     self.update({f"{name}.{inner}": tensor for inner, tensor in value.items()})
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
-            return known.get(name, Module if module.startswith("__torch__") else lambda *_: None)
+            return allowed.get(name, Node if module.startswith("__torch__") else lambda *_: None)
 
         def persistent_load(self, key: tuple) -> Tensor:
             content = archive.read(f"{file.removesuffix('.pkl')}/{key[2]}")
@@ -866,7 +864,7 @@ def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     return dict(Unpickler(archive.open(file)).load())
 
 
-RENAMED = {  # how a name begins in the authors' checkpoints or in our earlier ones, and here
+RENAMED = {  # the beginnings of names in the authors' and our earlier checkpoints, and here
     "contexts": "prompts",
     "gamma": "trans_decoder.gamma",
     "clip_model.": "clip.",
@@ -897,22 +895,22 @@ def read_checkpoint(path: str | Path) -> dict:
         for name in [name for name in state if name.startswith(old)]:
             state[new + name.removeprefix(old)] = state.pop(name)
     if (positions := state.get("clip.positional_embedding")) is not None:
-        # The authors keep 30 of CLIP's 77 positions, and no text of ours is longer.
-        state["clip.positional_embedding"] = F.pad(positions, (0, 0, 0, 77 - len(positions)))
+        # The authors keep 30 of CLIP's 77 positions. Our texts need 17, so zeros may fill the rest.
+        missing = (0, 0, 0, max(0, 77 - len(positions)))
+        state["clip.positional_embedding"] = F.pad(positions, missing)
     return content | {"model": state}
 
 
 def restore(content: dict, source: object, max_depth: float | None = None) -> CaBins:
-    """Build the network, in eval mode, from what `read_checkpoint` gave for `source`."""
+    """The network of what `read_checkpoint` gave for the file `source`, in eval mode."""
     settings = content.get("config")
     if settings is None:  # a checkpoint of the authors
         if max_depth is None:
-            which = "10 for NYU or 80 for KITTI; in eval.py, --released nyu or --released kitti"
-            raise ValueError(f"{source} is the authors': give max_depth, {which}")
+            raise ValueError(f"{source} is the authors': give max_depth, 10 for NYU, 80 for KITTI")
         settings = {"max_depth": max_depth, "longer_side": 1216 if max_depth > 10 else 640}
     try:
         settings = {k.replace("image_width", "longer_side"): v for k, v in settings.items()}
-        settings.pop("focal", None)  # as longer_side above, of earlier versions
+        settings.pop("focal", None)  # earlier versions had `image_width` and `focal`
         config = Config(**settings)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{source} is of another version of CaBins: {error}") from None
@@ -947,11 +945,12 @@ def open_picture(path: str | Path, what: str = "a picture, such as JPEG or PNG")
 
 def read_picture(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     """The picture as uint8 (H, W, 3), turned upright as its EXIF data say."""
+    source = "the picture"
     if isinstance(picture, (str, Path)):
-        picture = open_picture(picture)
+        source, picture = picture, open_picture(picture)
     if isinstance(picture, Image.Image):
         if picture.mode[0] in "IF":
-            raise ValueError("the picture has more than 8 bits for a pixel's grey: save it with 8")
+            raise ValueError(f"{source} has mode {picture.mode}: save it with 8 bits for a colour")
         picture = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     found = f"{picture.dtype} {picture.shape}" if hasattr(picture, "dtype") else repr(picture)
     if not found.startswith("uint8") or picture.shape[2:] != (3,) or not picture.size:
@@ -962,7 +961,7 @@ def read_picture(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
 def normalize(image: Tensor) -> Tensor:
     """The input of the network from colours (…, 3, H, W) in [0, 1]."""
     statistics = torch.tensor([Config.image_mean, Config.image_std])[..., None, None]
-    mean, std = statistics.to(image.device, non_blocking=True)  # so that a GPU does not stall
+    mean, std = statistics.to(image.device, non_blocking=True)  # the CPU need not wait
     return (image - mean) / std
 
 
@@ -988,7 +987,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 @torch.inference_mode()
 def predict_one(model: CaBins, picture: np.ndarray) -> tuple[Inference, np.ndarray]:
     """`Inference` of a picture (H, W, 3), uint8, and the similarity s (K, h, w)."""
-    image = torch.tensor(picture.copy(), device=next(model.parameters()).device)
+    image = torch.tensor(np.ascontiguousarray(picture), device=next(model.parameters()).device)
     image = to_training_size(image.permute(2, 0, 1)[None] / 255, model.config.longer_side)
     kept = []  # a Prediction does not contain p, which is large, so a hook keeps p here
     hook = model.depth_decoder.register_forward_hook(lambda module, inputs, p: kept.append(p))

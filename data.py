@@ -15,7 +15,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterable
@@ -110,7 +109,7 @@ class DepthDataset(Dataset):
             lines = self.pairs = [("room", i) for i in TOY_ROOMS[part]]
         else:
             if root is None or not Path(root).exists():
-                raise FileNotFoundError(f"data {name!r} needs a folder as --root, not {root}")
+                raise FileNotFoundError(f"data {name!r} needs a --root that exists, not {root}")
             lines = read_list(name, part, split)
             names = [fields[:2] for fields in lines if fields[1] != "None"]
             if not names:
@@ -183,7 +182,7 @@ def read_list(name: str, part: str, split: str | Path | None) -> list[list[str]]
     lines = [line.split() for line in text.splitlines() if line.strip()]
     for line in map(" ".join, lines):
         if ".." in re.split("[ /]", line) or not re.fullmatch(r"\S+ \S+( \d+\.?\d*)?", line):
-            raise ValueError(f"{split}: {line!r} is not 'image depth focal', paths below --root")
+            raise ValueError(f"{split}: {line!r} is not 'image depth [focal]', paths below --root")
     return lines
 
 
@@ -337,7 +336,6 @@ def use_tf32(enabled: bool) -> None:
 
 def leave_process_group(worker: int) -> None:
     os.setpgrp()  # Ctrl-C stays with the run, which needs its workers to finish the step
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which Slurm sends to every process
 
 
 def load(dataset: Dataset, device=None, workers: int | None = None, **options) -> DataLoader:
@@ -412,7 +410,7 @@ def add_device_options(group: argparse._ArgumentGroup) -> None:
 def refuse(args: argparse.Namespace, names: str, why: str) -> None:
     """Raise ValueError if one of these options is given, because it would do nothing."""
     for name in names.split():
-        if getattr(args, name) not in (None, False):
+        if getattr(args, name) not in (None, False):  # which 0 equals
             raise ValueError(f"--{name.replace('_', '-')} {why}")
 
 
@@ -430,6 +428,8 @@ def run_command(main: Callable[[], object]) -> None:
         text = text.strip().split("\n")[0].rstrip(".")
         if re.search("Bus error|shared memory|</torch_", text):
             text += "; in Docker, use --ipc=host or --shm-size=8g"
+        elif "by peer" in text:
+            text = "another process has ended: see its error"
         elif re.search("out of memory|MemoryError|allocate|ALLOC_FAILED|DataLoader worker", text):
             text += "; smaller batches or images, or fewer --workers, may fit in memory"
         elif not isinstance(error, (OSError, ValueError)):

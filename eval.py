@@ -24,7 +24,6 @@ import data
 from data import DepthDataset
 
 Predict = Callable[[Tensor], Tensor | np.ndarray]  # images (B, 3, H, W) -> metres (B, 1, H, W)
-Rows = dict[str, dict[str, float]]  # the metrics of each row, by the row's label
 HEADINGS = {"abs_rel": "AbsRel", "sq_rel": "SqRel", "rmse": "RMSE", "rmse_log": "RMSElog"}
 HEADINGS |= {"log10": "log10", "d1": "d<1.25", "d2": "d<1.25²", "d3": "d<1.25³"}
 COLUMNS = {"nyu": ["abs_rel", "rmse", "log10", "d1", "d2", "d3"]}  # Table 1; Table 2 has all
@@ -35,7 +34,7 @@ QUOTED = {  # "Ours" of Tables 1 and 2
 SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-def format_table(name: str, rows: Rows) -> str:
+def format_table(name: str, rows: dict[str, dict[str, float]]) -> str:
     """The paper's table for data set `name`: its columns, then `rows`, then the paper's own row."""
     columns = COLUMNS.get(name, list(HEADINGS))
     table = [["", *(HEADINGS[c] for c in columns)]]
@@ -47,8 +46,8 @@ def format_table(name: str, rows: Rows) -> str:
 
 
 @torch.no_grad()
-def evaluate_windows(predict: Predict, dataset: DepthDataset, workers=None) -> Rows:
-    """Mean metrics in each of the data set's test windows, from one pass.
+def evaluate_windows(predict: Predict, dataset: DepthDataset, workers=None) -> dict[str, dict]:
+    """Mean metrics in each of the data set's test windows, the paper's first, from one pass.
 
     Ground truth counts where it lies strictly inside the depth range. Predictions are clipped to
     the range. Each metric is computed for each image and averaged over the images.
@@ -75,9 +74,9 @@ def evaluate_windows(predict: Predict, dataset: DepthDataset, workers=None) -> R
     return {w: {k: sum(m[k] for m in f) / len(f) for k in HEADINGS} for w, f in found.items()}
 
 
-def evaluate(predict: Predict, dataset: DepthDataset) -> dict[str, float]:
+def evaluate(predict: Predict, dataset: DepthDataset, workers=None) -> dict[str, float]:
     """Mean metrics in the paper's test window. `predictor` makes `predict` out of a network."""
-    return next(iter(evaluate_windows(predict, dataset).values()))
+    return next(iter(evaluate_windows(predict, dataset, workers).values()))
 
 
 def side_for(model: cabins.CaBins, dataset: DepthDataset) -> int | None:
@@ -226,7 +225,7 @@ def predict_pictures(model: cabins.CaBins, args: argparse.Namespace) -> int:
             start = f"{out}/{new_name(path.stem, taken)}"
             tqdm.write(f"{path}: {write_picture(path, start, model, args)}")
         except (OSError, ValueError) as error:
-            tqdm.write(f"{path} is not complete: {error}", file=sys.stderr)
+            tqdm.write(f"{path} failed: {error}", file=sys.stderr)
             n_failed += 1
     return n_failed
 
@@ -255,11 +254,13 @@ def write_picture(path: Path, start: str, model: cabins.CaBins, args: argparse.N
 def open_network(args: argparse.Namespace) -> tuple[cabins.CaBins, dict]:
     """The network of `args.checkpoint` on its device, and the options of its training, if known."""
     content, path = cabins.read_checkpoint(args.checkpoint), args.checkpoint
-    name = args.released or args.data  # the authors' checkpoints do not say their depth range
+    max_depth, name = None, args.released or args.data
     if "config" in content:
         data.refuse(args, "released", f"is for the authors' checkpoints, and {path} is not theirs")
-        name = None
-    max_depth = data.DATASETS[name].max_depth if name in QUOTED else None
+    elif name in QUOTED:
+        max_depth = data.DATASETS[name].max_depth
+    else:  # the authors' checkpoints do not say their depth range
+        raise ValueError(f"{path} is the authors': give --released nyu or --released kitti")
     model = cabins.restore(content, path, max_depth).to(data.choose_device(args.device))
     print(f"{path}, all of its {len(content['model'])} tensors: {model.config}")
     return model, content["args"] if isinstance(content.get("args"), dict) else {}
@@ -309,7 +310,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", metavar="DIR", help="of figures and pictures; default: beside the checkpoint")
     about = "draw figures, of N samples of a data set; default: 4"
     add("--explain", nargs="?", type=data.positive_int, const=0, metavar="N", help=about)
-    add("--images", nargs="+", metavar="PICTURE", help="files, folders or patterns of your own")
+    add("--images", nargs="+", metavar="PICTURE", help="your files, folders or patterns")
     add("--range", type=data.positive_float, metavar="M", help="colours go from 0 to M metres")
     args = parser.parse_args()
     if args.images:

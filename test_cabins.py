@@ -1695,7 +1695,7 @@ def test_own_pairs_are_trained_and_their_faults_found_first(own_pairs, quick, tm
     assert not (tmp_path / "far").exists()
     assert "none.txt" in own("none.txt", "test.txt", "none").err
     torch.save(content | {"step": 1}, tmp_path / "same" / "last.pt")  # of a run that has not ended
-    assert "other lists" in own("train.txt", "test.txt", "same", "--resume").err  # of test pairs
+    assert "other pairs" in own("train.txt", "test.txt", "same", "--resume").err  # of test pairs
 
 
 # ---- What all scripts share ----------------------------------------------------------------------

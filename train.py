@@ -29,26 +29,26 @@ import eval as evaluation
 
 DEFAULTS = {"data": "toy", "backbone": "RN101", "distance_class": "cabins", "epochs": 25}
 DEFAULTS |= {"batch_size": 8, "lr": 3.57e-5, "seed": 0, "as_released": False, "compile": False}
-DEMO_DEFAULTS = {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # it has no pretrained weights
+DEMO_DEFAULTS = {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # it starts from random weights
 MAX_NORM = 0.1  # NOTE(paper silent): the released code clips gradients at this norm
 LOG_EVERY, PRINT_EVERY = 10, 100  # steps; the last one of an epoch is logged too
 SAVE_EVERY = 600  # seconds; last.pt is also saved after each validation
-FILES = ("last.pt", "best.pt", "log.csv", "metrics.csv")  # what tells that a folder has a run
-MOVABLE = {"root", "train_split", "test_split", "device", "workers", "compile", "resume"}
+FILES = ("last.pt", "best.pt", "log.csv", "metrics.csv")  # a folder with one of these has a run
+MAY_CHANGE = {"root", "train_split", "test_split", "device", "workers", "compile", "resume"}
 stops: list[int] = []  # the signals that this process has received
 
 
 def parameter_groups(model: cabins.CaBins, as_released: bool = False) -> list[dict]:
-    """What the optimizer trains: one group, because all share one rate and one weight decay."""
+    """Freeze or free the token embedding, and return the one group of all that is trained."""
     # NOTE(differs): the released optimizer has the token embedding, but neither p nor γ.
     model.clip.token_embedding.requires_grad_(as_released)
-    never = ("prompts", "trans_decoder.gamma") if as_released else ()
+    left_out = ("prompts", "trans_decoder.gamma") if as_released else ()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return [{"params": [p for name, p in trained.items() if name not in never]}]
+    return [{"params": [p for name, p in trained.items() if name not in left_out]}]
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed of 64 bits from several numbers. A step draws from seeds of (seed, step) alone."""
+    """One seed of 64 bits from several numbers, such as the run's seed and the step's number."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
@@ -60,7 +60,7 @@ def batches(n_pairs: int, batch_size: int, steps: range, seed: int, as_released:
     per_epoch = math.ceil(n_pairs / batch_size) if as_released else n_pairs // batch_size
     for step in steps:
         epoch, batch = divmod(step, per_epoch)
-        epoch_seed = seed_of(seed) // 2 + (0 if as_released else epoch)  # at most 64 bits
+        epoch_seed = seed_of(seed) // 2 + (0 if as_released else epoch)  # 63 bits, and the epoch
         order = torch.randperm(n_pairs, generator=torch.Generator().manual_seed(epoch_seed))
         yield order[batch * batch_size : (batch + 1) * batch_size][rank::n_processes].tolist()
 
@@ -110,7 +110,7 @@ class Learner:
         # NOTE(differs): the released code never clears the gradients of p and γ, and they count in
         # the norm. With --as-released the optimizer does not have them, so they are not cleared.
         self.optimizer.zero_grad()
-        (loss * self.n_processes).backward()  # the gradients of the processes are averaged
+        (loss * self.n_processes).backward()  # DDP averages, but these are parts of a sum
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         self.optimizer.step()
         self.scheduler.step()
@@ -155,9 +155,10 @@ class Run:
         n_pairs = len(self.dataset)
         if n > n_pairs:
             raise ValueError(f"--batch-size {n} is more than the {n_pairs} training pairs")
-        sizes = [n, n_pairs % n] if args.as_released else [n]  # the last batch may be smaller
+        sizes = {n, n_pairs % n or n} if args.as_released else {n}  # the last batch may be smaller
         if any(size % self.n_processes for size in sizes):
-            raise ValueError(f"{self.n_processes} processes cannot share batches of {sizes} pairs")
+            what = f"batches of {sizes} pairs do not divide among {self.n_processes} processes"
+            raise ValueError(f"{what}: choose another --batch-size")
         if self.rank == 0:
             print(f"training on {data.describe(self.dataset)}")
             print(f"testing on {data.describe(self.test_set)}")
@@ -167,7 +168,7 @@ class Run:
     def new_model(self) -> cabins.CaBins:
         """The network at the start of training, with CLIP's weights or those of --init."""
         args, recipe = self.args, self.dataset.recipe
-        torch.manual_seed(args.seed % 2**63)  # torch takes 64 bits
+        torch.manual_seed(args.seed % 2**63)  # torch takes no larger ones
         size = self.dataset.size_to_train or self.test_set[0]["image"].shape[1:]
         seen = {"max_depth": recipe.max_depth, "longer_side": max(size)}
         config = cabins.Config(args.backbone, args.distance_class, **seen)
@@ -190,7 +191,8 @@ class Run:
         claim(self.out)
         found = run_files(self.out)
         if found and not self.args.resume:
-            raise ValueError(f"{found[0]} is another run's: --resume it, or choose another --out")
+            remedy = f"continue it with --resume {self.out}/last.pt, or choose another --out"
+            raise ValueError(f"{found[0]} is another run's: {remedy}")
 
     def restore_progress(self, saved: dict) -> None:
         """Continue the optimizer, the schedule, the best network and the tables of a run."""
@@ -201,7 +203,7 @@ class Run:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} cannot be resumed: {error!r}") from None
         if saved["lists"] != self.lists:
-            raise ValueError(f"{path} was trained with other lists: start a new run with --init")
+            raise ValueError(f"{path} was trained with other pairs: start anew with --init {path}")
         saved.clear()
         if self.rank > 0:
             return
@@ -216,14 +218,13 @@ class Run:
         bins = cabins.chamfer_loss(prediction.centers.detach(), depth, mask).item()
         row = {"epoch": self.step / self.per_epoch, "loss": loss, "bins": bins, "lr": lr}
         text = ", ".join(f"{name} {value:.3g}" for name, value in row.items())
-        if self.rank == 0:
-            data.append_row(self.out / "log.csv", {"step": self.step, **row})
-            if self.step % PRINT_EVERY == 0 and not sys.stderr.isatty():
-                print(f"step {self.step} of {self.n_steps}: {text}", flush=True)
+        data.append_row(self.out / "log.csv", {"step": self.step, **row})
+        if self.step % PRINT_EVERY == 0 and not sys.stderr.isatty():
+            print(f"step {self.step} of {self.n_steps}: {text}", flush=True)
         return text
 
     def save(self, name: str) -> None:
-        """Write last.pt, from which training continues exactly, or best.pt, the network alone."""
+        """Write last.pt, from which training continues exactly, or best.pt, without the optimizer."""
         model = self.learner.model
         content = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
         content |= {"args": vars(self.args), "lists": self.lists}
@@ -238,9 +239,8 @@ class Run:
         data.use_tf32(False)
         model, epoch = self.learner.model, self.step // self.per_epoch
         predict = evaluation.predictor(model, longer_side=evaluation.side_for(model, self.test_set))
-        windows = evaluation.evaluate_windows(predict, self.test_set, self.args.workers)
+        row = evaluation.evaluate(predict, self.test_set, self.args.workers)
         data.use_tf32(True)
-        row = next(iter(windows.values()))  # of the paper's window
         data.append_row(self.out / "metrics.csv", {"step": self.step, "epoch": epoch, **row})
         evaluation.draw_samples(self.out, model, self.test_set, 1)
         metrics = ", ".join(f"{name} {value:.3f}" for name, value in row.items())
@@ -256,8 +256,7 @@ def train(args: argparse.Namespace, saved: dict) -> None:
     learner, is_first = run.learner, run.rank == 0
     if is_first:
         trained = sum(p.numel() for p in learner.optimizer.param_groups[0]["params"])
-        where = f"{run.n_processes} x {run.device}, {args.amp.replace('off', 'fp32')}"
-        print(f"{trained:,} parameters are trained on {where}")
+        print(f"{trained:,} parameters learn on {run.n_processes} x {run.device}, amp {args.amp}")
     data.use_tf32(True)
     learner.model.train()
     steps = range(run.step, run.n_steps)
@@ -278,8 +277,8 @@ def train(args: argparse.Namespace, saved: dict) -> None:
         if is_log or stop:
             loss, norm = result.tolist()
             if not math.isfinite(loss + norm):  # the weights, too, are not finite any more
-                raise ValueError(f"step {run.step} has loss {loss} and gradient norm {norm}")
-        if is_log:
+                raise ValueError(f"step {run.step}: loss {loss}, gradient norm {norm}; lower --lr?")
+        if is_first and is_log:
             bar.set_postfix_str(run.log(prediction, depth, lr, loss))
         if is_first and is_end:
             run.validate()
@@ -303,7 +302,7 @@ def note_stop(number: int, _) -> None:
     stops.append(number)
     if not dist.is_initialized():  # torchrun sends each process the signal once more
         signal.signal(number, signal.SIG_DFL)
-    os.write(2, b"\nstopping when the step is done and saved\n")
+    os.write(2, b"\nstopping after this step, or after the validation\n")
 
 
 def run_files(folder: Path) -> list[Path]:
@@ -351,7 +350,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
     add("--lr", type=data.positive_float, metavar="X", help="default: 3.57e-5; toy: 2e-3")
     add("--seed", type=data.whole_number, metavar="N", help="default: 0")
     add("--as-released", **switch, help="as the released code does: see README's table")
-    add("--out", metavar="DIR", help="default: runs/DATA; toy: also runs/toy_2, runs/toy_3, …")
+    add("--out", type=os.path.normpath, metavar="DIR", help="default: runs/DATA, or runs/toy_2, …")
     add("--resume", nargs="?", const="", metavar="CKPT", help="continue; default: OUT/last.pt")
     args, saved = parser.parse_args(argv), {}
     typed = {name: value for name, value in vars(args).items() if value is not None}
@@ -366,9 +365,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
             raise ValueError(f"{path} is no last.pt of train.py: it cannot be resumed")
         known |= saved["args"] | {"out": str(Path(path).parent)}
         typed["resume"] = path
-        for name in typed.keys() & known.keys() - MOVABLE:
+        for name in typed.keys() & known.keys() - MAY_CHANGE:
             if typed[name] != known[name]:
-                what = f"{path} was trained with another --{name.replace('_', '-')}, {known[name]}"
+                what = f"{path} was trained with --{name.replace('_', '-')} {known[name]}"
                 raise ValueError(f"{what}: start a new run with --init {path}")
     vars(args).update(known | typed)
     is_gpu = data.choose_device(args.device).type == "cuda"
