@@ -273,7 +273,7 @@ def describe(dataset: DepthDataset) -> str:
 def denormalize(image: Tensor) -> Tensor:
     """Normalised images (…, 3, H, W) as colours from 0 to 1."""
     std, mean = (torch.tensor(x)[:, None, None] for x in (Config.image_std, Config.image_mean))
-    return (image * std + mean).clamp(0, 1)
+    return image * std + mean
 
 
 def augment(

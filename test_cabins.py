@@ -1334,7 +1334,7 @@ def test_the_papers_settings_are_the_defaults_and_wrong_ones_are_refused_by_name
     assert dataclasses.astuple(cabins.Config())[:8] == paper
     texts = {"backbone": ["RN102"], "distance_class": ["mode"], "min_depth": [0.0, "1"]}
     # 7 does not divide 256, and CLIP has 77 positions
-    counts = {"n_bins": [1, 256.0], "n_cabins": [7, 0], "n_prompts": [-1, 100], "longer_side": [0]}
+    counts = {"n_bins": [1, 256.0], "n_cabins": [7, 0], "n_prompts": [-1, 61], "longer_side": [0]}
     for field, values in (texts | counts | {"max_depth": [1e-4, "10", math.nan]}).items():
         for value in values:
             with pytest.raises(ValueError, match=f"{field}.*{re.escape(str(value))}"):
@@ -1835,9 +1835,9 @@ WRONG = {
         | good.txt --clip [other.pt] | good.txt --clip [less.pt] | good.txt --clip [noclip.pt]
         | good.txt --clip [evil.pt] | good.txt --clip [script.pt]""",
     "eval.py": """
-        [none.pt] | [a] | [cut.pt] | [bit.pt] | [text.pt] | [args.pt] | [list.pt] | [other.pt]
-        | [numbers.pt] | [newer.pt] | [shapes.pt] | [setting.pt] | [noconfig.pt] | [nan.pt]
-        | [evil.pt] | [script.pt] | [theirs.pt] | [tiny.pt] | theirs.pt --released [moon]""",
+        [none.pt] | [a] | [cut.pt] | [bit.pt] --data toy | [text.pt] | [args.pt] | [list.pt]
+        | [other.pt] | [numbers.pt] | [newer.pt] | [shapes.pt] | [setting.pt] | [noconfig.pt]
+        | [nan.pt] | [evil.pt] | [script.pt] | [theirs.pt] | [tiny.pt] | theirs.pt --released [moon]""",
     "eval.py tiny.pt": """
         [--released] nyu | --data [nyu] | --data [moon] | --data toy [--root] .
         | --data toy [--train-split] good.txt | --data toy --device [cuda] | --data toy --amp [half]
