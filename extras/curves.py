@@ -1,7 +1,7 @@
 """Draw how runs learn: python -m extras.curves RUN …
 
 RUN is a folder of train.py, such as runs/nyu. RUN/curves.png shows the loss of its log.csv, and
-AbsRel and δ < 1.25 of its metrics.csv, over the epochs. A run that still goes on can be drawn, too.
+AbsRel and δ < 1.25 of its metrics.csv, over the epochs. The run may still be going on.
 """
 
 import argparse

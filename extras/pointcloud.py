@@ -4,8 +4,8 @@ Writes NAME.ply for each picture: a coloured point for each pixel, in metres, wi
 down, z ahead and the camera at the origin. This needs plyfile (extras/requirements.txt).
 
 The shape of the cloud depends on the focal length of the camera. It comes from --focal or --fov, or
-from the picture's EXIF data. Without them we take NYU's camera, or KITTI's for its networks. The
-printed line says which it was, and which field of view follows from it.
+from the picture's EXIF data. Without them it is NYU's camera's or, for a network trained on KITTI,
+KITTI's. The printed line says which it was, and which field of view follows from it.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def write_cloud(path: Path, out: Path, model: cabins.CaBins, args: argparse.Name
     line = f"focal length {focal:.1f} pixels, from {source}; {view}"
     if not (LEAST_FOV <= max(width, height) <= GREATEST_FOV or args.any_fov):
         remedy = "--focal is in pixels of the picture, not in millimetres: give --fov, or --any-fov"
-        raise ValueError(f"{line}, where cameras have {LEAST_FOV} to {GREATEST_FOV}; {remedy}")
+        raise ValueError(f"{line}, but nearly all cameras have {LEAST_FOV} to {GREATEST_FOV}; {remedy}")
     write_ply(out, picture, cabins.infer(model, picture).depth, focal)
     return f"{line}; {out}"
 

@@ -1,8 +1,8 @@
 """Measure a network and keep its predictions: python -m extras.predictions CKPT --out DIR
 
 This takes eval.py's options of data and network, and prints what eval.py prints. It also adds the
-rows to DIR/results.csv, and keeps the predictions in DIR/predictions_DATE_TIME/. They are 16-bit
-PNGs in the data set's own scale, as its ground truth is.
+rows to DIR/results.csv, and keeps the predictions in DIR/predictions_DATE_TIME/. They are clipped to
+the range, as they are measured, and written as 16-bit PNGs in the scale of the data set's PNGs.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     name = new_name(time.strftime("predictions_%Y-%m-%d_%H-%M-%S"), {*os.listdir(out)})
     source = {"checkpoint": str(Path(args.checkpoint).resolve()), "predictions": name}
-    source["list"] = f"{args.test_split} ({dataset.checksum:08x})"
+    source["list"] = f"{args.test_split or 'the default'} ({dataset.checksum:08x})"
     (out / name).mkdir()
 
     flip, side = not args.no_flip, side_for(model, dataset)
