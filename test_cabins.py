@@ -1004,6 +1004,8 @@ def test_own_pairs_have_a_scale_a_range_and_one_size(own_pairs):
     with pytest.raises(ValueError, match=r"rgb_small\.jpg .*80, 128.*96, 128"):
         data.DepthDataset("list", root, split, train=True)[1]
     assert data.DepthDataset("list", root, split)[1]["depth"].shape == (1, 80, 128)
+    split.write_text(write_pair(root, "least", 64, 64))  # the smallest that the network takes
+    assert data.DepthDataset("list", root, split)[0]["depth"].shape == (1, 64, 64)
 
 
 def test_images_of_own_lists_are_upright(own_pairs):
@@ -1820,7 +1822,7 @@ WRONG = {
         | [colours].txt | [real].txt | [depth_narrow].txt | [small].txt
         | good.txt [--depth-scale] 0 | good.txt [--max-depth] nan | good.txt [--max-depth] ten""",
     "train.py": """
-        [--epochs] 0 | [--batch-size] -1 | [--batch-size] 1.5 | [--lr] nan | [--lr] x | [--seed] -1
+        [--epochs] 0 | [--batch-size] -1 | [--batch-size] 1.5 | [--lr] inf | [--lr] x | [--seed] -1
         | [--root] . | [--depth-scale] 10 | [--max-depth] -3 | [--workers] -1 --out out
         | --data [moon] | --data [kitti] | --data nyu --root [none] --train-split good.txt
         | --backbone [RN102] | --distance-class [mode] | --amp [fp16] | [--epoch-length] 3

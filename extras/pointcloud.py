@@ -71,7 +71,7 @@ def write_cloud(path: Path, out: Path, model: cabins.CaBins, args: argparse.Name
     line = f"focal length {focal:.1f} pixels, from {source}; {view}"
     if not (LEAST_FOV <= max(width, height) <= GREATEST_FOV or args.any_fov):
         remedy = "--focal is in pixels of the picture, not in millimetres: give --fov, or --any-fov"
-        raise ValueError(f"{line}, but nearly all cameras have {LEAST_FOV} to {GREATEST_FOV}; {remedy}")
+        raise ValueError(f"{line}, but most cameras have {LEAST_FOV} to {GREATEST_FOV}; {remedy}")
     write_ply(out, picture, cabins.infer(model, picture).depth, focal)
     return f"{line}; {out}"
 
