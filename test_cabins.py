@@ -1004,7 +1004,7 @@ def test_own_pairs_have_a_scale_a_range_and_one_size(own_pairs):
     with pytest.raises(ValueError, match=r"rgb_small\.jpg .*80, 128.*96, 128"):
         data.DepthDataset("list", root, split, train=True)[1]
     assert data.DepthDataset("list", root, split)[1]["depth"].shape == (1, 80, 128)
-    split.write_text(write_pair(root, "least", 64, 64))  # the smallest that the network takes
+    split.write_text(write_pair(root / "rooms", "least", 64, 64))  # the smallest that the network takes
     assert data.DepthDataset("list", root, split)[0]["depth"].shape == (1, 64, 64)
 
 
