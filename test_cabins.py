@@ -1004,7 +1004,7 @@ def test_own_pairs_have_a_scale_a_range_and_one_size(own_pairs):
     with pytest.raises(ValueError, match=r"rgb_small\.jpg .*80, 128.*96, 128"):
         data.DepthDataset("list", root, split, train=True)[1]
     assert data.DepthDataset("list", root, split)[1]["depth"].shape == (1, 80, 128)
-    split.write_text(write_pair(root / "rooms", "least", 64, 64))  # the smallest that the network takes
+    split.write_text(write_pair(root / "rooms", "least", 64, 64))  # the smallest
     assert data.DepthDataset("list", root, split)[0]["depth"].shape == (1, 64, 64)
 
 
@@ -1839,7 +1839,8 @@ WRONG = {
     "eval.py": """
         [none.pt] | [a] | [cut.pt] | [bit.pt] --data toy | [text.pt] | [args.pt] | [list.pt]
         | [other.pt] | [numbers.pt] | [newer.pt] | [shapes.pt] | [setting.pt] | [noconfig.pt]
-        | [nan.pt] | [evil.pt] | [script.pt] | [theirs.pt] | [tiny.pt] | theirs.pt --released [moon]""",
+        | [nan.pt] | [evil.pt] | [script.pt] | [theirs.pt] | [tiny.pt]
+        | theirs.pt --released [moon]""",
     "eval.py tiny.pt": """
         [--released] nyu | --data [nyu] | --data [moon] | --data toy [--root] .
         | --data toy [--train-split] good.txt | --data toy --device [cuda] | --data toy --amp [half]
