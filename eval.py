@@ -267,7 +267,7 @@ def open_network(args: argparse.Namespace) -> tuple[cabins.CaBins, dict]:
 
 
 def open_data_set(args: argparse.Namespace, model: cabins.CaBins, saved: dict) -> DepthDataset:
-    """The test set. For the data set of the training, `saved` gives the options that are missing."""
+    """The test set. If it is that of the training, `saved` gives the options that are missing."""
     data.refuse(args, "train_split", "is for training")
     known = saved if args.data in (None, saved.get("data")) else {}
     for option in ("data", "root", "test_split", "depth_scale"):
