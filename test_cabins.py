@@ -1205,8 +1205,9 @@ def test_an_own_list_is_measured_over_the_networks_range(own_pairs, monkeypatch)
         model = cabins.CaBins(dataclasses.replace(TINY, max_depth=float(top)))
         save_network(path, model)
         run_script("eval.py", path, *command, *option)
+    run_script("eval.py", path, "--data", "toy")
     found = [(recipe.max_depth, recipe.depth_scale) for recipe in found]
-    assert found == [(80, 1000), (6, 1000), (6, 500)]
+    assert found == [(80, 1000), (6, 1000), (6, 500), (6, 1000)]
 
 
 def test_the_authors_networks_get_the_range_of_their_data(tiny, few_rooms, tmp_path, monkeypatch):
@@ -1254,11 +1255,13 @@ def test_figures_show_the_network_and_mark_what_they_cut(tmp_path, monkeypatch):
 def test_each_network_has_folders_of_its_own(few_rooms, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (80, 70)).save("a.png")
-    for n, top, unit, scale in ((1, 10.0, "mm", 1000), (2, 80.0, "cm", 100)):  # fits 16 bits
+    data.use_tf32(True)  # which eval.py must undo
+    for n, top, unit, scale in ((1, 10.0, "mm", 1000), (2, 66.0, "cm", 100)):  # fits 16 bits
         model = cabins.CaBins(dataclasses.replace(TINY, max_depth=top))
         save_network(f"{n}.pt", model, args={"data": "toy"})
         assert run_script("eval.py", f"{n}.pt", "--explain", n).status == 0
         assert len([*tmp_path.glob(f"{n}_explained/explained_[01].png")]) == n
+        assert torch.get_float32_matmul_precision() == "highest"
         ran = run_script("eval.py", f"{n}.pt", "--images", "a.png", "none", "--explain")
         assert ran.status == 1 and "none" in ran.err
         files = {path.name for path in tmp_path.glob(f"{n}_pictures/*")}
@@ -1609,7 +1612,11 @@ def test_resuming_refuses_what_would_change_the_run_and_frees_the_checkpoint(who
 @pytest.mark.parametrize("seconds, steps", [(0, [*range(1, 9)]), (train.SAVE_EVERY, [3, 4, 7, 8])])
 def test_last_is_saved_by_time_and_the_best_network_stays(seconds, steps, quick, tmp_path):
     metrics, found = dict.fromkeys(evaluation.HEADINGS, 1.0), iter([0.5, 0.5 + seconds])
-    measure = lambda *_: {"whole": metrics | {"abs_rel": next(found)}, "full": metrics}
+
+    def measure(*_):
+        assert torch.get_float32_matmul_precision() == "highest"  # TF32 is for training alone
+        return {"whole": metrics | {"abs_rel": next(found)}, "full": metrics}
+
     saved, clock = [], mock.Mock(monotonic=itertools.count(0, 250).__next__)  # seconds
     save = lambda state, path: saved.append((path.stem, state["step"], state["best"], path.touch()))
     quick.setattr(evaluation, "evaluate_windows", measure)
@@ -1618,6 +1625,7 @@ def test_last_is_saved_by_time_and_the_best_network_stays(seconds, steps, quick,
     quick.setattr(train, "PRINT_EVERY", 3)
     quick.setattr(train, "time", clock)
     ran = run_train(*EIGHT_STEPS, "--out", tmp_path)
+    assert torch.get_float32_matmul_precision() == "high"
     assert [step for name, step, *_ in saved if name == "last.pt"] == steps
     assert [step for name, step, *_ in saved if name == "best.pt"] == [4]
     assert saved[-1][:3] == ("last.pt", 8, 0.5)

@@ -224,7 +224,7 @@ class Run:
         return text
 
     def save(self, name: str) -> None:
-        """Write last.pt, from which training continues exactly, or best.pt without the optimizer."""
+        """Write last.pt, from which training continues exactly, or best.pt without optimizer."""
         model = self.learner.model
         content = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
         content |= {"args": vars(self.args), "lists": self.lists}
