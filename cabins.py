@@ -105,9 +105,9 @@ class Config:
         check_config(self)
 
 
-# ---- Sec. 3.1 and 3.2.1  Image encoder -----------------------------------------------------------
-# CLIP stands below the network. `CLIP.visual` turns an image into the pyramid [x1, x2, x3, x4],
-# z_bar and z (see `ResNet` and `AttentionPool`). `CLIP.encode_text` turns token ids into t.
+# ---- Sec. 3.2.1  Bins ----------------------------------------------------------------------------
+# The image encoder is CLIP's (Sec. 3.1) and stands below the network. `CLIP.visual` turns an image
+# into the pyramid [x1, x2, x3, x4], z_bar and z. `CLIP.encode_text` turns token ids into t.
 
 
 class AdaptiveBins(nn.Module):
@@ -243,8 +243,8 @@ class TransDecoder(nn.Module):
     def __init__(self, embed_dim: int, width: int = 256, n_heads: int = 4, n_layers: int = 6):
         super().__init__()
         self.text_proj = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width))
-        linear = nn.Linear(embed_dim, width)
-        self.memory_proj = nn.Sequential(nn.LayerNorm(embed_dim), linear, nn.LayerNorm(width))
+        layers = [nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width), nn.LayerNorm(width)]
+        self.memory_proj = nn.Sequential(*layers)
         self.layers = nn.ModuleList(TransDecoderLayer(width, n_heads) for _ in range(n_layers))
         self.out_proj = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, embed_dim))
         for name, parameter in self.named_parameters():
@@ -523,7 +523,7 @@ class Architecture(NamedTuple):
     is_vit: bool = False
 
 
-BACKBONES = {
+BACKBONES = {  # the sizes in the order above
     "RN50": Architecture(1024, (256, 512, 1024, 2048), (3, 4, 6, 3), 64, 7, 512, 12),
     "RN101": Architecture(512, (256, 512, 1024, 2048), (3, 4, 23, 3), 64, 7, 512, 12),
     "ViT-B/16": Architecture(512, (96, 192, 384, 768), (12,), 768, 14, 512, 12, is_vit=True),
@@ -985,7 +985,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def predict_one(model: CaBins, picture: np.ndarray) -> tuple[Inference, np.ndarray]:
+def infer_with_similarity(model: CaBins, picture: np.ndarray) -> tuple[Inference, np.ndarray]:
     """`Inference` of a picture (H, W, 3), uint8, and the similarity s (K, h, w)."""
     image = torch.tensor(np.ascontiguousarray(picture), device=next(model.parameters()).device)
     image = to_training_size(image.permute(2, 0, 1)[None] / 255, model.config.longer_side)
@@ -1004,4 +1004,4 @@ def infer(model: CaBins, picture: str | Path | Image.Image | np.ndarray) -> Infe
 
     The network sees it at the size of its training images. Raises ValueError for anything else.
     """
-    return predict_one(model, read_picture(picture))[0]
+    return infer_with_similarity(model, read_picture(picture))[0]

@@ -149,7 +149,7 @@ def show(axis, title: str, values: np.ndarray, low=0.0, high=1.0, cmap="viridis"
 
 
 def draw_explained(path: str | Path, image: np.ndarray, config, found, s, truth=None) -> None:
-    """Draw what `cabins.predict_one` gives: depth, its spread, the bins, and s of each prompt."""
+    """Draw the depth of an `Inference`, its spread, the bins, and s of each prompt."""
     from matplotlib.figure import Figure
 
     depths = {"prediction": found.depth}
@@ -193,7 +193,7 @@ def draw_samples(out: Path, model: cabins.CaBins, dataset: DepthDataset, n: int)
     for i in torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long().tolist():
         sample = dataset[i]
         picture = (255 * data.denormalize(sample["image"])).round().byte().permute(1, 2, 0).numpy()
-        found, s = cabins.predict_one(model, picture)
+        found, s = cabins.infer_with_similarity(model, picture)
         path, truth = out / f"explained_{i}.png", sample["depth"][0].numpy()
         draw_explained(path, picture, model.config, found, s, truth)
 
@@ -235,7 +235,7 @@ def write_picture(path: Path, start: str, model: cabins.CaBins, args: argparse.N
     from matplotlib.figure import Figure
 
     picture = cabins.read_picture(path)
-    found, s = cabins.predict_one(model, picture)
+    found, s = cabins.infer_with_similarity(model, picture)
     low, high = (0, args.range) if args.range else (found.depth.min(), found.depth.max())
     figure = Figure(figsize=(12, 12))  # `save_figure` cuts its margins off
     shown = show(figure.subplots(), "depth (m)", found.depth, low, high)

@@ -1223,9 +1223,8 @@ def test_the_authors_networks_get_the_range_of_their_data(tiny, few_rooms, tmp_p
 
 def test_figures_show_the_network_and_mark_what_they_cut(tmp_path, monkeypatch):
     model = cabins.CaBins(dataclasses.replace(TINY, distance_class="semantic")).eval()
-    found, s = cabins.predict_one(
-        model, np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
-    )
+    picture = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
+    found, s = cabins.infer_with_similarity(model, picture)
     figures, truth = [], np.full((90, 120), 9.5, np.float32)
     truth[:45] = 0  # no truth
     monkeypatch.setattr(evaluation, "save_figure", lambda path, figure: figures.append(figure))
