@@ -692,6 +692,11 @@ def test_defaults_are_the_papers_and_as_released_starts_from_large_prompts(quick
         autocast = run.learner.autocast
         is_bf16 = autocast._enabled and autocast.fast_dtype == torch.bfloat16
         assert is_bf16 == (amp == "bf16") and run.learner.as_released == (amp == "off")
+    with pytest.MonkeyPatch.context() as patch:  # on a GPU that has bf16
+        patch.setattr(data, "choose_device", lambda _: torch.device("cuda"))
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+        amps = [train.parse_args(options.split())[0].amp for options in ("", "--as-released")]
+    assert amps == ["bf16", "off"]
     found = cabins.Prediction(0, torch.tensor([[1.0, 3.0]]), 0, 0)
     text = run.log(found, torch.full((1, 1, 2, 2), 2.0), 1e-3, 5.0)
     assert text == "epoch 0, loss 5, bins 2, lr 0.001" and len(weights) == 2
@@ -1183,6 +1188,8 @@ def test_own_lists_are_measured_at_the_size_of_training(tmp_path, no_workers, mo
     monkeypatch.setattr(evaluation, "draw_explained", lambda *arguments: drawn.append(arguments))
     evaluation.draw_samples(tmp_path, model, pairs, 1)
     close(drawn[0][3].depth, depth, 1e-5)
+    evaluation.draw_samples(tmp_path, model, MadePairs(*[flat(2)] * 9), 3)
+    assert [path.name for path, *_ in drawn[1:]] == [f"explained_{i}.png" for i in (0, 4, 8)]
     others = [MadePairs(name=name) for name in ("nyu", "kitti", "toy")]
     assert not any(evaluation.side_for(model, pairs) for pairs in others)
 
@@ -1203,9 +1210,9 @@ def test_an_own_list_is_measured_over_the_networks_range(own_pairs, monkeypatch)
     monkeypatch.setattr(evaluation, "measure", lambda _, pairs, __: found.append(pairs.recipe))
     for top, option in ((80, []), (80, ["--max-depth", 6]), (6, ["--depth-scale", 500])):
         model = cabins.CaBins(dataclasses.replace(TINY, max_depth=float(top)))
-        save_network(path, model)
+        save_network(path, model, args={"data": "list", "root": "gone"})
         run_script("eval.py", path, *command, *option)
-    run_script("eval.py", path, "--data", "toy")
+    run_script("eval.py", path, "--data", "toy")  # to which the root of the training is not applied
     found = [(recipe.max_depth, recipe.depth_scale) for recipe in found]
     assert found == [(80, 1000), (6, 1000), (6, 500), (6, 1000)]
 
@@ -1543,6 +1550,7 @@ def same_run(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_has_done_its_step_and_goes_on_exactly(number, whole_run, quick, tmp_path):
     first, second = tmp_path / "a" / "last.pt", tmp_path / "b"
+    quick.setattr(train, "SAVE_EVERY", 600)  # so the stop itself must save
     ran = run_train(*EIGHT_STEPS, "--out", first.parent, stop=(6, number))
     assert ran.status == 128 + number and cabins.read_checkpoint(first)["step"] == 6
     content = torch.load(first, weights_only=True)
@@ -1633,18 +1641,19 @@ def test_last_is_saved_by_time_and_the_best_network_stays(seconds, steps, quick,
 
 def test_a_new_demo_goes_to_the_first_folder_without_a_run(whole_run, quick, tmp_path):
     quick.chdir(tmp_path)
-    demos = [shutil.copytree(whole_run, Path(f"runs/{name}")) for name in ("toy", "toy_2")]
+    names = ("toy", "toy_2", "toy_3")
+    demos = [shutil.copytree(whole_run, Path(f"runs/{name}")) for name in names]
     old = {path: path.read_bytes() for demo in demos for path in demo.glob("*.*")}
     mixed = ["--resume", demos[0] / "last.pt", "--out", demos[1]]
     for options in (["--batch-size", 1000], ["--clip", "none.pt"], ["--resume", "best.pt"], mixed):
         assert run_train(*options).status == 1, options
     ran = run_train("--epochs", 2, "--batch-size", 4, stop=(1, signal.SIGTERM))
-    assert ran.status == 143 and ran.out.count(" runs/toy_3") == 2  # it goes there; how to resume
-    assert run_train("--resume", "runs/toy_3/last.pt").status == 0
-    assert cabins.read_checkpoint("runs/toy_3/last.pt")["step"] == 4
+    assert ran.status == 143 and ran.out.count(" runs/toy_4") == 2  # it goes there; how to resume
+    assert run_train("--resume", "runs/toy_4/last.pt").status == 0
+    assert cabins.read_checkpoint("runs/toy_4/last.pt")["step"] == 4
     ran = run_train("--resume")  # the first demo, which has finished
     assert ran.status == 0 and "finished" in ran.out and "runs/toy/last.pt" in ran.out
-    assert {path: path.read_bytes() for path in old} == old and len(os.listdir("runs")) == 3
+    assert {path: path.read_bytes() for path in old} == old and len(os.listdir("runs")) == 4
 
 
 @pytest.mark.parametrize("name", ["log.csv", "best.pt"])
