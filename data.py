@@ -117,9 +117,9 @@ class DepthDataset(Dataset):
             self.pairs = self.find_pairs(Path(root), names)
         self.n_left_out = len(lines) - len(self.pairs)  # without ground truth
         self.checksum = zlib.crc32(str(lines).encode())  # tells lists apart
-        self.size_to_train = (480, 640) if name == "nyu" else None  # None: of any size
+        self.frame_size = (480, 640) if name == "nyu" else None  # None: of any size
         if name == "list" and train:
-            self.size_to_train = self.read(0)[1].shape
+            self.frame_size = self.read(0)[1].shape
 
     def find_pairs(self, root: Path, names: list[list[str]]) -> list[tuple]:
         """Both files of each pair or, if any is missing, NYU's .mat and the pair's number in it."""
@@ -157,10 +157,10 @@ class DepthDataset(Dataset):
         image, depth, path = self.read(i)
         size = depth.shape
         least = (352, 1216) if self.name == "kitti" else (64, 64)
-        is_small = size[0] < least[0] or size[1] < least[1]
-        must = f"at least {least}" if is_small else self.size_to_train or size
-        if size != must:
-            raise ValueError(f"{path} has {size} rows and columns; all must have {must}")
+        if size[0] < least[0] or size[1] < least[1]:
+            raise ValueError(f"{path} has {size} rows and columns; it must have at least {least}")
+        if size != (self.frame_size or size):
+            raise ValueError(f"{path} has {size} rows and columns; all must have {self.frame_size}")
         top, bottom, left, right = fixed_crop(self.name, *size, self.train)
         image = torch.tensor(image[top:bottom, left:right]).permute(2, 0, 1)  # (3, h, w)
         depth = torch.tensor(depth[top:bottom, left:right])[None]  # (1, h, w)

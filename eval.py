@@ -1,6 +1,6 @@
 """Measure a checkpoint of CaBins as the paper does (Sec. 4.3), and show what it predicts.
 
-python eval.py runs/toy/best.pt                     a row of the paper's table, beside its own
+python eval.py runs/toy/best.pt                     the paper's metrics, above the paper's own row
 python eval.py runs/toy/best.pt --explain 4         figures of bins, prompts and depth
 python eval.py runs/toy/best.pt --images *.jpg      depth of your own pictures
 """
@@ -257,7 +257,7 @@ def open_network(args: argparse.Namespace) -> tuple[cabins.CaBins, dict]:
     max_depth, name = None, args.released or args.data
     if "config" in content:
         data.refuse(args, "released", f"is for the authors' checkpoints, and {path} is not theirs")
-    elif name in QUOTED:
+    elif name in QUOTED:  # nyu or kitti
         max_depth = data.DATASETS[name].max_depth
     else:  # the authors' checkpoints do not say their depth range
         raise ValueError(f"{path} is the authors': give --released nyu or --released kitti")

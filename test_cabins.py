@@ -990,7 +990,7 @@ def test_nyus_test_pairs_come_from_the_mat(tmp_path, monkeypatch):
 def test_own_pairs_have_a_scale_a_range_and_one_size(own_pairs):
     root, split = own_pairs, own_pairs / "train.txt"
     own = data.DepthDataset("list", root, split, True, depth_scale=500, max_depth=4)
-    assert own.size_to_train == (96, 128)
+    assert own.frame_size == (96, 128)
     assert [own[i]["depth"].max() for i in range(4)] == [2, 3, 4, 0]  # 5 m is above the range
     ends = {"max_depth": 2}, {"max_depth": 100}
     shallow, deep = (data.DepthDataset("list", root, split, depth_scale=500, **end) for end in ends)

@@ -169,7 +169,7 @@ class Run:
         """The network at the start of training, with CLIP's weights or those of --init."""
         args, recipe = self.args, self.dataset.recipe
         torch.manual_seed(args.seed % 2**63)  # torch takes no larger ones
-        size = self.dataset.size_to_train or self.test_set[0]["image"].shape[1:]
+        size = self.dataset.frame_size or self.test_set[0]["image"].shape[1:]
         seen = {"max_depth": recipe.max_depth, "longer_side": max(size)}
         config = cabins.Config(args.backbone, args.distance_class, **seen)
         if args.init:
@@ -357,19 +357,19 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]
     for name in {"root", "train_split", "test_split"} & typed.keys():
         typed[name] = os.path.abspath(typed[name])  # for eval.py in another folder
     is_demo = args.data in (None, "toy")
-    known = DEFAULTS | (DEMO_DEFAULTS if is_demo else {"out": f"runs/{args.data}"})
+    options = DEFAULTS | (DEMO_DEFAULTS if is_demo else {"out": f"runs/{args.data}"})
     if args.resume is not None:
-        path = args.resume or f"{args.out or known.get('out', 'runs/toy')}/last.pt"
+        path = args.resume or f"{args.out or options.get('out', 'runs/toy')}/last.pt"
         saved = cabins.read_checkpoint(path)
         if not {"args", "lists", "step", "optimizer", "scheduler"} <= saved.keys():
             raise ValueError(f"{path} is no last.pt of train.py: it cannot be resumed")
-        known |= saved["args"] | {"out": str(Path(path).parent)}
+        options |= saved["args"] | {"out": str(Path(path).parent)}
         typed["resume"] = path
-        for name in typed.keys() & known.keys() - MAY_CHANGE:
-            if typed[name] != known[name]:
-                what = f"{path} was trained with --{name.replace('_', '-')} {known[name]}"
+        for name in typed.keys() & options.keys() - MAY_CHANGE:
+            if typed[name] != options[name]:
+                what = f"{path} was trained with --{name.replace('_', '-')} {options[name]}"
                 raise ValueError(f"{what}: start a new run with --init {path}")
-    vars(args).update(known | typed)
+    vars(args).update(options | typed)
     is_gpu = data.choose_device(args.device).type == "cuda"
     is_bf16 = is_gpu and torch.cuda.is_bf16_supported(False) and not args.as_released
     args.amp = args.amp or ("bf16" if is_bf16 else "off")
