@@ -95,7 +95,7 @@ class Config:
     n_prompts: int = 8  # N
     min_depth: float = 1e-3  # d_min, metres. NOTE(paper silent): The released code has this value.
     max_depth: float = 10.0  # d_max, metres; 80 for KITTI
-    longer_side: int = 640  # longer side of the training images before cropping; 1216 for KITTI
+    longer_side: int = 640  # longer side of the images it is made for, pixels; 1216 for KITTI
     # NOTE(paper silent): Like the released code, we normalise images with the statistics of
     # ImageNet, not with those of CLIP's own training. They are constants, not settings.
     image_mean: ClassVar = (0.485, 0.456, 0.406)  # red, green, blue, in [0, 1]
@@ -345,7 +345,7 @@ class CaBins(nn.Module):
         super().__init__()
         sizes = BACKBONES[config.backbone]
         self.config = config
-        self.integer_digits = len(f"{config.max_depth:.0f}")  # digits before the point
+        self.integer_digits = len(f"{config.max_depth:.0f}")  # those of the largest distance
         self.clip = clip or CLIP(sizes)
         if self.clip.architecture != sizes:
             raise ValueError(f"backbone is {config.backbone}; the given CLIP is another one")
@@ -902,7 +902,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def restore(content: dict, source: object, max_depth: float | None = None) -> CaBins:
-    """The network of what `read_checkpoint` gave for the file `source`, in eval mode."""
+    """The network, in eval mode, of the content that `read_checkpoint` read from `source`."""
     settings = content.get("config")
     if settings is None:  # a checkpoint of the authors
         if max_depth is None:

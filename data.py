@@ -259,10 +259,8 @@ def describe(dataset: DepthDataset) -> str:
     depth = np.concatenate([dataset.read(i)[1].ravel() for i in range(0, n, math.ceil(n / 8))])
     known = depth[depth > 0]
     if not ((known > Config.min_depth) & (known < top)).any():
-        which = (
-            f"{dataset.read(0)[2]} and others, at 1/{recipe.depth_scale:g} m and up to {top:g} m"
-        )
-        raise ValueError(f"{which}, have no depth: wrong --depth-scale or --max-depth?")
+        what = f"{dataset.read(0)[2]} and others have no depth below {top:g} m"
+        raise ValueError(f"{what}: wrong --depth-scale or --max-depth?")
     share, median = len(known) / len(depth), np.median(known)
     odd = "" if 0.05 * top < median < 0.9 * top else "; wrong --depth-scale or --max-depth?"
     line = f"{n} pairs ({dataset.n_left_out} without ground truth left out); {share:.0%} of their "
@@ -376,7 +374,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, least: float, what: str, text: str) -> float:
-    """Read a finite number of at least `least`: an argparse type, once all but `text` is bound."""
+    """Read a finite number of at least `least` from `text`. The argparse types below use this."""
     with contextlib.suppress(ValueError):
         if least <= kind(text) < math.inf:
             return kind(text)
@@ -410,7 +408,7 @@ def add_device_options(group: argparse._ArgumentGroup) -> None:
 def refuse(args: argparse.Namespace, names: str, why: str) -> None:
     """Raise ValueError if one of these options is given, because it would do nothing."""
     for name in names.split():
-        if getattr(args, name) not in (None, False):  # which 0 equals
+        if getattr(args, name) not in (None, False):  # 0, too, counts as not given
             raise ValueError(f"--{name.replace('_', '-')} {why}")
 
 

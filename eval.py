@@ -64,14 +64,17 @@ def evaluate_windows(predict: Predict, dataset: DepthDataset, workers=None) -> d
         for window, (rows, columns) in windows.items():
             d, d_star = depth[..., rows, columns], target[..., rows, columns]
             mask = (d_star > low) & (d_star < high)
-            images = found[window]
+            images = found[window]  # of every window, to keep the paper's first
             if mask.any():
                 metrics = cabins.depth_metrics(d[mask].double(), d_star[mask].double())
                 images.append({name: value.item() for name, value in metrics.items()})
     if not any(found.values()):
         raise ValueError(f"none of the {len(dataset)} images has depth from {low} to {high} m")
-    found = {window: images for window, images in found.items() if images}
-    return {w: {k: sum(m[k] for m in f) / len(f) for k in HEADINGS} for w, f in found.items()}
+    return {
+        window: {name: sum(row[name] for row in images) / len(images) for name in HEADINGS}
+        for window, images in found.items()
+        if images
+    }
 
 
 def evaluate(predict: Predict, dataset: DepthDataset, workers=None) -> dict[str, float]:
@@ -267,7 +270,7 @@ def open_network(args: argparse.Namespace) -> tuple[cabins.CaBins, dict]:
 
 
 def open_data_set(args: argparse.Namespace, model: cabins.CaBins, saved: dict) -> DepthDataset:
-    """The test set. If it is that of the training, `saved` gives the options that are missing."""
+    """The test set. Options that are missing come from `saved`, if that run had the same data."""
     data.refuse(args, "train_split", "is for training")
     known = saved if args.data in (None, saved.get("data")) else {}
     for option in ("data", "root", "test_split", "depth_scale"):
@@ -321,7 +324,7 @@ def parse_args() -> argparse.Namespace:
         data.refuse(args, "range max_depth workers no_flip", "would do nothing with --explain")
     else:
         data.refuse(args, "range", "is for --images")
-        data.refuse(args, "out", "is for --explain and --images; extras.predictions keeps depths")
+        data.refuse(args, "out", "is for --explain and --images; extras.predictions writes depths")
     return args
 
 

@@ -168,7 +168,7 @@ class Run:
     def new_model(self) -> cabins.CaBins:
         """The network at the start of training, with CLIP's weights or those of --init."""
         args, recipe = self.args, self.dataset.recipe
-        torch.manual_seed(args.seed % 2**63)  # torch takes no larger ones
+        torch.manual_seed(args.seed % 2**63)  # torch takes at most 64 bits
         size = self.dataset.frame_size or self.test_set[0]["image"].shape[1:]
         seen = {"max_depth": recipe.max_depth, "longer_side": max(size)}
         config = cabins.Config(args.backbone, args.distance_class, **seen)
