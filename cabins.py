@@ -2,71 +2,75 @@
 
 How far away is each pixel of one photograph? CaBins predicts 256 depth bins for the image from
 CLIP's image embedding (Eq. 1) and condenses them to eight distances, the CaBins (Eq. 2). Each
-distance is written into a text prompt, as a number, and CLIP's frozen text encoder encodes it. The
-text embeddings attend to the image (Eq. 3) and are compared with every location in it (Eq. 4). A
-decoder turns these similarities and the image features into a probability over the bins at each
-pixel. Depth is the expected bin centre (Eq. 5).
+distance is written as a number into a text prompt, which CLIP's frozen text encoder turns into an
+embedding. The text embeddings attend to the image (Eq. 3) and are compared with every location in
+the image (Eq. 4). A decoder turns these similarities and the image features into a probability over
+the bins at each pixel. Depth is the expected bin centre (Eq. 5).
 
-Read downwards, with the paper beside it. The method comes first, in the paper's order. CLIP
-follows, with the paper's changes to it. Loading and checkpoints come last.
+Read this file downwards, with the paper beside it. The method comes first, in the paper's order.
+CLIP follows, with the paper's changes to it. Loading and checkpoints come last.
 
-What the equations do not say:
+What the equations do not say (docs/findings.md has the evidence):
 
-- The text does not train the bins. A distance becomes digits, digits become token ids, and no
-  gradient passes through a look-up. The bins learn from Eq. 6, through Eq. 5, and from Eq. 7.
-- No loss gives the similarity s a meaning. The decoder receives s as 8 of its 2,056 channels. The
-  others are x4, from which z is computed.
-- TransDecoder hardly learns. Its gradient passes through γ, which starts at 1e-4, and is far below
-  the ε of Adam. For such a gradient, Adam takes almost no step. In the demo, γ itself learns.
-- Eq. 2 depends on the unit of depth. In metres, e_k is almost the bin centre nearest to the mean of
-  its group. In centimetres, e_k would be almost that mean.
+- The text does not train the MLP that predicts the bins. A distance becomes digits, digits become
+  token ids, and no gradient passes through a look-up. The MLP learns from the bin centres alone:
+  through the depth (Eq. 5 and 6) and from the loss of the bins (Eq. 7).
+- No loss supervises the similarity s. The decoder receives s as 8 of the 2,056 channels of its
+  first convolution. The other 2,048 are x4, from which z, and so s, is computed.
+- γ decides whether Eq. 3 does anything. γ starts at 1e-4, where Eq. 3 is nearly the identity and
+  the gradient of TransDecoder is far below Adam's ε. The layers hardly move until γ has grown.
+- The released code trains neither γ nor the prompts. There, Eq. 3 stays nearly the identity, and
+  the prompts stay the random vectors that they were at the start. We train both.
+- Eq. 2 depends on the unit of depth and on how far apart the centres are. In metres, e_k is almost
+  the bin centre nearest to the mean of its group, more sharply over 10 m than over 80 m.
 
-Sizes are for one image of 416 x 544 pixels and RN101. A batch adds an axis B in front, but not to
-the prompts and γ, which all images share.
+The letters that count something, with their values for RN101 and one training image of NYU:
 
-    code       paper    size             what                                             section
-    image      I        3 x 416 x 544    colours, normalised; H x W pixels
-    x1         x_1      256 x 104 x 136  features of the image encoder at strides 4, 8,   3.2.1
-    x2         x_2      512 x 52 x 68    16 and 32; `pyramid` is the list of all four
-    x3         x_3      1024 x 26 x 34
-    x4         x_4      2048 x 13 x 17
-    z_bar      z̄        512              CLIP's image embedding; its width is D           3.2.1
-    z          z        512 x 13 x 17    image embedding of each location; h x w          3.2.1
-    b          b′, b    256              bin widths, before and after normalisation       3.2.1
-    c          c(b)     256              bin centres, metres; n_bins of them              3.2.1
-    m          m_k      8                mean of each group of n_g = 32 centres, metres   3.2.2
-    w          w_i      8 x 32           weights inside each group (only in Eq. 2)        3.2.2
-    e          e_k      8                CaBins, metres; K = n_cabins of them             3.2.2
-    prompts    p        8 x 512          N = n_prompts learnable tokens                   3.2.3
-    ids        -        8 x 9            token ids of L texts, T for each                 3.2.3
-    t          t        8 x 512          text embeddings                                  3.2.3
-    v_post     v_post   8 x 512          what the image adds to the text embeddings       3.2.3
-    gamma      γ        512              scale of v_post                                  3.2.3
-    s          s        8 x 13 x 17      cosine similarity of z and t                     3.2.4
-    p          p        256 x 208 x 272  probability of each bin, at H/2 x W/2            3.2.4
-    d          d        1 x 208 x 272    depth, metres; resized to H x W at the end       3.2.4
-    target     d*       1 x 416 x 544    true depth, metres                               3.3
-    mask       -        1 x 416 x 544    which pixels have a true depth                   3.3
-    g          g_i      1 x 416 x 544    log d - log d*                                   3.3
-    X          X        226,304          the true depths of an image                      3.3
+    B       images in a batch
+    H, W    rows and columns of an image: 416 x 544
+    h, w    rows and columns of x4 and of z: H/32 x W/32, or 13 x 17
+    D       width of CLIP's joint embedding: 512 (1024 for RN50)
+    n_bins  bins: 256
+    K       distances, and texts of an image: 8; `n_cabins` in the code
+    n_g     bins in each of the K groups: 32
+    N       learnable prompt vectors: 8; `n_prompts` in the code
+    L, T    texts that are encoded together: BK; token ids of one text: 9
 
-The public API says centers, cabins, similarity and depth for c, e, s and d. The paper writes p for
-the prompts and for the probability. The text encoder is frozen, and everything else is trained.
+The paper's symbols. A batch adds an axis B in front, but not to the prompts and γ.
 
-NOTE(differs): the paper, the released code (github.com/EunjinSon1/CaBins at 4e9c9a0) and this code
-do not all agree. NOTE(paper silent): the paper leaves a choice open. README's ledger lists both.
+    code         paper      size          what                                           section
+    x1 … x4      x_1 … x_4  C x H/4 … h   features at strides 4 to 32; x4: C = 2048      3.2.1
+    z_bar, z     z̄, z       D, D x h x w  embedding of the image, and of each location   3.2.1
+    b_prime, b   b′, b      n_bins        bin widths, before and after normalisation     3.2.1
+    c            c(b)       n_bins        bin centres, metres                            3.2.1
+    min_depth, … d_min, …   -             depth range, d_min to d_max: 1e-3 to 10 m      3.2.1
+    m, w         m_k, w_i   K, K x n_g    means of the groups, and weights inside them   3.2.2
+    e            e_k        K             distances (the CaBins), metres                 3.2.2
+    1e-4         ε          -             keeps Eq. 2 from dividing by 0                 3.2.2
+    prompts      p          N x 512       learnable vectors in every text                3.2.3
+    ids          -          L x T         token ids of the texts                         3.2.3
+    t            t          K x D         text embeddings                                3.2.3
+    gamma, …     γ, v_post  D, K x D      what the image adds to t is γ v_post           3.2.3
+    s            s          K x h x w     cosine similarity of z and t                   3.2.4
+    p            p          n_bins x …    probability of each bin, at H/2 x W/2          3.2.4
+    d            d          1 x …         depth, metres, at H/2 x W/2, then at H x W     3.2.4
+    target, X    d*, X      1 x H x W     true depth, metres; X: as a set                3.3
+    g            g_i        1 x H x W     log d - log d*                                 3.3
+    LAMBDA, …    λ, α, β    -             constants of Eq. 6 and 8: 0.85, 10 and 0.1     3.3
+
+The paper writes p twice, for the prompts and for the probability. `NOTE(differs)` marks a place
+where the paper, the released code (github.com/EunjinSon1/CaBins at 4e9c9a0) and this code disagree.
+`NOTE(paper silent)` marks a choice that the paper leaves open. Both kinds stand in README's table,
+"Paper, released code, and here".
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import io
 import math
 import pickle
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -78,36 +82,100 @@ from torch import Tensor, nn
 
 from clip_tokenizer import EOT, number_tokens, tokenize
 
+
 # ---- Configuration -------------------------------------------------------------------------------
-DISTANCE_CLASSES = ("cabins", "median", "mean", "semantic")  # rows of Table 3; "Ours" is "cabins"
-SEMANTIC_BINS = ["giant", "extremely close", "close", "not in distance", "a little remote"]
-SEMANTIC_BINS += ["far", "farthest", "unseen"]  # the phrases of Sec. 4.6
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of a network. A checkpoint holds them. A wrong one raises ValueError."""
+    """The settings of a network, which its checkpoints hold. Raises InputError for a wrong one."""
 
     backbone: str = "RN101"  # a key of BACKBONES
-    distance_class: str = "cabins"
+    distance_class: str = "cabins"  # a row of TABLE_3
     n_bins: int = 256
     n_cabins: int = 8  # K
     n_prompts: int = 8  # N
-    min_depth: float = 1e-3  # d_min, metres. NOTE(paper silent): The released code has this value.
+    min_depth: float = 1e-3  # d_min, metres. NOTE(paper silent): the released code's value
     max_depth: float = 10.0  # d_max, metres; 80 for KITTI
-    longer_side: int = 640  # longer side of the images it is made for, pixels; 1216 for KITTI
+    longer_side: int = 640  # longer side of the training frames, pixels; 1216 for KITTI
     # NOTE(paper silent): Like the released code, we normalise images with the statistics of
     # ImageNet, not with those of CLIP's own training. They are constants, not settings.
     image_mean: ClassVar = (0.485, 0.456, 0.406)  # red, green, blue, in [0, 1]
     image_std: ClassVar = (0.229, 0.224, 0.225)
 
     def __post_init__(self):
-        check_config(self)
+        for field in dataclasses.fields(self):  # NumPy's scalars become Python's
+            kind = type(field.default)
+            object.__setattr__(self, field.name, kind(getattr(self, field.name)))
+        if self.backbone not in BACKBONES or self.distance_class not in TABLE_3:
+            found = f"{self.backbone!r} and {self.distance_class!r}"
+            raise InputError(f"{found}: choose one of {[*BACKBONES]} and one of {TABLE_3}")
+        if self.n_cabins < 1 or self.n_bins % self.n_cabins:
+            raise InputError(f"n_cabins is {self.n_cabins}; it must divide n_bins, {self.n_bins}")
+        if not 0 < self.min_depth < self.max_depth < math.inf:
+            raise InputError(f"no depth lies between {self.min_depth} and {self.max_depth} m")
+
+
+# ---- Sec. 3.1 and 3.2.1  The last layer of the image encoder -------------------------------------
+# CLIP's ResNet, which stands below the metrics, turns an image into the features x1, x2, x3 and x4.
+# Its last layer, the attention pool, turns x4 into the embeddings z_bar and z.
+
+
+def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, n_heads: int, is_causal=False) -> Tensor:
+    """Attention of queries (B, Tq, C) to keys and values (B, Tk, C): (B, Tq, C)."""
+    q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, n, T, C/n)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    return out.transpose(1, 2).flatten(2)  # (B, Tq, C)
+
+
+def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
+    """Resize the positional embeddings of a global token and a square grid to (1 + hw, C).
+
+    NOTE(paper silent): Interpolates without aligned corners, as the released code does. The
+    decoder's `resize` aligns them.
+    """
+    side = math.isqrt(len(positions) - 1)
+    grid = positions[1:].T.unflatten(1, (side, side))[None]  # (1, C, side, side)
+    grid = F.interpolate(grid, size=(h, w), mode="bilinear")  # (1, C, h, w)
+    return torch.cat([positions[:1], grid[0].flatten(1).T])  # (1 + hw, C)
+
+
+class AttentionPool(nn.Module):
+    """CLIP's MHA module: z_bar (B, D) and z (B, D, h, w) from x4 (B, C, h, w).
+
+    In CLIP, the global token x̄ (the mean of x4) is the only query. In Sec. 3.2.1 every token is a
+    query, so each location gets an embedding. The output of a query depends on the keys and values
+    only, so z_bar is the same as with x̄ as the only query.
+    """
+
+    def __init__(self, channels: int, embed_dim: int, grid: int):
+        super().__init__()
+        self.n_heads = channels // 64
+        self.positional_embedding = nn.Parameter(torch.randn(grid**2 + 1, channels) / channels**0.5)
+        self.q_proj = nn.Linear(channels, channels)
+        self.k_proj = nn.Linear(channels, channels)
+        self.v_proj = nn.Linear(channels, channels)
+        self.c_proj = nn.Linear(channels, embed_dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h, w = x.shape[-2:]
+        x = x.flatten(2).mT  # (B, hw, C)
+        x = torch.cat([x.mean(1, keepdim=True), x], dim=1)  # [x̄, x]: (B, 1 + hw, C)
+        x = x + resize_positions(self.positional_embedding, h, w)
+        # CLIP:  z̄ = MHA(q = x̄, kv = [x̄, x]).   Here:  [z̄, z] = MHA(q = kv = [x̄, x])
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        out = self.c_proj(multi_head_attention(q, k, v, self.n_heads))  # [z̄, z]: (B, 1 + hw, D)
+        return out[:, 0], out[:, 1:].mT.unflatten(2, (h, w))  # (B, D), (B, D, h, w)
 
 
 # ---- Sec. 3.2.1  Bins ----------------------------------------------------------------------------
-# The image encoder is CLIP's (Sec. 3.1) and stands below the network. `CLIP.visual` turns an image
-# into the pyramid [x1, x2, x3, x4], z_bar and z. `CLIP.encode_text` turns token ids into t.
+def bin_centers(b: Tensor, min_depth: float, max_depth: float) -> Tensor:
+    """Centres (B, n_bins) of adjacent bins that fill the range from d_min to d_max, in metres.
+
+    The widths b (B, n_bins) are shares of this range and sum to 1. Fixed bins would spend centres
+    on depths that an image does not contain. Predicted bins can be narrow where its depths are. A
+    bin that grows moves every other centre, because all widths are divided by their sum.
+    """
+    # Eq. 1:  c(b_i) = d_min + (d_max - d_min) (b_i / 2 + Σ_{j<i} b_j)
+    return min_depth + (max_depth - min_depth) * (b.cumsum(1) - b / 2)  # cumsum includes b_i
 
 
 class AdaptiveBins(nn.Module):
@@ -120,28 +188,25 @@ class AdaptiveBins(nn.Module):
 
     def __init__(self, embed_dim: int, n_bins: int):
         super().__init__()
-        layers = [nn.Linear(embed_dim, 512), nn.LeakyReLU(), nn.Linear(512, 256), nn.LeakyReLU()]
-        self.mlp = nn.Sequential(*layers, nn.Linear(256, n_bins))
+        self.mlp = nn.Sequential(
+            nn.Linear(embed_dim, 512),
+            nn.LeakyReLU(),
+            nn.Linear(512, 256),
+            nn.LeakyReLU(),
+            nn.Linear(256, n_bins),
+        )
 
     def forward(self, z_bar: Tensor) -> Tensor:
         # Bins are computed in float32, because bfloat16 has steps of 6 cm near 10 m.
-        b = F.relu(self.mlp(z_bar).float()) + 0.1  # b′: (B, n_bins)
-        return b / b.sum(1, keepdim=True)
-
-
-def bin_centers(widths: Tensor, min_depth: float, max_depth: float) -> Tensor:
-    """Centres (B, n_bins) of adjacent bins that fill the range from d_min to d_max, in metres.
-
-    The widths b (B, n_bins) are shares of this range and sum to 1. Fixed bins would spend centres
-    on depths that an image does not contain. Predicted bins can be narrow where its depths are.
-    """
-    b = widths
-    # Eq. 1:  c(b_i) = d_min + (d_max - d_min) (b_i / 2 + Σ_{j<i} b_j)
-    return min_depth + (max_depth - min_depth) * (b.cumsum(1) - b / 2)  # cumsum includes b_i
+        b_prime = F.relu(self.mlp(z_bar).float()) + 0.1  # b′: (B, n_bins)
+        return b_prime / b_prime.sum(1, keepdim=True)
 
 
 # ---- Sec. 3.2.2  CaBins --------------------------------------------------------------------------
-def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Tensor:
+TABLE_3 = ("cabins", "median", "mean", "semantic")  # its rows; "Ours" is "cabins"
+
+
+def distance_classes(centers: Tensor, n_cabins: int, kind: str = "cabins") -> Tensor:
     """Condense the bin centres (B, n_bins) to K distances (B, K), in metres (Figure 3, Eq. 2).
 
         bin centres      c_1 … c_32    c_33 … c_64    …    c_225 … c_256    n_bins = 256
@@ -151,27 +216,28 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
     e_k is a weighted mean of group k. The nearer a centre is to m_k, the more it weighs. Without
     groups, the text encoder would have to encode 256 texts for each image.
 
-    The weights depend on the unit of depth, because 1 / |c - m| has a unit. We measured this with
-    256 random widths over 10 m (uniform on [0.1, 1.1], then normalised). In metres, the largest
-    weight in a group is 0.99 on average, and e_k lies 0.4 mm from the centre nearest to m_k. In
-    centimetres, the largest weight is 0.22, and e_k lies 0.6 mm from m_k itself.
+    The weights depend on the unit of depth, because 1 / |c - m| has a unit, and on how far apart
+    the centres are. We measured this for 256 random widths (uniform on [0.1, 1.1], normalised).
+    Over 10 m, e_k lies 0.4 mm from the centre nearest to m_k, and over 80 m 24 mm. Over 10 m in
+    centimetres, e_k lies 0.6 mm from m_k itself. With equal widths, the two middle centres tie, and
+    e_k is m_k in any unit.
 
-    `kind` is a row of Table 3. "median" and "mean" replace Eq. 2. "semantic" encodes phrases, and
-    the distances of Eq. 2 are then only reported.
-    NOTE(paper silent): The paper does not say which median. We take the lower of the two middle
-    centres, so e_k is one of the bin centres.
+    `kind` is a row of Table 3. "median" and "mean" replace Eq. 2. With "semantic" the texts are
+    phrases, and the distances of Eq. 2 are only reported.
+    NOTE(paper silent): The paper does not say which median. For an even group we take the lower
+    median, so e_k is always one of the bin centres.
     """
-    c = centers.unflatten(1, (n_groups, -1))  # (B, K, n_g)
-    m = c.mean(2, keepdim=True)  # (B, K, 1)
+    groups = centers.unflatten(1, (n_cabins, -1))  # (B, K, n_g)
+    m = groups.mean(2, keepdim=True)  # (B, K, 1)
     if kind == "mean":
         return m.squeeze(2)
     if kind == "median":
-        return c.median(2).values
-    if kind not in ("cabins", "semantic"):
-        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(DISTANCE_CLASSES)}")
+        return groups.median(2).values
+    if kind not in TABLE_3:
+        raise InputError(f"kind is {kind!r}; it must be one of {', '.join(TABLE_3)}")
     # Eq. 2:  e_k = Σ_i w_i c_k(b_i),   w_i = softmax(1 / (|c_k(b_i) - m_k| + ε)),   ε = 1e-4
-    w = torch.softmax(1 / ((c - m).abs() + 1e-4), dim=2)  # (B, K, n_g)
-    return (w * c).sum(2)  # (B, K)
+    w = torch.softmax(1 / ((groups - m).abs() + 1e-4), dim=2)  # (B, K, n_g)
+    return (w * groups).sum(2)  # (B, K)
 
 
 # ---- Sec. 3.2.3  Text encoder --------------------------------------------------------------------
@@ -180,19 +246,24 @@ def distance_classes(centers: Tensor, n_groups: int, kind: str = "cabins") -> Te
 #
 #     [SOT]  p1  p2  p3  p4  p5  p6  p7  p8  "2"  "."  "4"  "9"  "8"  [EOT]
 #
-# Close distances need not have close texts: "2.9999" and "3.0" share only the point. With random
-# weights (RN101), t turns by 0.1 rad when e_k changes by 0.1 mm, and also when e_k changes by 1 m.
+# Close distances need not have similar texts: "2.9999" and "3.0" share only the point.
+SEMANTIC_BINS = [  # the phrases of Sec. 4.6, in place of the numbers
+    "giant",
+    "extremely close",
+    "close",
+    "not in distance",
+    "a little remote",
+    "far",
+    "farthest",
+    "unseen",
+]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, is_causal: bool = False) -> Tensor:
-    """Multi-head attention of queries (B, Tq, C) to keys and values (B, Tk, C): (B, Tq, C)."""
-    q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, n, T, C/n)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-    return out.transpose(1, 2).flatten(2)  # (B, Tq, C)
+class TransDecoderAttention(nn.Module):
+    """DenseCLIP's attention of x (B, Tq, C) to the memory (B, Tk, C): (B, Tq, C).
 
-
-class Attention(nn.Module):
-    """DenseCLIP's attention: the projections to queries, keys and values have no bias."""
+    Unlike in CLIP, the projections to queries, keys and values have no bias.
+    """
 
     def __init__(self, width: int, n_heads: int, dropout: float):
         super().__init__()
@@ -205,21 +276,29 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(memory), self.v_proj(memory)
-        return self.dropout(self.proj(attend(q, k, v, self.n_heads)))
+        return self.dropout(self.proj(multi_head_attention(q, k, v, self.n_heads)))
 
 
 class TransDecoderLayer(nn.Module):
-    """Self-attention among the K texts, cross-attention from the texts to the image, and an MLP."""
+    """A pre-norm layer, from x (B, K, C) and the memory (B, 1 + hw, C) to (B, K, C).
+
+    Self-attention among the K texts comes first. Cross-attention from the texts to the image and an
+    MLP follow.
+    """
 
     def __init__(self, width: int, n_heads: int, dropout: float = 0.1):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.self_attn = Attention(width, n_heads, dropout)
+        self.self_attn = TransDecoderAttention(width, n_heads, dropout)
         self.norm2 = nn.LayerNorm(width)
-        self.cross_attn = Attention(width, n_heads, dropout)
+        self.cross_attn = TransDecoderAttention(width, n_heads, dropout)
         self.norm3 = nn.LayerNorm(width)
-        mlp = [nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout)]
-        self.mlp = nn.Sequential(*mlp, nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(4 * width, width),
+        )
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
@@ -230,21 +309,23 @@ class TransDecoderLayer(nn.Module):
 
 
 class TransDecoder(nn.Module):
-    """Update the text embeddings t (B, K, D) with the image, z_bar (B, D) and z (B, D, h, w).
+    """Update the text embeddings t (B, K, D) by attention to the image: z_bar (B, D) and z.
 
     The same distance looks different in two rooms. Eq. 3 adapts its text embedding to the room.
-    γ starts so small that Eq. 3 is almost the identity. So training starts from CLIP's own text
-    embeddings. The price is that the layers hardly learn, because γ also scales their gradient.
+    γ starts so small that Eq. 3 is nearly the identity, so training starts from CLIP's own text
+    embeddings. γ also scales the gradient of the layers. The layers hardly move until γ has grown.
 
-    NOTE(paper silent): The paper does not give the layers. Like the released code, we take the
-    sizes and the initialisation of DenseCLIP.
+    NOTE(paper silent): The paper does not give the layers. The sizes and the initialisation are
+    DenseCLIP's, as in the released code.
+    NOTE(differs): The released optimizer has neither γ nor the prompts. There, γ stays 1e-4.
     """
 
-    def __init__(self, embed_dim: int, width: int = 256, n_heads: int = 4, n_layers: int = 6):
+    def __init__(self, embed_dim: int, width: int, n_layers: int, n_heads: int = 4):
         super().__init__()
         self.text_proj = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width))
-        layers = [nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width), nn.LayerNorm(width)]
-        self.memory_proj = nn.Sequential(*layers)
+        self.memory_proj = nn.Sequential(
+            nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width), nn.LayerNorm(width)
+        )
         self.layers = nn.ModuleList(TransDecoderLayer(width, n_heads) for _ in range(n_layers))
         self.out_proj = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, embed_dim))
         for name, parameter in self.named_parameters():
@@ -269,8 +350,8 @@ class TransDecoder(nn.Module):
 def cosine_similarity(z: Tensor, t: Tensor) -> Tensor:
     """Cosine of each location z (B, D, h, w) and each text t (B, K, D): s (B, K, h, w).
 
-    Without normalisation, the lengths of z and t would count beside their directions. CLIP also
-    multiplies its cosines by a learned factor, exp(`logit_scale`). Eq. 4 does not.
+    Without normalisation, the lengths of z and t would count beside their directions. CLIP
+    multiplies its cosines by a learned factor, exp(`logit_scale`). Eq. 4 has no such factor.
     """
     # Eq. 4:  s = ẑ · t̂,   where ẑ and t̂ are z and t of length 1
     return torch.einsum("bdhw,bkd->bkhw", F.normalize(z, dim=1), F.normalize(t, dim=2))
@@ -285,37 +366,38 @@ class DepthDecoder(nn.Module):
     """Probability p (B, n_bins, H/2, W/2) over the bins, from the pyramid and s (B, K, h, w).
 
     NOTE(paper silent): The convolutions and their channels are the released code's. `fuse` is a
-    1 x 1 convolution with a padding of 1, so x4 grows by one location on each side. The resize with
-    aligned corners then puts the first row of x4 at row 1.8 of x3, not at row 0. At the border, the
-    padding moves x4 inwards by 29 image pixels. We keep it for the authors' checkpoints.
-    NOTE(differs): `features` has n_bins channels in the paper and here, 256 in the released code.
+    1 x 1 convolution that pads x4 by one location on each side. This shifts x4 by 28 to 31 image
+    pixels against the skip connections near the border. We keep the padding, so that the authors'
+    checkpoints give the same depth.
+    NOTE(differs): `head` has n_bins channels in the paper and here, 256 in the released code.
     """
 
     def __init__(self, channels: tuple[int, ...], n_cabins: int, n_bins: int):
         super().__init__()
-        *skips, n = channels  # those of x1, x2 and x3, and of x4
-        self.fuse = nn.Conv2d(n + n_cabins, n, 1, padding=1)
+        *skips, width = channels  # of x1, x2 and x3, and of x4
+        self.fuse = nn.Conv2d(width + n_cabins, width, 1, padding=1)
         self.up = nn.ModuleList()
         for skip in reversed(skips):  # x3, x2, x1
             layers = []
-            for inputs in (n + skip, n // 2):
-                layers += [nn.Conv2d(inputs, n // 2, 3, padding=1), nn.BatchNorm2d(n // 2)]
-                layers += [nn.LeakyReLU(inplace=True)]
+            for inputs in (width + skip, width // 2):
+                layers.append(nn.Conv2d(inputs, width // 2, 3, padding=1))
+                layers.append(nn.BatchNorm2d(width // 2))
+                layers.append(nn.LeakyReLU(inplace=True))
             self.up.append(nn.Sequential(*layers))
-            n = n // 2
+            width = width // 2
         # Nothing stands between these two, so together they are one linear 3 x 3 convolution.
-        self.features = nn.Conv2d(n, n_bins, 3, padding=1)
-        self.logits = nn.Conv2d(n_bins, n_bins, 1)
+        self.head = nn.Conv2d(width, n_bins, 3, padding=1)
+        self.classifier = nn.Conv2d(n_bins, n_bins, 1)
 
     def forward(self, pyramid: list[Tensor], s: Tensor) -> Tensor:
         *skips, x4 = pyramid
-        s = resize(s, x4.shape[-2:])  # brings ViT's s from stride 16 to 32; a no-op for the ResNets
+        s = resize(s, x4.shape[-2:])  # ViT: from stride 16 to 32; a no-op for the ResNets
         x = self.fuse(torch.cat([x4, s], dim=1))  # (B, C_4, h + 2, w + 2), C_4 channels as in x4
         for up, skip in zip(self.up, reversed(skips)):
-            x = resize(x, skip.shape[-2:]).to(skip.dtype)
+            x = resize(x, skip.shape[-2:]).to(skip.dtype)  # CUDA's autocast resizes in float32
             x = up(torch.cat([x, skip], dim=1))  # half the channels, at the size of the skip
         x = resize(x, (2 * x.shape[-2], 2 * x.shape[-1]))  # (B, C_4 / 8, H/2, W/2)
-        logits = self.logits(self.features(x)).movedim(1, -1)  # (B, H/2, W/2, n_bins)
+        logits = self.classifier(self.head(x)).movedim(1, -1)  # (B, H/2, W/2, n_bins)
         return logits.softmax(-1, torch.float32).movedim(-1, 1)  # (B, n_bins, H/2, W/2)
 
 
@@ -334,8 +416,9 @@ class Prediction(NamedTuple):
 
     depth: Tensor  # d (B, 1, H, W), metres
     centers: Tensor  # c (B, n_bins), metres, increasing
-    cabins: Tensor  # e (B, K), metres
+    distances: Tensor  # e (B, K), metres
     similarity: Tensor  # s (B, K, h, w), from -1 to 1
+    probability: Tensor  # p (B, n_bins, H/2, W/2)
 
 
 class CaBins(nn.Module):
@@ -343,30 +426,32 @@ class CaBins(nn.Module):
 
     def __init__(self, config: Config, clip: CLIP | None = None):
         super().__init__()
-        sizes = BACKBONES[config.backbone]
+        architecture = BACKBONES[config.backbone]
+        embed_dim, channels = architecture.embed_dim, architecture.channels
         self.config = config
-        self.integer_digits = len(f"{config.max_depth:.0f}")  # those of the largest distance
-        self.clip = clip or CLIP(sizes)
-        if self.clip.architecture != sizes:
-            raise ValueError(f"backbone is {config.backbone}; the given CLIP is another one")
-        self.reassemble = dpt_reassembly(sizes.width, sizes.channels) if sizes.is_vit else None
-        self.bins = AdaptiveBins(sizes.embed_dim, config.n_bins)
+        self.integer_digits = len(f"{config.max_depth:.0f}")  # of the largest distance
+        self.clip = clip or CLIP(architecture)
+        if self.clip.architecture != architecture:
+            raise InputError(f"the CLIP that was given is not {config.backbone}: name its backbone")
+        self.reassemble = dpt_reassembly(architecture) if architecture.is_vit else None
+        self.bins = AdaptiveBins(embed_dim, config.n_bins)
         # NOTE(differs): The standard deviation is CoOp's, 0.02. The released code takes 1.
-        self.prompts = nn.Parameter(torch.empty(config.n_prompts, sizes.text_width))
+        self.prompts = nn.Parameter(torch.empty(config.n_prompts, architecture.text_width))
         nn.init.trunc_normal_(self.prompts, std=0.02)
-        small = {"width": 64, "n_layers": 2} if config.backbone == "tiny" else {}
-        self.trans_decoder = TransDecoder(sizes.embed_dim, **small)
-        self.depth_decoder = DepthDecoder(sizes.channels, config.n_cabins, config.n_bins)
+        self.trans_decoder = TransDecoder(
+            embed_dim, architecture.decoder_width, architecture.decoder_layers
+        )
+        self.depth_decoder = DepthDecoder(channels, config.n_cabins, config.n_bins)
         if config.distance_class == "semantic":
             phrases = tokenize(SEMANTIC_BINS, length=5)  # at most 3 tokens, [SOT] and [EOT]
             self.register_buffer("phrases", phrases, persistent=False)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # makes convolutions faster: docs/speed.md
 
-    def encode_prompts(self, e: Tensor) -> Tensor:
+    def encode_distances(self, e: Tensor) -> Tensor:
         """Text embeddings t (B, K, D) of the distances e (B, K), or of the phrases of Sec. 4.6.
 
-        `number_tokens` detaches e, since no gradient passes through digits. The text still trains
-        the prompts, γ, TransDecoder and, through Eq. 3 and 4, the image encoder.
+        No gradient passes from t to e, since e becomes digits. Gradients of the text reach the
+        prompts, γ, TransDecoder and, through Eq. 3 and 4, the image encoder.
 
         NOTE(paper silent): The paper does not say how e_k is written. Like the released code, we
         write the number with up to 4 decimals, and leave out DepthCLIP's "This object is".
@@ -382,11 +467,13 @@ class CaBins(nn.Module):
         """Figure 2, for normalised images (B, 3, H, W) of at least 64 x 64 pixels.
 
         In a smaller image x4 may have a single location, and BatchNorm cannot train on one such
-        image. Without `upsample`, depth stays at H/2 x W/2, the size at which flips are averaged.
+        image. With upsample=False, depth stays at H/2 x W/2. `eval.py` averages the depths of an
+        image and of its mirror image at this size.
         """
-        shape, config = tuple(image.shape), self.config
-        if image.ndim != 4 or shape[1] != 3 or min(shape[2:]) < 64:
-            raise ValueError(f"image is {shape}; it must be (B, 3, H, W), H and W at least 64")
+        if image.ndim != 4 or image.shape[1] != 3 or min(image.shape[2:]) < 64:
+            shape = tuple(image.shape)
+            raise InputError(f"image is {shape}; it must be (B, 3, H, W), H and W at least 64")
+        config = self.config
         # Sec. 3.2.1: the image encoder, and the bins of this image
         pyramid, z_bar, z = self.clip.visual(image)
         if self.reassemble:  # ViT's four feature maps all have stride 16
@@ -395,7 +482,7 @@ class CaBins(nn.Module):
         # Sec. 3.2.2: CaBins
         e = distance_classes(c, config.n_cabins, config.distance_class)  # (B, K)
         # Sec. 3.2.3: the text encoder, and the update of its embeddings with the image
-        t = self.encode_prompts(e)  # (B, K, D)
+        t = self.encode_distances(e)  # (B, K, D)
         t = self.trans_decoder(t, z_bar, z)  # (B, K, D)
         # Sec. 3.2.4: similarity, probability, depth
         s = cosine_similarity(z, t)  # (B, K, h, w)
@@ -403,40 +490,31 @@ class CaBins(nn.Module):
         d = expected_depth(c, p)  # (B, 1, H/2, W/2)
         if upsample:
             d = resize(d, image.shape[-2:])  # (B, 1, H, W)
-        return Prediction(d, c, e, s.float())
-
-
-# What saves time or memory, and changes no result:
-# - The text encoder is causal, so it encodes nothing after the longest possible number.
-# - `number_tokens` makes ids on the device of e, so a GPU never waits for a string.
-# - Features are in channels_last, which makes convolutions faster. The bins of a pixel are then
-#   neighbours in memory, and the softmax over them needs no copy.
-# - CUDA's autocast resizes in float32. `to(skip.dtype)` keeps the concatenation in bfloat16.
-# - Depths are one-dimensional, so Eq. 7 finds nearest neighbours by sorting, without a table.
+        return Prediction(d, c, e, s.float(), p)
 
 
 # ---- Sec. 3.3  Training loss ---------------------------------------------------------------------
 LAMBDA, ALPHA, BETA = 0.85, 10.0, 0.1  # λ, α, β
 
 
-def silog_loss(depth: Tensor, target: Tensor, mask: Tensor, unbiased: bool = False) -> Tensor:
+def silog_loss(depth: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Scale-invariant logarithmic loss over the valid pixels of the batch (Eq. 6).
 
-    depth, target and mask are (B, 1, H, W). Without a valid pixel the loss is 1e-5.
+    depth, target and mask have one shape. Without a valid pixel the loss is 1e-5.
 
     The term under the root is Var(g) + (1 - λ) mean(g)². So λ = 0.85 forgives 85 % of the squared
     mean. With λ = 1, a depth that is wrong by one factor everywhere would cost nothing.
 
     NOTE(paper silent): As in the released code, the sums run over the batch, not over each image.
-    NOTE(differs): Eq. 6 has the biased variance, the released code the unbiased one (`unbiased`).
+    NOTE(differs): The variance in Eq. 6 is the biased one. The released code has the unbiased one.
     """
+    if not depth.shape == target.shape == mask.shape:  # or they would broadcast
+        shapes = [tuple(x.shape) for x in (depth, target, mask)]
+        raise ValueError(f"depth, target and mask are {shapes}; they must have one shape")
     n = mask.sum().clamp(min=1)
     g = torch.where(mask, depth, 1).log() - torch.where(mask, target, 1).log()  # 0 outside mask
-    mean, mean_square = g.sum() / n, g.square().sum() / n
     # Eq. 6:  L_pixel = α √( 1/n Σ g_i² - λ/n² (Σ g_i)² )
-    square = mean_square - LAMBDA * mean.square()
-    if unbiased:  # the variance counts n / (n - 1) times
-        square = square + (mean_square - mean.square()) / (n - 1).clamp(min=1)
+    square = g.square().sum() / n - LAMBDA * (g.sum() / n).square()
     return ALPHA * square.clamp(min=1e-12).sqrt()  # the root of 0 has no finite gradient
 
 
@@ -469,16 +547,15 @@ def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return loss.mean()
 
 
-def total_loss(prediction: Prediction, target: Tensor, min_depth: float, unbiased=False) -> Tensor:
+def total_loss(prediction: Prediction, target: Tensor, min_depth: float) -> Tensor:
     """The training loss. The true depth (B, 1, H, W), in metres, is valid above min_depth.
 
     L_pixel has no unit, but L_bins has. In centimetres, L_bins would be 10,000 times as large.
     """
     mask = target > min_depth
-    d = resize(prediction.depth, target.shape[-2:])  # a no-op, unless it was made at H/2 x W/2
-    pixel_loss = silog_loss(d, target, mask, unbiased)
+    d = resize(prediction.depth, target.shape[-2:])  # a no-op, unless depth is at H/2 x W/2
     # Eq. 8:  L_total = L_pixel + β L_bins
-    return pixel_loss + BETA * chamfer_loss(prediction.centers, target, mask)
+    return silog_loss(d, target, mask) + BETA * chamfer_loss(prediction.centers, target, mask)
 
 
 # ---- Sec. 4.3  Evaluation metrics ----------------------------------------------------------------
@@ -521,13 +598,16 @@ class Architecture(NamedTuple):
     text_width: int  # channels of a text token, and therefore of a prompt
     text_layers: int
     is_vit: bool = False
+    decoder_width: int = 256  # of TransDecoder
+    decoder_layers: int = 6
 
 
 BACKBONES = {  # the sizes in the order above
     "RN50": Architecture(1024, (256, 512, 1024, 2048), (3, 4, 6, 3), 64, 7, 512, 12),
     "RN101": Architecture(512, (256, 512, 1024, 2048), (3, 4, 23, 3), 64, 7, 512, 12),
     "ViT-B/16": Architecture(512, (96, 192, 384, 768), (12,), 768, 14, 512, 12, is_vit=True),
-    "tiny": Architecture(64, (40, 80, 160, 320), (1, 1, 1, 1), 10, 4, 64, 2),  # for demo and tests
+    # for the demo and the tests
+    "tiny": Architecture(64, (40, 80, 160, 320), (1, 1, 1, 1), 10, 4, 64, 2, False, 64, 2),
 }
 
 
@@ -555,51 +635,15 @@ class Bottleneck(nn.Module):
         return F.relu_(out + self.downsample(self.pool(x)))
 
 
-def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
-    """Resize positional embeddings, of a global token and a square grid, to (1 + hw, C).
-
-    NOTE(paper silent): Like the released code, we do not align the corners. `resize` aligns them.
-    """
-    side = math.isqrt(len(positions) - 1)
-    grid = positions[1:].T.unflatten(1, (side, side))[None]  # (1, C, side, side)
-    grid = F.interpolate(grid, size=(h, w), mode="bilinear")  # (1, C, h, w)
-    return torch.cat([positions[:1], grid[0].flatten(1).T])  # (1 + hw, C)
-
-
-class AttentionPool(nn.Module):
-    """CLIP's MHA module (Sec. 3.1): z_bar (B, D) and z (B, D, h, w) from x4 (B, C, h, w).
-
-    CLIP takes only the global token x̄ as a query. In Sec. 3.2.1 every token is a query, so each
-    location gets an embedding. Queries do not see each other, so z_bar stays CLIP's own.
-    """
-
-    def __init__(self, channels: int, embed_dim: int, grid: int):
-        super().__init__()
-        self.n_heads = channels // 64
-        self.positional_embedding = nn.Parameter(torch.randn(grid**2 + 1, channels) / channels**0.5)
-        self.q_proj = nn.Linear(channels, channels)
-        self.k_proj = nn.Linear(channels, channels)
-        self.v_proj = nn.Linear(channels, channels)
-        self.c_proj = nn.Linear(channels, embed_dim)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h, w = x.shape[-2:]
-        tokens = x.flatten(2).mT  # (B, hw, C)
-        tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)  # [x̄, x]: (B, 1 + hw, C)
-        tokens = tokens + resize_positions(self.positional_embedding, h, w)
-        q, k, v = self.q_proj(tokens), self.k_proj(tokens), self.v_proj(tokens)
-        out = self.c_proj(attend(q, k, v, self.n_heads))  # [z̄, z]: (B, 1 + hw, D)
-        return out[:, 0], out[:, 1:].mT.unflatten(2, (h, w))  # (B, D), (B, D, h, w)
-
-
 class ResNet(nn.Module):
     """CLIP's modified ResNet: image (B, 3, H, W) to pyramid, z_bar (B, D) and z (B, D, h, w).
 
     CLIP uses only x4. The paper takes all four stages, for the depth decoder (Sec. 3.2.1).
     """
 
-    def __init__(self, layers: tuple[int, ...], width: int, embed_dim: int, grid: int):
+    def __init__(self, architecture: Architecture):
         super().__init__()
+        width = architecture.width
         # The stem has three convolutions and an average pool, not one convolution and a max pool.
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
@@ -608,12 +652,12 @@ class ResNet(nn.Module):
         self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(width)
         channels = width
-        for i, n_blocks in enumerate(layers):
+        for i, n_blocks in enumerate(architecture.layers):
             stage = [Bottleneck(channels, width * 2**i, stride=1 if i == 0 else 2)]
             channels = 4 * width * 2**i
             stage += [Bottleneck(channels, width * 2**i, stride=1) for _ in range(n_blocks - 1)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
-        self.attnpool = AttentionPool(channels, embed_dim, grid)
+        self.attnpool = AttentionPool(channels, architecture.embed_dim, architecture.grid)
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         x = F.relu_(self.bn1(self.conv1(image)))  # (B, width / 2, H/2, W/2)
@@ -645,7 +689,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)
-        x = x + self.attn.out_proj(attend(*qkv.chunk(3, dim=-1), self.n_heads, self.is_causal))
+        x = x + self.attn.out_proj(
+            multi_head_attention(*qkv.chunk(3, dim=-1), self.n_heads, self.is_causal)
+        )
         y = self.mlp.c_fc(self.ln_2(x))
         return x + self.mlp.c_proj(y * torch.sigmoid(1.702 * y))  # CLIP's approximation of GELU
 
@@ -661,16 +707,16 @@ class CLIP(nn.Module):
 
     def __init__(self, architecture: Architecture):
         super().__init__()
-        a = self.architecture = architecture
-        image_encoder = VisionTransformer if a.is_vit else ResNet
-        self.visual = image_encoder(a.layers, a.width, a.embed_dim, a.grid)
+        self.architecture = architecture
+        width, embed_dim = architecture.text_width, architecture.embed_dim
+        image_encoder = VisionTransformer if architecture.is_vit else ResNet
+        self.visual = image_encoder(architecture)
         # Without OpenAI's weights (demo, tests), tokens keep torch's standard deviation of 1.
-        self.token_embedding = nn.Embedding(EOT + 1, a.text_width)
-        self.positional_embedding = nn.Parameter(torch.randn(77, a.text_width) * 0.01)
-        self.transformer = transformer(a.text_width, a.text_layers, is_causal=True)
-        self.ln_final = nn.LayerNorm(a.text_width)
-        projection = torch.randn(a.text_width, a.embed_dim) / a.text_width**0.5
-        self.text_projection = nn.Parameter(projection)
+        self.token_embedding = nn.Embedding(EOT + 1, width)
+        self.positional_embedding = nn.Parameter(torch.randn(77, width) * 0.01)
+        self.transformer = transformer(width, architecture.text_layers, is_causal=True)
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.randn(width, embed_dim) / width**0.5)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's own; Eq. 4 has none
         # NOTE(differs): We freeze the whole text encoder. The released code trains its tokens.
         for name, parameter in self.named_parameters():
@@ -700,20 +746,23 @@ class VisionTransformer(nn.Module):
 
     The feature maps and z have stride 16. The class token takes the role of x̄ and gives z_bar.
 
-    NOTE(differs): The paper follows DPT, which takes its features after blocks 3, 6, 9 and 12, and
-    so do we. The released ViT does not return [z̄, z], which the released network needs.
+    NOTE(differs): Like DPT, which the paper follows, we take the tokens after blocks 3, 6, 9 and
+    12. We drop DPT's readout of the class token. The released ViT does not return [z̄, z], which
+    the released network needs.
     """
 
-    def __init__(self, layers: tuple[int], width: int, embed_dim: int, grid: int):
+    def __init__(self, architecture: Architecture):
         super().__init__()
+        width, n_positions = architecture.width, architecture.grid**2 + 1
+        (n_blocks,) = architecture.layers
         self.conv1 = nn.Conv2d(3, width, 16, stride=16, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) / width**0.5)
-        self.positional_embedding = nn.Parameter(torch.randn(grid**2 + 1, width) / width**0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(n_positions, width) / width**0.5)
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = transformer(width, *layers, is_causal=False)
+        self.transformer = transformer(width, n_blocks, is_causal=False)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(torch.randn(width, embed_dim) / width**0.5)
-        self.taps = [layers[0] * i // 4 for i in (1, 2, 3, 4)]  # 3, 6, 9, 12
+        self.proj = nn.Parameter(torch.randn(width, architecture.embed_dim) / width**0.5)
+        self.taps = [n_blocks * i // 4 for i in (1, 2, 3, 4)]  # 3, 6, 9, 12
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         h, w = (math.ceil(size / 16) for size in image.shape[-2:])
@@ -731,12 +780,13 @@ class VisionTransformer(nn.Module):
         return features, out[:, 0], out[:, 1:].mT.unflatten(2, (h, w))  # …, (B, D), (B, D, h, w)
 
 
-def dpt_reassembly(width: int, channels: tuple[int, ...]) -> nn.ModuleList:
+def dpt_reassembly(architecture: Architecture) -> nn.ModuleList:
     """DPT's stages, which bring ViT's four feature maps from stride 16 to 4, 8, 16 and 32.
 
     NOTE(paper silent): The channels are those of DPT for ViT-B: 96, 192, 384 and 768.
     """
-    c1, c2, c3, c4 = channels
+    width = architecture.width
+    c1, c2, c3, c4 = architecture.channels
     stages = [
         nn.Sequential(nn.Conv2d(width, c1, 1), nn.ConvTranspose2d(c1, c1, 4, stride=4)),
         nn.Sequential(nn.Conv2d(width, c2, 1), nn.ConvTranspose2d(c2, c2, 2, stride=2)),
@@ -746,27 +796,9 @@ def dpt_reassembly(width: int, channels: tuple[int, ...]) -> nn.ModuleList:
     return nn.ModuleList(stages)
 
 
-# ==== The paper ends here. Below: checks, weights, checkpoints, pictures ==========================
-# A wrong file or value raises FileNotFoundError or ValueError, and the message names it.
-
-
-def check_config(config: Config) -> None:
-    """Raise ValueError for a wrong setting."""
-    for name, choices in (("backbone", [*BACKBONES]), ("distance_class", DISTANCE_CLASSES)):
-        if (value := getattr(config, name)) not in choices:
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
-    above = {"n_bins": 1, "n_cabins": 0, "n_prompts": -1, "longer_side": 0, "min_depth": 0}
-    above["max_depth"] = config.min_depth
-    below = {"n_prompts": 61}  # 60 prompts leave 17 of CLIP's 77 positions for a number
-    for name, low in above.items():
-        value, kind, high = getattr(config, name), type(getattr(Config, name)), below.get(name, 1e6)
-        if not isinstance(value, (int, kind)) or not low < value < high:
-            limits = f"{kind.__name__}, above {low} and below {high:g}"
-            raise ValueError(f"{name} is {value!r}; it must be {limits}")
-    if config.n_bins % config.n_cabins:
-        raise ValueError(f"n_cabins is {config.n_cabins}; it must divide n_bins, {config.n_bins}")
-    if config.distance_class == "semantic" and config.n_cabins != len(SEMANTIC_BINS):
-        raise ValueError(f"n_cabins is {config.n_cabins}; the semantic bins are 8")
+# ==== The paper ends here. Below: weights, checkpoints, pictures ==================================
+class InputError(ValueError):
+    """A file or a setting is wrong. The message names it and says what to do."""
 
 
 CLIP_URL = "https://openaipublic.azureedge.net/clip/models/{sha256}/{name}.pt"
@@ -778,16 +810,14 @@ CLIP_SHA256 = {
 
 
 def download(url: str, file: str, sha256: str) -> Path:
-    """The path of `file` in torch.hub's cache. Downloads a missing file, and checks its SHA-256."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / file
-    try:
-        if not path.exists():
+    """The path of `file` in torch.hub's cache. Fetches a missing file, and checks its SHA-256."""
+    path = Path(torch.hub.get_dir(), "checkpoints", file)
+    if not path.exists():
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    except (OSError, RuntimeError) as error:
-        raise FileNotFoundError(f"{url} was not fetched ({error}); put it at {path}") from None
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise ValueError(f"{path} has a wrong SHA-256: delete it, and it is fetched again")
+            torch.hub.download_url_to_file(url, str(path), sha256)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{url} was not fetched ({error}): put it at {path}") from error
     return path
 
 
@@ -796,47 +826,46 @@ def load_clip(name_or_path: str | Path) -> CLIP:
 
     A name is downloaded once. A file is an archive of OpenAI's, or a state dict of its tensors.
     """
-    name, path = str(name_or_path), Path(name_or_path)
-    if sha256 := CLIP_SHA256.get(name):
-        name = name.replace("/", "-")
+    path = Path(name_or_path)
+    if name_or_path in CLIP_SHA256:
+        sha256 = CLIP_SHA256[name_or_path]
+        name = name_or_path.replace("/", "-")
         path = download(CLIP_URL.format(sha256=sha256, name=name), f"clip-{name}.pt", sha256)
     state = read_tensors(path, f"{', '.join(CLIP_SHA256)}, or a file of OpenAI's weights")
-    other = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # not weights
-    state = {k: v.float() for k, v in state.items() if torch.is_tensor(v) and not k.endswith(other)}
-    projection = state.get("text_projection", torch.empty(0))
-    for a in BACKBONES.values():  # `load_strictly` compares all other sizes
-        if (*projection.shape, "visual.proj" in state) == (a.text_width, a.embed_dim, a.is_vit):
-            return load_strictly(CLIP(a), state, path)
-    raise ValueError(f"{path} is none of the CLIPs {', '.join(CLIP_SHA256)}")
+    for name in ("input_resolution", "context_length", "vocab_size"):  # not weights
+        state.pop(name, None)
+    shape = getattr(state.get("text_projection"), "shape", None)
+    for architecture in BACKBONES.values():
+        sizes = architecture.text_width, architecture.embed_dim
+        if shape == sizes and architecture.is_vit == ("visual.proj" in state):
+            return load_strictly(CLIP(architecture), state, path).float()
+    raise InputError(f"{path} is none of the CLIPs {', '.join(CLIP_SHA256)}")
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -> nn.Module:
-    """Load tensors of `source`, which must be finite and fit the module exactly. Returns it."""
-    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{source} holds values that are not finite, in {bad[0]}")
+    """Load the tensors of `source`, which must have the module's names and shapes. Returns it."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:  # torch lists all that is missing, unknown or of another shape
         what = " ".join(str(error).split())[:250]
-        raise ValueError(f"{source} does not fit; is its backbone another one? {what} …") from None
+        raise InputError(f"{source} does not fit; is its backbone another one? {what}") from None
     return module
 
 
 def read_tensors(path: Path, expected: str) -> dict:
     """The dictionary in a PyTorch file, or the tensors of a TorchScript archive. Runs no code."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file; expected {expected}")
+        raise InputError(f"{path} is not a file; expected {expected}")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # torch does not check these checksums
-                    raise ValueError(damaged)
+                if archive.testzip():  # torch does not check these checksums
+                    raise ValueError("a checksum is wrong")
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     return read_torchscript(archive)
-        return dict(**torch.load(path, "cpu", weights_only=True))  # refuses keys that are no names
+        return dict(torch.load(path, "cpu", weights_only=True))
     except Exception as error:  # its kind depends on what the bytes happen to be
-        what = f"{path} ({path.stat().st_size} bytes) is cut off, damaged or of another kind"
-        raise ValueError(f"{what}; expected {expected}") from error
+        raise InputError(f"{path} is damaged or of another kind; expected {expected}") from error
 
 
 def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
@@ -845,13 +874,13 @@ def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     allowed = {"HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long}
     allowed["_rebuild_tensor_v2"] = lambda x, start, size, step, *_: x.as_strided(size, step, start)
 
-    class Node(dict):  # stands for each module of the archive, and holds the tensors inside
+    class Node(dict):  # stands for a module of the archive: its tensors, by name
         def __setstate__(self, state: dict):
             for name, value in state.items():
+                inner = value.items() if isinstance(value, Node) else ()
+                self.update({f"{name}.{key}": tensor for key, tensor in inner})
                 if torch.is_tensor(value):
                     self[name] = value
-                elif isinstance(value, Node):  # complete, as pickle builds inner objects first
-                    self.update({f"{name}.{inner}": tensor for inner, tensor in value.items()})
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
@@ -864,64 +893,28 @@ def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     return dict(Unpickler(archive.open(file)).load())
 
 
-RENAMED = {  # the beginnings of names in the authors' and our earlier checkpoints, and here
-    "contexts": "prompts",
-    "gamma": "trans_decoder.gamma",
-    "clip_model.": "clip.",
-    "computeAdaptiveBin.regressor.": "bins.mlp.",
-    "context_decoder.decoder.": "trans_decoder.layers.",
-    "context_decoder.": "trans_decoder.",
-    "decoder.conv2.": "depth_decoder.fuse.",
-    "decoder.up1._net.": "depth_decoder.up.0.",
-    "decoder.up2._net.": "depth_decoder.up.1.",
-    "decoder.up3._net.": "depth_decoder.up.2.",
-    "decoder.conv3.": "depth_decoder.features.",
-    "predict_D.conv_out.0.": "depth_decoder.logits.",
-    "depth_decoder.reduce.": "depth_decoder.fuse.",
-    "clip.visual.reassemble.": "reassemble.",
-}
+def save_checkpoint(path: str | Path, model: CaBins, **more) -> None:
+    """Write the network, its settings and `more`. `path` gets its name when the file is whole."""
+    content = {"config": dataclasses.asdict(model.config), "model": model.state_dict(), **more}
+    partial = Path(f"{path}.partial")
+    torch.save(content, partial)
+    partial.replace(path)
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The content of a checkpoint. Both kinds have "model"; ours also have "config" and more."""
-    content = read_tensors(Path(path), "a checkpoint of train.py or of the authors")
-    state = content.get("model")
-    if not (state and isinstance(state, dict) and all(map(torch.is_tensor, state.values()))):
-        raise ValueError(f"{path} is no checkpoint of CaBins: it has no 'model' of tensors")
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    if "contexts" in state:  # the authors' prompts, which are (1, N, 512)
-        state["contexts"] = state["contexts"].squeeze(0)
-    for old, new in RENAMED.items():
-        for name in [name for name in state if name.startswith(old)]:
-            state[new + name.removeprefix(old)] = state.pop(name)
-    if (positions := state.get("clip.positional_embedding")) is not None:
-        # The authors keep 30 of CLIP's 77 positions. Our texts need 17, so zeros may fill the rest.
-        missing = (0, 0, 0, max(0, 77 - len(positions)))
-        state["clip.positional_embedding"] = F.pad(positions, missing)
-    return content | {"model": state}
+    """What `save_checkpoint` wrote. Raises InputError for any other file."""
+    content = read_tensors(Path(path), "a checkpoint of train.py")
+    if "config" not in content:
+        remedy = f"python -m extras.convert {path} --data nyu|kitti --out OURS.pt"
+        raise InputError(f"{path} is not a checkpoint of train.py; if it is the authors': {remedy}")
+    return content
 
 
-def restore(content: dict, source: object, max_depth: float | None = None) -> CaBins:
-    """The network, in eval mode, of the content that `read_checkpoint` read from `source`."""
-    settings = content.get("config")
-    if settings is None:  # a checkpoint of the authors
-        if max_depth is None:
-            raise ValueError(f"{source} is the authors': give max_depth, 10 for NYU, 80 for KITTI")
-        settings = {"max_depth": max_depth, "longer_side": 1216 if max_depth > 10 else 640}
-    try:
-        settings = {k.replace("image_width", "longer_side"): v for k, v in settings.items()}
-        settings.pop("focal", None)  # earlier versions had `image_width` and `focal`
-        config = Config(**settings)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{source} is of another version of CaBins: {error}") from None
-    if max_depth not in (None, config.max_depth):
-        raise ValueError(f"{source} is for depths to {config.max_depth} m, not to {max_depth}")
-    return load_strictly(CaBins(config), content["model"], source).eval()
-
-
-def load_checkpoint(path: str | Path, max_depth: float | None = None, map_location="cpu") -> CaBins:
-    """The network of a checkpoint, in eval mode. The authors' checkpoints need `max_depth`."""
-    return restore(read_checkpoint(path), path, max_depth).to(map_location)
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> CaBins:
+    """The network of a checkpoint of train.py, in eval mode."""
+    content = read_checkpoint(path)
+    model = CaBins(Config(**content["config"]))
+    return load_strictly(model, content["model"], path).to(device).eval()
 
 
 class Inference(NamedTuple):
@@ -930,39 +923,39 @@ class Inference(NamedTuple):
     depth: np.ndarray  # (H, W)
     std: np.ndarray  # (H, W): standard deviation of depth under p; not a calibrated uncertainty
     centers: np.ndarray  # (n_bins,)
-    cabins: np.ndarray  # (K,)
+    distances: np.ndarray  # (K,)
 
 
-def open_picture(path: str | Path, what: str = "a picture, such as JPEG or PNG") -> Image.Image:
-    """Decode an image file. `what` tells an error message which kind is expected."""
+def open_picture(path: str | Path, expected: str = "a picture such as JPEG or PNG") -> Image.Image:
+    """Decode an image file."""
     try:
         image = Image.open(io.BytesIO(Path(path).read_bytes()))  # leaves no file open
         image.load()
         return image
     except Exception as error:  # its kind depends on what the bytes happen to be
-        raise ValueError(f"{path} cannot be read as {what}: {error}") from error
+        reason = getattr(error, "strerror", None) or f"it is damaged or not {expected}; convert it"
+        raise InputError(f"{path} cannot be read: {reason}") from error
 
 
 def read_picture(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     """The picture as uint8 (H, W, 3), turned upright as its EXIF data say."""
-    source = "the picture"
+    name = "the picture"
     if isinstance(picture, (str, Path)):
-        source, picture = picture, open_picture(picture)
+        name = picture
+        picture = open_picture(picture)
     if isinstance(picture, Image.Image):
         if picture.mode[0] in "IF":
-            raise ValueError(f"{source} has mode {picture.mode}: save it with 8 bits for a colour")
+            raise InputError(f"{name} has mode {picture.mode}; convert it to 8 bits for a colour")
         picture = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    found = f"{picture.dtype} {picture.shape}" if hasattr(picture, "dtype") else repr(picture)
-    if not found.startswith("uint8") or picture.shape[2:] != (3,) or not picture.size:
-        raise ValueError(f"picture is {found}; it must be a path, a PIL image or uint8 (H, W, 3)")
-    return picture
+    if getattr(picture, "dtype", None) != np.uint8 or picture.shape[2:] != (3,) or not picture.size:
+        raise InputError(f"{name} must be a path, a PIL image or a uint8 array (H, W, 3)")
+    return np.ascontiguousarray(picture)
 
 
 def normalize(image: Tensor) -> Tensor:
     """The input of the network from colours (…, 3, H, W) in [0, 1]."""
-    statistics = torch.tensor([Config.image_mean, Config.image_std])[..., None, None]
-    mean, std = statistics.to(image.device, non_blocking=True)  # the CPU need not wait
-    return (image - mean) / std
+    mean, std = torch.tensor([Config.image_mean, Config.image_std], device=image.device)
+    return (image - mean[:, None, None]) / std[:, None, None]
 
 
 def to_training_size(image: Tensor, longer_side: int) -> Tensor:
@@ -972,36 +965,23 @@ def to_training_size(image: Tensor, longer_side: int) -> Tensor:
     return F.interpolate(image, size, mode="bilinear", antialias=True)
 
 
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Set the network to eval mode, and afterwards each part to the mode that it had."""
-    were_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in were_training:
-            module.training = True
-
-
 @torch.inference_mode()
-def infer_with_similarity(model: CaBins, picture: np.ndarray) -> tuple[Inference, np.ndarray]:
-    """`Inference` of a picture (H, W, 3), uint8, and the similarity s (K, h, w)."""
-    image = torch.tensor(np.ascontiguousarray(picture), device=next(model.parameters()).device)
-    image = to_training_size(image.permute(2, 0, 1)[None] / 255, model.config.longer_side)
-    kept = []  # a Prediction does not contain p, which is large, so a hook keeps p here
-    hook = model.depth_decoder.register_forward_hook(lambda module, inputs, p: kept.append(p))
-    with hook, eval_mode(model):
-        d, c, e, s = model(normalize(image), upsample=False)
-    variance = (kept[0] * (c[:, :, None, None] - d).square()).sum(1, keepdim=True)  # Σ p (c - d)²
-    d, std = resize(torch.cat([d, variance.sqrt()], dim=1), picture.shape[:2])[0]
-    d, std, c, e, s = (x.float().cpu().numpy() for x in (d, std, c[0], e[0], s[0]))
-    return Inference(d, std, c, e), s
+def predict_picture(model: CaBins, picture: np.ndarray) -> Prediction:
+    """The network's prediction, at H/2 x W/2, for a picture that `read_picture` has read."""
+    if model.training:  # BatchNorm would learn from the picture
+        raise InputError("the network is in training mode: call model.eval() first")
+    image = torch.tensor(picture, device=model.prompts.device).permute(2, 0, 1)[None] / 255
+    image = normalize(to_training_size(image, model.config.longer_side))
+    return model(image.to(model.prompts.dtype), upsample=False)
 
 
 def infer(model: CaBins, picture: str | Path | Image.Image | np.ndarray) -> Inference:
     """Depth of a picture of any size: a path, a PIL image, or a uint8 array (H, W, 3).
 
-    The network sees it at the size of its training images. Raises ValueError for anything else.
+    The network sees it at the size of its training images. Raises InputError for anything else.
     """
-    return infer_with_similarity(model, read_picture(picture))[0]
+    picture = read_picture(picture)
+    d, c, e, _, p = predict_picture(model, picture)
+    variance = (p * (c[:, :, None, None] - d).square()).sum(1, keepdim=True)  # Σ p (c - d)²
+    d, std = resize(torch.cat([d, variance.sqrt()], dim=1), picture.shape[:2])[0]
+    return Inference(*(x.float().cpu().numpy() for x in (d, std, c[0], e[0])))

@@ -8,27 +8,24 @@ on the whole batch and on the training device. The last part is what all scripts
 """
 
 import argparse
-import contextlib
 import csv
-import functools
 import math
 import os
 import re
-import shutil
 import sys
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import ExifTags, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from cabins import Config, download, normalize, open_picture, read_picture
+from cabins import Config, InputError, download, normalize, open_picture, read_picture
 
 
 class Recipe(NamedTuple):
@@ -39,23 +36,25 @@ class Recipe(NamedTuple):
     crop: tuple[int, int] | None = None  # rows and columns of the random crop; None: see `augment`
     rotation: float = 2.5  # degrees, to either side
     brightness: float = 0.1  # the image is multiplied by a factor within 1 ± this
-    folders: tuple[str, ...] = ("",)  # folders below the root in which a list's paths may begin
+    longer_side: int | None = None  # of a test image, pixels; None: that of the first pair
+    folders: tuple[str, ...] = ("",)  # below the root, in which the paths of a list may begin
 
 
-NYU_DIRS = ("", "sync", "train", "official_splits/test", "test")
-KITTI_DEPTH = ("", "gts/", "gt_depth/", "data_depth_annotated/", "depth/", "depth_annotated/")
-KITTI_DIRS = ("", "raw", "raw_data", "kitti_raw")  # of images; depth unzips into train/ and val/
-KITTI_DIRS += tuple(top + part for top in KITTI_DEPTH for part in ("train", "val", "total", ""))
+NYU_FOLDERS = ("", "sync", "official_splits/test")
+ANNOTATED = "data_depth_annotated"  # KITTI's depth
+KITTI_FOLDERS = ("", "raw", f"{ANNOTATED}/train", f"{ANNOTATED}/val", "gts", "gt_depth")
 DATASETS = {
-    "nyu": Recipe(crop=(416, 544), brightness=0.25, folders=NYU_DIRS),
-    "kitti": Recipe(80.0, 256.0, (352, 704), rotation=1, folders=KITTI_DIRS),
-    "toy": Recipe(crop=(96, 128), rotation=0),  # rooms drawn on the fly
+    "nyu": Recipe(crop=(416, 544), brightness=0.25, longer_side=640, folders=NYU_FOLDERS),
+    "kitti": Recipe(80.0, 256.0, (352, 704), 1.0, longer_side=1216, folders=KITTI_FOLDERS),
+    "toy": Recipe(crop=(96, 128), rotation=0.0, longer_side=128),  # rooms drawn on the fly
     "list": Recipe(),  # your own pairs
 }
-LIST_URL = "https://raw.githubusercontent.com/EunjinSon1/CaBins/"
-LIST_URL += "4e9c9a03d16da42e65c67f5bb7911397726ade6c/train_test_inputs/"
+LIST_URL = (
+    "https://raw.githubusercontent.com/EunjinSon1/CaBins/"
+    "4e9c9a03d16da42e65c67f5bb7911397726ade6c/train_test_inputs/{file}"
+)
 LIST_FILES = {"nyu": "nyudepthv2_{}_files_with_gt.txt", "kitti": "kitti_eigen_{}_files_with_gt.txt"}
-LISTS = {  # SHA-256 and number of lines; 45 of KITTI's test lines have no ground truth
+LIST_SHA256 = {  # and the number of lines; 45 of KITTI's test lines have no ground truth
     "nyu_train": "66e2beb718a58c5c946c169f6e70cc6ae166ddd19f5618266fff52ff7443e0e9",  # 24,231
     "nyu_test": "e92c191d5835a22589b843c11b80cd7235d5bd0d4136e42a6debcea4511bf906",  # 654
     "kitti_train": "dd5e51c2df33d4c53c1d4dd01726326e7c3ac087cff165b1007738c5c8a06aca",  # 23,158
@@ -63,6 +62,7 @@ LISTS = {  # SHA-256 and number of lines; 45 of KITTI's test lines have no groun
 }
 NYU_MAT = "nyu_depth_v2_labeled.mat"
 TOY_ROOMS = {"train": range(640), "test": range(1_000_000, 1_000_064)}
+OWN_PAIRS = "see docs/data.md, Your own pairs"
 
 
 def fixed_crop(name: str, height: int, width: int, train: bool) -> tuple[int, int, int, int]:
@@ -94,46 +94,45 @@ class DepthDataset(Dataset):
     Without `split`, the authors' list is downloaded. NYU's test pairs can also come from its .mat,
     in `root` or as `root`. `changes` replace fields of the recipe, such as max_depth, if not None.
     [i] is {"image": (3, h, w), "depth": (1, h, w) in metres, "path": str, "size": the frame's rows
-    and columns}. The image is normalised, or uint8 with `train`. Raises ValueError or OSError.
+    and columns}. The image is normalised, or uint8 with `train`. Raises InputError.
     """
 
     def __init__(self, name: str, root=None, split=None, train: bool = False, **changes: float):
-        if name not in DATASETS:
-            raise ValueError(f"data is {name!r}; it must be one of {', '.join(DATASETS)}")
         changes = {field: value for field, value in changes.items() if value is not None}
         self.name, self.train, self.recipe = name, train, DATASETS[name]._replace(**changes)
         part = "train" if train else "test"
         if name == "toy":
-            if root or split or "depth_scale" in changes:
-                raise ValueError("toy takes no --root, list or --depth-scale; is --data missing?")
+            if root or split:
+                raise InputError("toy rooms have no --root and no list; is --data missing?")
             lines = self.pairs = [("room", i) for i in TOY_ROOMS[part]]
         else:
-            if root is None or not Path(root).exists():
-                raise FileNotFoundError(f"data {name!r} needs a --root that exists, not {root}")
+            if not os.path.exists(root or ""):
+                raise InputError(
+                    f"--root {root} does not exist; {name} needs the folder of its data"
+                )
             lines = read_list(name, part, split)
-            names = [fields[:2] for fields in lines if fields[1] != "None"]
-            if not names:
-                raise ValueError(f"the {part} list for --data {name} names no pair with depth")
-            self.pairs = self.find_pairs(Path(root), names)
+            self.pairs = self.find_pairs(Path(root), [x[:2] for x in lines if x[1] != "None"])
+            if not self.pairs:
+                raise InputError(f"the {part} list of {name} names no pair with depth")
         self.n_left_out = len(lines) - len(self.pairs)  # without ground truth
-        self.checksum = zlib.crc32(str(lines).encode())  # tells lists apart
-        self.frame_size = (480, 640) if name == "nyu" else None  # None: of any size
-        if name == "list" and train:
-            self.frame_size = self.read(0)[1].shape
+        self.frame_size = self.read(0)[1].shape if name == "list" and train else None
 
     def find_pairs(self, root: Path, names: list[list[str]]) -> list[tuple]:
         """Both files of each pair or, if any is missing, NYU's .mat and the pair's number in it."""
-        find_image, find_depth = [Finder(root, self.recipe.folders) for _ in range(2)]
-        pairs = [(find_image(image), find_depth(depth)) for image, depth in names]
-        missing = [names[i][k] for i, pair in enumerate(pairs) for k in (0, 1) if not pair[k]]
+        folders = [root / folder for folder in self.recipe.folders if (root / folder).is_dir()]
+        pairs = [(find(image, folders, SUFFIXES), find(depth, folders)) for image, depth in names]
+        # A depth map with the image's name and another suffix is not the image.
+        missing = [
+            n for n, (image, depth) in zip(names, pairs) if not depth or image in (None, depth)
+        ]
         if not missing:
             return pairs
         mat = root if root.is_file() else root / NYU_MAT
         numbers = [re.sub(r"\D", "", Path(image).stem) for image, _ in names]  # they start at 0
         if self.name == "nyu" and not self.train and mat.is_file() and all(numbers):
             return [(mat, int(number)) for number in numbers]
-        n = f"{len(missing)} of the {2 * len(names)} listed files"
-        raise FileNotFoundError(f"{missing[0]} is not below {root} ({n} missing): see docs/data.md")
+        n = f"{len(missing)} of the {len(names)} listed pairs"
+        raise InputError(f"{' or '.join(missing[0])} is not below {root} ({n}); see docs/data.md")
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray, str]:
         """Image (H, W, 3) uint8 and depth (H, W) in metres of the whole frame, and its path."""
@@ -142,12 +141,18 @@ class DepthDataset(Dataset):
             return *draw_room(depth_path), f"room {depth_path}"
         if isinstance(depth_path, int):  # the pair's number in NYU's .mat
             return *read_labelled(path, depth_path), f"{path} {depth_path}"
-        image, depth = read_picture(path), open_picture(depth_path, "a 16-bit grey PNG")
+        image, depth = open_picture(path), open_picture(depth_path, "a 16-bit grey PNG")
         if not depth.mode.startswith("I"):
-            raise ValueError(f"{depth_path} has mode {depth.mode}; it must be a 16-bit grey PNG")
-        depth = np.divide(np.asarray(depth), self.recipe.depth_scale, dtype=np.float32)
+            found = f"{depth_path} has mode {depth.mode}"
+            raise InputError(f"{found}; convert it to a 16-bit grey PNG: {OWN_PAIRS}")
+        if depth.size == image.size:  # what turns the image upright turns its depth, too
+            tag = ExifTags.Base.Orientation
+            depth.getexif()[tag] = image.getexif().get(tag, 1)
+        depth = np.divide(ImageOps.exif_transpose(depth), self.recipe.depth_scale, dtype=np.float32)
+        image = read_picture(image)
         if image.shape[:2] != depth.shape:
-            raise ValueError(f"{path} is {image.shape[:2]} pixels, {depth_path} is {depth.shape}")
+            found = f"{path} has {image.shape[:2]} rows and columns, {depth_path} has {depth.shape}"
+            raise InputError(f"{found}; resize one of them: {OWN_PAIRS}")
         return image, depth, path
 
     def __len__(self) -> int:
@@ -158,9 +163,9 @@ class DepthDataset(Dataset):
         size = depth.shape
         least = (352, 1216) if self.name == "kitti" else (64, 64)
         if size[0] < least[0] or size[1] < least[1]:
-            raise ValueError(f"{path} has {size} rows and columns; it must have at least {least}")
+            raise InputError(f"{path} has {size} rows and columns; it must have at least {least}")
         if size != (self.frame_size or size):
-            raise ValueError(f"{path} has {size} rows and columns; all must have {self.frame_size}")
+            raise InputError(f"{path} has {size} rows and columns; resize it to {self.frame_size}")
         top, bottom, left, right = fixed_crop(self.name, *size, self.train)
         image = torch.tensor(image[top:bottom, left:right]).permute(2, 0, 1)  # (3, h, w)
         depth = torch.tensor(depth[top:bottom, left:right])[None]  # (1, h, w)
@@ -172,36 +177,40 @@ class DepthDataset(Dataset):
 
 
 def read_list(name: str, part: str, split: str | Path | None) -> list[list[str]]:
-    """The fields `image depth focal` of each line of `split`, or else of the authors' list."""
+    """The fields `image depth [focal]` of each line of `split`, or else of the authors' list.
+
+    Fields are separated by tabs, if a line has any, or else by spaces. `#` begins a comment line.
+    """
     if split is None:
-        if name not in LIST_FILES:
-            raise ValueError(f"data {name!r} needs --{part}-split, a list of its {part} pairs")
+        if name == "list":
+            raise InputError(f"your own pairs need --{part}-split, a list of the {part} pairs")
         file = LIST_FILES[name].format(part)
-        split = download(LIST_URL + file, file, LISTS[f"{name}_{part}"])
-    text = Path(split).read_text(encoding="utf-8-sig", errors="replace")
-    lines = [line.split() for line in text.splitlines() if line.strip()]
-    for line in map(" ".join, lines):
-        if ".." in re.split("[ /]", line) or not re.fullmatch(r"\S+ \S+( \d+\.?\d*)?", line):
-            raise ValueError(f"{split}: {line!r} is not 'image depth [focal]', paths below --root")
-    return lines
+        split = download(LIST_URL.format(file=file), file, LIST_SHA256[f"{name}_{part}"])
+    try:
+        text = Path(split).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{split} is not a list of pairs: {error}") from error
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    fields = [line.strip().split("\t" if "\t" in line else None) for line in lines]
+    for line, found in zip(lines, fields):
+        if len(found) not in (2, 3):
+            raise InputError(f"{split}: {line!r} is not 'image depth [focal]'; {OWN_PAIRS}")
+    return fields
 
 
-class Finder:
-    """Finds the files that lists name. The folder and suffix that served last are tried first."""
+SUFFIXES = (".png", ".jpg", ".jpeg")  # KITTI's lists say .jpg, and KITTI's images are .png
 
-    def __init__(self, root: Path, folders: Iterable[str]):
-        self.root = os.path.abspath(root)
-        folders = [str(root / folder) for folder in folders if (root / folder).is_dir()]
-        self.tries = [(f, suffix) for f in folders for suffix in ("", ".png", ".jpg", ".jpeg")]
 
-    def __call__(self, name: str) -> str | None:
-        stem, own_suffix = os.path.splitext(name.removeprefix(self.root).lstrip("/"))
-        for i, (folder, suffix) in enumerate(self.tries):
-            path = f"{folder}/{stem}{suffix or own_suffix}"
+def find(name: str, folders: list[Path], suffixes: tuple[str, ...] = ()) -> str | None:
+    """The file of that name, absolute or below a folder, or else one with another suffix."""
+    for candidate in (name, *(os.path.splitext(name)[0] + suffix for suffix in suffixes)):
+        if os.path.isabs(candidate) and os.path.isfile(candidate):
+            return candidate
+        for folder in folders:
+            path = os.path.join(folder, candidate.lstrip("/"))
             if os.path.isfile(path):
-                self.tries.insert(0, self.tries.pop(i))
                 return path
-        return None
+    return None
 
 
 def read_labelled(mat: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -212,7 +221,7 @@ def read_labelled(mat: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
         with h5py.File(mat) as file:  # its arrays are transposed
             image, depth = file["images"][number].T, file["rawDepths"][number].T
     except (ImportError, OSError, KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"pair {number} of {mat} cannot be read: {error}") from None
+        raise InputError(f"pair {number} of {mat} cannot be read: {error}") from error
     image[:7] = image[474:] = 0  # the authors' test images, too, have a black border
     image[:, :7] = image[:, 632:] = 0
     return image, depth
@@ -255,40 +264,43 @@ def draw_room(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def describe(dataset: DepthDataset) -> str:
     """One line about the depth in eight of the pairs. It shows whether scale and range fit."""
-    n, recipe, top = len(dataset), dataset.recipe, dataset.recipe.max_depth
+    n, scale, top = len(dataset), dataset.recipe.depth_scale, dataset.recipe.max_depth
     depth = np.concatenate([dataset.read(i)[1].ravel() for i in range(0, n, math.ceil(n / 8))])
-    known = depth[depth > 0]
+    known = depth[(depth > 0) & (depth < 65535 / scale)]  # 65535 often stands for none
     if not ((known > Config.min_depth) & (known < top)).any():
         what = f"{dataset.read(0)[2]} and others have no depth below {top:g} m"
-        raise ValueError(f"{what}: wrong --depth-scale or --max-depth?")
+        raise InputError(f"{what}: wrong --depth-scale or --max-depth?")
     share, median = len(known) / len(depth), np.median(known)
     odd = "" if 0.05 * top < median < 0.9 * top else "; wrong --depth-scale or --max-depth?"
-    line = f"{n} pairs ({dataset.n_left_out} without ground truth left out); {share:.0%} of their "
-    line += f"pixels have a depth, in units of 1/{recipe.depth_scale:g} m; median {median:.2f} m, "
-    return line + f"deepest {known.max():.2f} m, {(known > top).mean():.1%} beyond {top:g} m{odd}"
+    return (
+        f"{n} pairs ({dataset.n_left_out} without ground truth left out); {share:.0%} of their "
+        f"pixels have a depth, in units of 1/{scale:g} m; median {median:.2f} m, deepest "
+        f"{known.max():.2f} m, {(known > top).mean():.1%} beyond {top:g} m{odd}"
+    )
 
 
 def denormalize(image: Tensor) -> Tensor:
     """Normalised images (…, 3, H, W) as colours from 0 to 1."""
-    std, mean = (torch.tensor(x)[:, None, None] for x in (Config.image_std, Config.image_mean))
-    return image * std + mean
+    mean, std = torch.tensor([Config.image_mean, Config.image_std], device=image.device)
+    return image * std[:, None, None] + mean[:, None, None]
 
 
 def augment(
-    image: Tensor, depth: Tensor, recipe: Recipe | str, generator=None, share: tuple = (0, 1)
+    image: Tensor, depth: Tensor, recipe: Recipe | str, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """Random rotation, crop, flip and colour of a batch, by a recipe or the name of a data set.
 
     image uint8 (B, 3, h, w), depth (B, 1, h, w) in metres -> image normalised (B, 3, H, W), depth
     (B, 1, H, W). H x W is the recipe's crop, or 7/8 of each side in multiples of 32, at least 64.
-    The generator is on the CPU. `share` (i, k): the samples are i, i + k, … of a larger batch.
+    The generator is on the CPU.
     """
+    if image.dtype != torch.uint8:
+        raise ValueError(f"image is {image.dtype}; augment takes uint8, and normalises it")
     recipe = DATASETS[recipe] if isinstance(recipe, str) else recipe
     n, _, h, w = image.shape
     rows, columns = recipe.crop or [max(64, side * 7 // 8 // 32 * 32) for side in (h, w)]
-    i, k = share
-    draws = torch.rand(k * n, 10, generator=generator)[i::k]  # uniform on [0, 1)
-    draws = draws.to(image.device, non_blocking=True)[..., None, None]  # (B, 10, 1, 1)
+    draws = torch.rand(n, 10, generator=generator).to(image.device)  # uniform on [0, 1)
+    draws = draws[..., None, None]  # (B, 10, 1, 1)
     angle, top, left, flip, recolour = draws[:, :5].unbind(1)  # (B, 1, 1) each
 
     # The location in the input of each output pixel: undo the flip, the crop, then the rotation.
@@ -313,141 +325,84 @@ def augment(
 
 
 # ---- What all scripts share ----------------------------------------------------------------------
-def rank_of() -> tuple[int, int]:
-    """The number of this process, and how many processes torchrun started."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def choose_device(name: str | None) -> torch.device:
+def choose_device(name: str | None = None) -> torch.device:
     """The device of that name; without a name, CUDA's GPU if there is one, else the CPU."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if getattr(torch, name).device_count() == 0:
-        raise ValueError(f"--device {name}: torch finds none on this machine")
-    return torch.device(name)
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def use_tf32(enabled: bool) -> None:
     """Let GPUs compute float32 in TF32, with the kernels that are fastest for one image size."""
     torch.set_float32_matmul_precision("high" if enabled else "highest")
-    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = enabled
-
-
-def leave_process_group(worker: int) -> None:
-    os.setpgrp()  # Ctrl-C stays with the run, which needs its workers to finish the step
+    torch.backends.cudnn.allow_tf32 = enabled
+    torch.backends.cudnn.benchmark = enabled
 
 
 def load(dataset: Dataset, device=None, workers: int | None = None, **options) -> DataLoader:
     """Batches of a data set for a device, read by `workers` processes; by default, up to 8."""
     if workers is None:
+        has_affinity = hasattr(os, "sched_getaffinity")  # Linux: the cores that we may use
+        n_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
         n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun, on this machine
-        workers = min(8, max((os.cpu_count() or 1) // n_processes - 1, 0))
-    options |= {"num_workers": workers, "worker_init_fn": leave_process_group}
-    options["pin_memory"] = device is not None and device.type == "cuda"
-    return DataLoader(dataset, **options)
+        workers = min(8, max(n_cores // n_processes - 1, 0))
+    pin_memory = device is not None and device.type == "cuda"
+    return DataLoader(dataset, num_workers=workers, pin_memory=pin_memory, **options)
 
 
-def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, and rename it to `path` when it is complete."""
-    partial = Path(f"{path}.partial")
-    try:
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the name without the content
-        partial.replace(path)
-    except RuntimeError as error:  # torch's own, when the disk is full
-        free = shutil.disk_usage(partial.parent).free // 10**6
-        raise OSError(f"{path} could not be written, and {free} MB are free there") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def append_row(path: Path, row: dict) -> None:
+def append_row(path: str | Path, row: dict) -> None:
     """Add a row to a CSV file, which begins with the names of its columns."""
     with open(path, "a", newline="") as file:
         rows = [row.values()] if file.tell() else [row, row.values()]
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)  # `run_command` prints one line and no usage
+def new_folder(path: str | Path) -> Path:
+    """Make a folder to write to. It must be new or empty, so that no file is overwritten."""
+    path = Path(path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise InputError(f"{path} exists and is not empty: choose another folder")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
-def number(kind: type, least: float, what: str, text: str) -> float:
-    """Read a finite number of at least `least` from `text`. The argparse types below use this."""
-    with contextlib.suppress(ValueError):
-        if least <= kind(text) < math.inf:
-            return kind(text)
-    raise argparse.ArgumentTypeError(f"{text} is not {what}")
-
-
-positive_float = functools.partial(number, float, sys.float_info.min, "a finite number above 0")
-positive_int = functools.partial(number, int, 1, "a whole number above 0")
-whole_number = functools.partial(number, int, 0, "a whole number of 0 or more")
-
-
-def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where a data set is and how it stores depth."""
-    group = parser.add_argument_group("data", "Defaults are the data set's, or the network's.")
-    add = group.add_argument
-    add("--root", metavar="DIR", help="folder of the data set, or nyu_depth_v2_labeled.mat")
-    add("--train-split", metavar="FILE", help="list of training pairs")
-    add("--test-split", metavar="FILE", help="list of test pairs")
-    add("--depth-scale", type=positive_float, metavar="X", help="value of 1 m in a depth PNG")
-    add("--max-depth", type=positive_float, metavar="M", help="end of the depth range in metres")
-    return group
+    add = parser.add_argument
+    add("--root", type=os.path.abspath, metavar="DIR", help=f"folder of the data set, or {NYU_MAT}")
+    add("--depth-scale", type=float, metavar="X", help="value of 1 m in a depth PNG")
+    add("--max-depth", type=float, metavar="M", help="end of the depth range in metres")
 
 
-def add_device_options(group: argparse._ArgumentGroup) -> None:
+def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where a network runs, and how its data are loaded."""
-    add = group.add_argument
-    add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda, else cpu; mps is untested")
-    add("--workers", type=whole_number, metavar="N", help="loading processes; default: up to 8")
-
-
-def refuse(args: argparse.Namespace, names: str, why: str) -> None:
-    """Raise ValueError if one of these options is given, because it would do nothing."""
-    for name in names.split():
-        if getattr(args, name) not in (None, False):  # 0, too, counts as not given
-            raise ValueError(f"--{name.replace('_', '-')} {why}")
+    add = parser.add_argument
+    add("--device", help="cuda, cpu or mps (untested); default: cuda where there is one, else cpu")
+    add("--workers", type=int, metavar="N", help="loading processes; default: up to 8")
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Run a script's `main`. An error in its input becomes one sentence on standard error."""
+    """Run a script's `main`. An InputError becomes one sentence on standard error, and status 1."""
     try:
         main()
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
-        # A loader's worker puts its traceback before the sentence, and Python an error's number.
-        before = r"(?s)^(Caught .*\n\w+Error: )?(\[Errno \d+\] )?"
-        text = re.sub(before, "", str(error) or repr(error))
-        text = text.strip().split("\n")[0].rstrip(".")
-        if re.search("Bus error|shared memory|</torch_", text):
-            text += "; in Docker, use --ipc=host or --shm-size=8g"
-        elif "by peer" in text:
-            text = "another process has ended: see its error"
-        elif re.search("out of memory|MemoryError|allocate|ALLOC_FAILED|DataLoader worker", text):
-            text += "; smaller batches or images, or fewer --workers, may fit in memory"
-        elif not isinstance(error, (OSError, ValueError)):
-            raise
-        sys.exit(f"error: {text}")
+    except InputError as error:  # a loader's worker puts its traceback before the sentence
+        sys.exit(f"error: {str(error).rpartition('InputError: ')[2].strip()}")
 
 
 def main() -> None:
-    parser = Parser(description="Check a data set: its files, scale and range.")
+    parser = argparse.ArgumentParser(description="Check a data set: its files, scale and range.")
     parser.add_argument("data", choices=DATASETS)
+    parser.add_argument("--train-split", metavar="FILE", help="list of training pairs")
+    parser.add_argument("--test-split", metavar="FILE", help="list of test pairs")
     add_data_options(parser)
+    add_device_options(parser)
     args = parser.parse_args()
     scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
-    only_test = str(args.root).endswith(".mat") and not args.train_split
+    only_test = str(args.root).endswith(".mat")
     for part in ("test",) if only_test else ("train", "test"):
         split = getattr(args, f"{part}_split")
         dataset = DepthDataset(args.data, args.root, split, part == "train", **scale)
         print(f"{part}: {describe(dataset)}")
-        for i in range(0, len(dataset), math.ceil(len(dataset) / 1000)):
-            dataset[i]  # raises what training would meet, perhaps only after hours
+        for _ in tqdm(load(dataset, None, args.workers, batch_size=None), part, disable=None):
+            pass  # raises here what training would meet, perhaps only after hours
 
 
 if __name__ == "__main__":
