@@ -870,27 +870,26 @@ def read_tensors(path: Path, expected: str) -> dict:
 
 def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     """The tensors of a TorchScript archive, by name, without torch.jit, which is deprecated."""
-    file = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-    allowed = {"HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long}
-    allowed["_rebuild_tensor_v2"] = lambda x, start, size, step, *_: x.as_strided(size, step, start)
+    root = next(name[:-8] for name in archive.namelist() if name.endswith("data.pkl"))
+    known = {"HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long}
+    known["_rebuild_tensor_v2"] = lambda x, start, size, step, *_: x.as_strided(size, step, start)
 
-    class Node(dict):  # stands for a module of the archive: its tensors, by name
+    class Module(dict):  # stands for a module of the archive: all tensors inside, by name
         def __setstate__(self, state: dict):
             for name, value in state.items():
-                inner = value.items() if isinstance(value, Node) else ()
-                self.update({f"{name}.{key}": tensor for key, tensor in inner})
-                if torch.is_tensor(value):
-                    self[name] = value
+                inner = {name: value} if torch.is_tensor(value) else {}
+                if isinstance(value, Module):  # complete, as pickle builds inner objects first
+                    inner = {f"{name}.{key}": tensor for key, tensor in value.items()}
+                self.update(inner)
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
-            return allowed.get(name, Node if module.startswith("__torch__") else lambda *_: None)
+            return known.get(name, Module if module.startswith("__torch__") else lambda *_: None)
 
         def persistent_load(self, key: tuple) -> Tensor:
-            content = archive.read(f"{file.removesuffix('.pkl')}/{key[2]}")
-            return torch.frombuffer(bytearray(content), dtype=key[1])
+            return torch.frombuffer(bytearray(archive.read(f"{root}data/{key[2]}")), dtype=key[1])
 
-    return dict(Unpickler(archive.open(file)).load())
+    return dict(Unpickler(archive.open(f"{root}data.pkl")).load())
 
 
 def save_checkpoint(path: str | Path, model: CaBins, **more) -> None:

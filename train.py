@@ -6,7 +6,6 @@ python train.py --resume runs/nyu/last.pt     continues a run that was stopped
 """
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -30,7 +29,8 @@ import eval as evaluation
 from cabins import InputError
 
 MAX_NORM = 0.1  # NOTE(paper silent): the released code clips gradients at this norm
-LOG_EVERY, PRINT_EVERY = 10, 100  # steps; the last one of an epoch is logged too
+LOG_EVERY = 10  # steps; the last one of an epoch is logged too
+PRINT_EVERY = 100  # steps
 SAVE_EVERY = 600  # seconds; last.pt is also saved after each epoch
 PAPER = {"backbone": "RN101", "epochs": 25, "lr": 3.57e-5}
 DEMO = {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # it starts from random weights
@@ -49,7 +49,10 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.step, self.out = args, 0, Path(args.out)
+        self.args = args
+        self.out = Path(args.out)
+        self.step = 0
+        self.best = math.inf  # AbsRel
         self.device = data.choose_device(args.device)
         self.rank, self.n_processes = 0, int(os.environ.get("WORLD_SIZE", "1"))
         if self.n_processes > 1:  # torchrun started several
@@ -73,14 +76,15 @@ class Run:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.parameters = self.trained_parameters()
         self.optimizer = torch.optim.AdamW(self.parameters, args.lr, weight_decay=0.1, fused=True)
-        # The rate rises from lr / 25 to lr and falls to lr / 2500. Momentum goes 0.95, 0.85, 0.95.
-        self.scheduler = OneCycleLR(self.optimizer, args.lr, self.n_steps, final_div_factor=100)
         if args.last:
             content = cabins.read_checkpoint(args.last)
-            self.step = content["step"]
             self.optimizer.load_state_dict(content["optimizer"])
-            self.scheduler.load_state_dict(content["scheduler"])
-        # NOTE(differs): Each process has a loss of its own, and gradients are averaged, as released.
+            self.step, self.best = content["step"], content["best"]
+        # The rate rises from lr / 25 to lr and falls to lr / 2500. Momentum goes 0.95, 0.85, 0.95.
+        self.scheduler = OneCycleLR(
+            self.optimizer, args.lr, self.n_steps, final_div_factor=100, last_epoch=self.step - 1
+        )
+        # Each process has a loss of its own, and gradients are averaged, as in the released code.
         several = self.n_processes > 1
         self.network = nn.parallel.DistributedDataParallel(self.model) if several else self.model
         self.network = torch.compile(self.network) if args.compile else self.network
@@ -129,12 +133,10 @@ class Run:
         self.step += 1
         image, depth = (batch[k].to(self.device, non_blocking=True) for k in ("image", "depth"))
         # All that is random depends on the seed, the step and the process, so a run can be resumed.
-        seeds = [
-            seed_of(self.args.seed, self.step, i * self.n_processes + self.rank) for i in (0, 1)
-        ]
-        generator = torch.Generator().manual_seed(seeds[0])
+        seed, number = self.args.seed, self.step
+        generator = torch.Generator().manual_seed(seed_of(seed, number, self.rank))
         image, depth = data.augment(image, depth, self.dataset.recipe, generator)
-        torch.manual_seed(seeds[1])  # for dropout
+        torch.manual_seed(seed_of(seed, number, self.n_processes + self.rank))  # for dropout
         with torch.autocast(self.device.type, torch.bfloat16, self.args.amp == "bf16"):
             prediction = self.network(image)
         loss = self.loss(prediction, depth)
@@ -149,17 +151,13 @@ class Run:
         """Train to the last epoch. The first process logs, saves and validates."""
         if self.rank == 0:
             self.open_folder()
-        n_trained = sum(p.numel() for p in self.parameters)
-        devices = f"{self.n_processes} x {self.device}, amp {self.args.amp}"
-        self.say(f"{n_trained:,} parameters learn on {devices}")
         data.use_tf32(True)
         self.model.train()
         order = self.batches()
         loader = data.load(self.dataset, self.device, self.args.workers, batch_sampler=order)
-        hidden = None if self.rank == 0 else True  # None: shown in a terminal only
-        bar = tqdm(loader, "training", self.n_steps, initial=self.step, disable=hidden)
+        hidden = self.rank > 0 or None  # None: shown in a terminal only
         next_save = time.monotonic() + SAVE_EVERY
-        for batch in bar:
+        for batch in tqdm(loader, "training", self.n_steps, initial=self.step, disable=hidden):
             lr = self.scheduler.get_last_lr()[0]
             prediction, depth, result = self.learn(batch)
             is_end = self.step % self.per_epoch == 0
@@ -167,27 +165,28 @@ class Run:
                 continue
             loss, norm = result.tolist()
             if not math.isfinite(loss + norm):  # the weights, too, are not finite any more
-                raise InputError(
-                    f"step {self.step}: loss {loss}, gradient norm {norm}; lower --lr?"
-                )
+                found = f"loss {loss}, gradient norm {norm}"
+                raise InputError(f"step {self.step}: {found}; try a lower --lr")
             if self.rank > 0:
                 continue
-            bar.set_postfix_str(self.log(prediction, depth, lr, loss))
+            self.log(prediction, depth, lr, loss)
             if is_end or time.monotonic() > next_save:
-                self.save_last()
+                self.save("last.pt", optimizer=self.optimizer.state_dict())
                 next_save = time.monotonic() + SAVE_EVERY
             if is_end:
                 self.validate()
-        self.say(f"training has finished: python eval.py {self.out}/last.pt prints its metrics")
-
-    def say(self, text: str) -> None:
         if self.rank == 0:
-            tqdm.write(text)
+            print(f"training has finished: python eval.py {self.out}/last.pt prints its metrics")
+        if self.n_processes > 1:
+            dist.destroy_process_group()
 
     def open_folder(self) -> None:
         """Make the folder of a new run, or bring that of a resumed one to the resumed step."""
-        self.say(f"training on {data.describe(self.dataset)}")
-        self.say(f"testing on {data.describe(self.test_set)}")
+        print(f"training on {data.describe(self.dataset)}")
+        print(f"testing on {data.describe(self.test_set)}")
+        n_trained = sum(p.numel() for p in self.parameters)
+        devices = f"{self.n_processes} x {self.device}, amp {self.args.amp}"
+        print(f"{n_trained:,} parameters learn on {devices}")
         try:
             self.out.mkdir(parents=True, exist_ok=bool(self.args.resume))
         except FileExistsError:
@@ -198,50 +197,39 @@ class Run:
         options = {k: v for k, v in vars(self.args).items() if k not in ("resume", "last")}
         about = {"options": options, "torch": torch.__version__, "commit": commit}
         (self.out / "args.json").write_text(json.dumps(about, indent=1))
-        for name in ("log.csv", "metrics.csv"):  # drop rows of later steps, and a row that was cut
-            if (self.out / name).exists():
-                header, *rows = (self.out / name).read_text().splitlines(keepends=True)
-                rows = [r for r in rows if r.endswith("\n") and int(r.split(",")[0]) <= self.step]
-                (self.out / name).write_text("".join([header, *rows]))
-        if self.step and self.step % self.per_epoch == 0 and self.step not in self.validated():
+        # The tables lose a row that was cut, and rows of later steps. The epoch's end is validated.
+        for table, end in (("log.csv", self.step + 1), ("metrics.csv", self.step)):
+            if (self.out / table).exists():
+                header, *rows = (self.out / table).read_text().splitlines(keepends=True)
+                rows = [r for r in rows if r.endswith("\n") and int(r.split(",")[0]) < end]
+                (self.out / table).write_text("".join([header, *rows]))
+        if self.step and self.step % self.per_epoch == 0:
             self.validate()
 
-    def validated(self) -> dict[int, float]:
-        """AbsRel of each validation so far, by its step."""
-        if not (self.out / "metrics.csv").exists():
-            return {}
-        with open(self.out / "metrics.csv", newline="") as file:
-            return {int(row["step"]): float(row["abs_rel"]) for row in csv.DictReader(file)}
-
-    def log(self, prediction: cabins.Prediction, depth: Tensor, lr: float, loss: float) -> str:
-        """Add a row to log.csv, and return it as a text. Without a terminal, print some rows."""
+    def log(self, prediction: cabins.Prediction, depth: Tensor, lr: float, loss: float) -> None:
+        """Add a row to log.csv, and print some of the rows."""
         mask = depth > self.model.config.min_depth
         bins = cabins.chamfer_loss(prediction.centers.detach(), depth, mask).item()
         row = {"epoch": self.step / self.per_epoch, "loss": loss, "bins": bins, "lr": lr}
-        text = ", ".join(f"{name} {value:.3g}" for name, value in row.items())
         data.append_row(self.out / "log.csv", {"step": self.step, **row})
-        if self.step % PRINT_EVERY == 0 and not sys.stderr.isatty():
-            print(f"step {self.step} of {self.n_steps}: {text}", flush=True)
-        return text
+        if self.step % PRINT_EVERY == 0:
+            text = ", ".join(f"{name} {value:.3g}" for name, value in row.items())
+            tqdm.write(f"step {self.step} of {self.n_steps}: {text}")
 
     def save(self, name: str, **more) -> None:
         """Write a checkpoint that names the data, but no folder of this machine."""
         recipe = self.dataset.recipe
         scale = {"depth_scale": recipe.depth_scale, "max_depth": recipe.max_depth}
-        about = {"data": {"name": self.args.data, **scale}, "step": self.step}
-        cabins.save_checkpoint(self.out / name, self.model, **about, **more)
-
-    def save_last(self) -> None:
-        """Write last.pt, from which training continues exactly."""
-        optimizer, scheduler = self.optimizer.state_dict(), self.scheduler.state_dict()
-        self.save("last.pt", optimizer=optimizer, scheduler=scheduler)
+        more |= {"data": {"name": self.args.data, **scale}, "step": self.step, "best": self.best}
+        cabins.save_checkpoint(self.out / name, self.model, **more)
 
     def validate(self) -> None:
         """Measure on the test set, draw, and keep the network if it is the best so far."""
         data.use_tf32(False)
         self.model.eval()
         row = evaluation.evaluate(self.model, self.test_set, self.args.workers)
-        if row["abs_rel"] < min(self.validated().values(), default=math.inf):
+        if row["abs_rel"] < self.best:
+            self.best = row["abs_rel"]
             self.save("best.pt")
         evaluation.draw_samples(self.out, self.model, self.test_set, 1)
         epoch = self.step // self.per_epoch
@@ -256,7 +244,7 @@ def parse_args(argv: list[str], script: str = "train.py", **defaults) -> argpars
     """The options of a run. A run that is resumed has its own, from its args.json."""
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
+    add = parser.add_argument
     add("--data", choices=data.DATASETS, default="toy", help="default: toy, drawn on the fly")
     data.add_data_options(parser)
     add("--train-split", type=os.path.abspath, metavar="FILE", help="list of training pairs")
@@ -268,7 +256,7 @@ def parse_args(argv: list[str], script: str = "train.py", **defaults) -> argpars
     start("--init", metavar="CKPT", help="start from the weights of a checkpoint")
     add("--distance-class", choices=cabins.TABLE_3, default="cabins", help="see Table 3")
     add("--amp", choices=("off", "bf16"), help="default: bf16 on GPUs that have it, else off")
-    add("--compile", **switch, default=False, help="torch.compile the network")
+    add("--compile", action="store_true", help="torch.compile the network")
     add("--epochs", type=int, metavar="N", help="default: 25; toy: 3")
     add("--batch-size", type=int, default=8, metavar="N", help="of all processes; default: 8")
     add("--lr", type=float, metavar="X", help="default: 3.57e-5; toy: 2e-3")
@@ -285,7 +273,7 @@ def parse_args(argv: list[str], script: str = "train.py", **defaults) -> argpars
     if last:
         about = Path(last).with_name("args.json")
         if not about.exists():
-            raise InputError(f"{about} is missing: it holds the options of the run in {last}")
+            parser.error(f"{about} is missing, which holds the options of the run")
         saved = json.loads(about.read_text())["options"] | {"out": os.path.dirname(last) or "."}
     own = DEMO if args.data == "toy" else PAPER
     parser.set_defaults(**{"out": out, "script": script, "last": last, **own, **defaults, **saved})
