@@ -427,7 +427,7 @@ class CaBins(nn.Module):
     def __init__(self, config: Config, clip: CLIP | None = None):
         super().__init__()
         architecture = BACKBONES[config.backbone]
-        embed_dim, channels = architecture.embed_dim, architecture.channels
+        embed_dim = architecture.embed_dim
         self.config = config
         self.integer_digits = len(f"{config.max_depth:.0f}")  # of the largest distance
         self.clip = clip or CLIP(architecture)
@@ -441,7 +441,7 @@ class CaBins(nn.Module):
         self.trans_decoder = TransDecoder(
             embed_dim, architecture.decoder_width, architecture.decoder_layers
         )
-        self.depth_decoder = DepthDecoder(channels, config.n_cabins, config.n_bins)
+        self.depth_decoder = DepthDecoder(architecture.channels, config.n_cabins, config.n_bins)
         if config.distance_class == "semantic":
             phrases = tokenize(SEMANTIC_BINS, length=5)  # at most 3 tokens, [SOT] and [EOT]
             self.register_buffer("phrases", phrases, persistent=False)
@@ -536,7 +536,8 @@ def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     squared distance to the nearest element of the second set, averaged over the first set. A depth
     counts once for each pixel that has it. The losses of the images are averaged.
     """
-    c, valid = centers, mask.flatten(1)  # (B, n_bins), (B, HW)
+    c = centers  # (B, n_bins)
+    valid = mask.flatten(1)  # (B, HW)
     X = target.flatten(1).masked_fill(~valid, 0)  # (B, HW)
     # Pixels without truth get the largest true depth, which adds no new value to X.
     X = torch.where(valid, X, X.amax(1, keepdim=True))
@@ -677,15 +678,17 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, width: int, is_causal: bool):
         super().__init__()
-        self.n_heads, self.is_causal = width // 64, is_causal
+        self.n_heads = width // 64
+        self.is_causal = is_causal
         self.ln_1 = nn.LayerNorm(width)
         self.attn = nn.Module()  # a name in OpenAI's files; one matrix projects to q, k and v
         self.attn.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) / width**0.5)
         self.attn.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.attn.out_proj = nn.Linear(width, width)
         self.ln_2 = nn.LayerNorm(width)
-        c_fc, c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.mlp = nn.ModuleDict({"c_fc": c_fc, "c_proj": c_proj})
+        self.mlp = nn.ModuleDict()
+        self.mlp["c_fc"] = nn.Linear(width, 4 * width)
+        self.mlp["c_proj"] = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)
@@ -708,7 +711,7 @@ class CLIP(nn.Module):
     def __init__(self, architecture: Architecture):
         super().__init__()
         self.architecture = architecture
-        width, embed_dim = architecture.text_width, architecture.embed_dim
+        width = architecture.text_width
         image_encoder = VisionTransformer if architecture.is_vit else ResNet
         self.visual = image_encoder(architecture)
         # Without OpenAI's weights (demo, tests), tokens keep torch's standard deviation of 1.
@@ -716,7 +719,8 @@ class CLIP(nn.Module):
         self.positional_embedding = nn.Parameter(torch.randn(77, width) * 0.01)
         self.transformer = transformer(width, architecture.text_layers, is_causal=True)
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(torch.randn(width, embed_dim) / width**0.5)
+        projection = torch.randn(width, architecture.embed_dim) / width**0.5
+        self.text_projection = nn.Parameter(projection)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's own; Eq. 4 has none
         # NOTE(differs): We freeze the whole text encoder. The released code trains its tokens.
         for name, parameter in self.named_parameters():
@@ -753,8 +757,9 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, architecture: Architecture):
         super().__init__()
-        width, n_positions = architecture.width, architecture.grid**2 + 1
-        (n_blocks,) = architecture.layers
+        width = architecture.width
+        n_positions = architecture.grid**2 + 1
+        n_blocks = architecture.layers[0]
         self.conv1 = nn.Conv2d(3, width, 16, stride=16, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) / width**0.5)
         self.positional_embedding = nn.Parameter(torch.randn(n_positions, width) / width**0.5)

@@ -99,7 +99,9 @@ class DepthDataset(Dataset):
 
     def __init__(self, name: str, root=None, split=None, train: bool = False, **changes: float):
         changes = {field: value for field, value in changes.items() if value is not None}
-        self.name, self.train, self.recipe = name, train, DATASETS[name]._replace(**changes)
+        self.name = name
+        self.train = train
+        self.recipe = DATASETS[name]._replace(**changes)
         part = "train" if train else "test"
         if name == "toy":
             if root or split:
@@ -264,13 +266,16 @@ def draw_room(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def describe(dataset: DepthDataset) -> str:
     """One line about the depth in eight of the pairs. It shows whether scale and range fit."""
-    n, scale, top = len(dataset), dataset.recipe.depth_scale, dataset.recipe.max_depth
+    n = len(dataset)
+    scale = dataset.recipe.depth_scale
+    top = dataset.recipe.max_depth
     depth = np.concatenate([dataset.read(i)[1].ravel() for i in range(0, n, math.ceil(n / 8))])
     known = depth[(depth > 0) & (depth < 65535 / scale)]  # 65535 often stands for none
     if not ((known > Config.min_depth) & (known < top)).any():
         what = f"{dataset.read(0)[2]} and others have no depth below {top:g} m"
         raise InputError(f"{what}: wrong --depth-scale or --max-depth?")
-    share, median = len(known) / len(depth), np.median(known)
+    share = len(known) / len(depth)
+    median = np.median(known)
     odd = "" if 0.05 * top < median < 0.9 * top else "; wrong --depth-scale or --max-depth?"
     return (
         f"{n} pairs ({dataset.n_left_out} without ground truth left out); {share:.0%} of their "

@@ -68,7 +68,8 @@ def evaluate_windows(
             for module, is_training in modes.items():
                 module.training = is_training
     low, high = cabins.Config.min_depth, dataset.recipe.max_depth
-    rows, n_nan = defaultdict(list), 0
+    rows = defaultdict(list)  # for each window, the metrics of each image
+    n_nan = 0
     for sample in tqdm(data.load(dataset, None, workers), "evaluating", leave=False, disable=None):
         depth, target = torch.as_tensor(predict(sample["image"])).cpu(), sample["depth"]
         if depth.shape != target.shape:
@@ -176,11 +177,11 @@ def draw_explained(path: str | Path, picture: np.ndarray, model: cabins.CaBins, 
         error = np.abs(found.depth - depths["ground truth"])
         maps.append(("error (m)", error, 0, high / 10, "magma"))
     maps.append(("spread of p (m)", found.std, 0, found.std.max(), "magma"))
-    n, shape = len(maps), min(len(picture) / picture.shape[1], 2.5)  # taller ones get margins
-    heights = [0.6 + 11 / n * shape, 3, 0.8 + 11 / len(s) * shape]  # inches
+    shape = min(len(picture) / picture.shape[1], 2.5)  # taller ones get margins
+    heights = [0.6 + 11 / len(maps) * shape, 3, 0.8 + 11 / len(s) * shape]  # inches
     figure = Figure(figsize=(13, sum(heights)), layout="constrained")
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=heights)
-    for axis, shown in zip(top.subplots(1, n), maps):
+    for axis, shown in zip(top.subplots(1, len(maps)), maps):
         show(axis, *shown)
     draw_bins(middle.subplots(), found, depths, model.config.max_depth)
 
@@ -232,19 +233,23 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[cabins.CaBins, DepthDatas
     data.use_tf32(False)  # what is called fp32 is measured in float32 on GPUs, too
     model = cabins.load_checkpoint(args.checkpoint, data.choose_device(args.device))
     trained_on = cabins.read_checkpoint(args.checkpoint).get("data", {})
-    name, root, split, scale, top = trained_on.get("name"), None, None, None, None
-    if args.data in (None, name):
-        scale, top = trained_on.get("depth_scale"), model.config.max_depth
-        run = Path(args.checkpoint).with_name("args.json")
-        options = json.loads(run.read_text())["options"] if run.exists() else {}
-        root, split = options.get("root"), options.get("test_split")
-    elif args.data in ("list", "toy"):  # the others have a depth range of their own
-        top = model.config.max_depth
-    name = args.data or name
+    name = args.data or trained_on.get("name")
     if name is None:
         raise InputError(f"{args.checkpoint} does not say what data it is for: give --data")
-    changes = {"depth_scale": args.depth_scale or scale, "max_depth": args.max_depth or top}
-    dataset = DepthDataset(name, args.root or root, args.split or split, **changes)
+    known = {}
+    if name == trained_on.get("name"):
+        run = Path(args.checkpoint).with_name("args.json")
+        known = json.loads(run.read_text())["options"] if run.exists() else {}
+        known |= trained_on
+    elif name in ("list", "toy"):  # the others have a depth range of their own
+        known = {"max_depth": model.config.max_depth}
+    dataset = DepthDataset(
+        name,
+        args.root or known.get("root"),
+        args.split or known.get("test_split"),
+        depth_scale=args.depth_scale or known.get("depth_scale"),
+        max_depth=args.max_depth or known.get("max_depth"),
+    )
     print(f"{args.checkpoint}: {model.config}")
     print(f"testing on {name}: {data.describe(dataset)}")
     return model, dataset

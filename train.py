@@ -54,7 +54,8 @@ class Run:
         self.step = 0
         self.best = math.inf  # AbsRel
         self.device = data.choose_device(args.device)
-        self.rank, self.n_processes = 0, int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = 0
+        self.n_processes = int(os.environ.get("WORLD_SIZE", "1"))
         if self.n_processes > 1:  # torchrun started several
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -79,7 +80,8 @@ class Run:
         if args.last:
             content = cabins.read_checkpoint(args.last)
             self.optimizer.load_state_dict(content["optimizer"])
-            self.step, self.best = content["step"], content["best"]
+            self.step = content["step"]
+            self.best = content["best"]
         # The rate rises from lr / 25 to lr and falls to lr / 2500. Momentum goes 0.95, 0.85, 0.95.
         self.scheduler = OneCycleLR(
             self.optimizer, args.lr, self.n_steps, final_div_factor=100, last_epoch=self.step - 1
@@ -133,10 +135,10 @@ class Run:
         self.step += 1
         image, depth = (batch[k].to(self.device, non_blocking=True) for k in ("image", "depth"))
         # All that is random depends on the seed, the step and the process, so a run can be resumed.
-        seed, number = self.args.seed, self.step
-        generator = torch.Generator().manual_seed(seed_of(seed, number, self.rank))
+        seed = self.args.seed
+        generator = torch.Generator().manual_seed(seed_of(seed, self.step, self.rank))
         image, depth = data.augment(image, depth, self.dataset.recipe, generator)
-        torch.manual_seed(seed_of(seed, number, self.n_processes + self.rank))  # for dropout
+        torch.manual_seed(seed_of(seed, self.step, self.n_processes + self.rank))  # for dropout
         with torch.autocast(self.device.type, torch.bfloat16, self.args.amp == "bf16"):
             prediction = self.network(image)
         loss = self.loss(prediction, depth)
@@ -266,7 +268,8 @@ def parse_args(argv: list[str], script: str = "train.py", **defaults) -> argpars
     add("--resume", metavar="LAST.pt|auto", help=about)
     args = parser.parse_args(argv)
     out = args.out or os.path.join("runs", args.data)
-    last, saved = args.resume, {}
+    last = args.resume
+    saved = {}
     if last == "auto":
         last = os.path.join(out, "last.pt")
         last = last if os.path.exists(last) else None
