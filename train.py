@@ -79,6 +79,8 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.parameters, args.lr, weight_decay=0.1, fused=True)
         if args.last:
             content = cabins.read_checkpoint(args.last)
+            if "optimizer" not in content:
+                raise InputError(f"{args.last} has no optimizer: only last.pt can be resumed")
             self.optimizer.load_state_dict(content["optimizer"])
             self.step = content["step"]
             self.best = content["best"]
@@ -198,11 +200,13 @@ class Run:
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
         options = {k: v for k, v in vars(self.args).items() if k not in ("resume", "last")}
         about = {"options": options, "torch": torch.__version__, "commit": commit}
-        (self.out / "args.json").write_text(json.dumps(about, indent=1))
+        partial = self.out / "args.json.partial"
+        partial.write_text(json.dumps(about, indent=1))
+        partial.replace(self.out / "args.json")
         # The tables lose a row that was cut, and rows of later steps. The epoch's end is validated.
         for table, end in (("log.csv", self.step + 1), ("metrics.csv", self.step)):
             if (self.out / table).exists():
-                header, *rows = (self.out / table).read_text().splitlines(keepends=True)
+                header, *rows = (self.out / table).read_text().splitlines(keepends=True) or [""]
                 rows = [r for r in rows if r.endswith("\n") and int(r.split(",")[0]) < end]
                 (self.out / table).write_text("".join([header, *rows]))
         if self.step and self.step % self.per_epoch == 0:
@@ -277,7 +281,8 @@ def parse_args(argv: list[str], script: str = "train.py", **defaults) -> argpars
         about = Path(last).with_name("args.json")
         if not about.exists():
             parser.error(f"{about} is missing, which holds the options of the run")
-        saved = json.loads(about.read_text())["options"] | {"out": os.path.dirname(last) or "."}
+        saved = json.loads(about.read_text())["options"]
+        saved["out"] = os.path.normpath(os.path.dirname(last))
     own = DEMO if args.data == "toy" else PAPER
     parser.set_defaults(**{"out": out, "script": script, "last": last, **own, **defaults, **saved})
     args = parser.parse_args(argv)  # what is typed wins
