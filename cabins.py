@@ -7,20 +7,21 @@ embedding. The text embeddings attend to the image (Eq. 3) and are compared with
 the image (Eq. 4). A decoder turns these similarities and the image features into a probability over
 the bins at each pixel. Depth is the expected bin centre (Eq. 5).
 
-Read this file downwards, with the paper beside it. The method comes first, in the paper's order.
-CLIP follows, with the paper's changes to it. Loading and checkpoints come last.
+Read this file downwards, with the paper beside it. The method comes first, in the order of Sec. 3.2
+to 4.3. The rest of CLIP follows. Weights, checkpoints and pictures come last.
 
 What the equations do not say (docs/findings.md has the evidence):
 
 - The text does not train the MLP that predicts the bins. A distance becomes digits, digits become
   token ids, and no gradient passes through a look-up. The MLP learns from the bin centres alone:
-  through the depth (Eq. 5 and 6) and from the loss of the bins (Eq. 7).
-- No loss supervises the similarity s. The decoder receives s as 8 of the 2,056 channels of its
-  first convolution. The other 2,048 are x4, from which z, and so s, is computed.
-- γ decides whether Eq. 3 does anything. γ starts at 1e-4, where Eq. 3 is nearly the identity and
-  the gradient of TransDecoder is far below Adam's ε. The layers hardly move until γ has grown.
+  through the depth (Eq. 5 and 6) and through the bins loss (Eq. 7).
+- No loss supervises the similarity s directly. The decoder receives s as 8 of the 2,056 channels of
+  its first convolution. The other 2,048 are x4. z comes from x4, and s comes from z and t.
+- γ scales all that Eq. 3 does. γ starts at 1e-4, where Eq. 3 is nearly the identity. In training
+  from random weights, the layers of TransDecoder hardly move until γ has grown, because their
+  gradient has the factor γ and is far below Adam's ε.
 - The released code trains neither γ nor the prompts. There, Eq. 3 stays nearly the identity, and
-  the prompts stay the random vectors that they were at the start. We train both.
+  the prompts keep their random initial values. We train both.
 - Eq. 2 depends on the unit of depth and on how far apart the centres are. In metres, e_k is almost
   the bin centre nearest to the mean of its group, more sharply over 10 m than over 80 m.
 
@@ -34,18 +35,19 @@ The letters that count something, with their values for RN101 and one training i
     K       distances, and texts of an image: 8; `n_cabins` in the code
     n_g     bins in each of the K groups: 32
     N       learnable prompt vectors: 8; `n_prompts` in the code
-    L, T    texts that are encoded together: BK; token ids of one text: 9
+    L, T    texts that are encoded together: BK; token ids of one number: 9
 
-The paper's symbols. A batch adds an axis B in front, but not to the prompts and γ.
+The paper's symbols. A batch adds an axis B in front of all but the prompts, γ and the ids.
 
     code         paper      size          what                                           section
-    x1 … x4      x_1 … x_4  C x H/4 … h   features at strides 4 to 32; x4: C = 2048      3.2.1
+    pyramid      {x_i}      C x H/4 … h   [x1, x2, x3, x4], features at strides 4 to 32  3.2.1
     z_bar, z     z̄, z       D, D x h x w  embedding of the image, and of each location   3.2.1
     b_prime, b   b′, b      n_bins        bin widths, before and after normalisation     3.2.1
     c            c(b)       n_bins        bin centres, metres                            3.2.1
-    min_depth, … d_min, …   -             depth range, d_min to d_max: 1e-3 to 10 m      3.2.1
+    min_depth    d_min      -             start of the depth range: 1e-3 m               3.2.1
+    max_depth    d_max      -             end of the depth range: 10 m, KITTI 80 m       3.2.1
     m, w         m_k, w_i   K, K x n_g    means of the groups, and weights inside them   3.2.2
-    e            e_k        K             distances (the CaBins), metres                 3.2.2
+    e            e_k        K             distances (the paper's distance classes), m    3.2.2
     1e-4         ε          -             keeps Eq. 2 from dividing by 0                 3.2.2
     prompts      p          N x 512       learnable vectors in every text                3.2.3
     ids          -          L x T         token ids of the texts                         3.2.3
@@ -54,20 +56,20 @@ The paper's symbols. A batch adds an axis B in front, but not to the prompts and
     s            s          K x h x w     cosine similarity of z and t                   3.2.4
     p            p          n_bins x …    probability of each bin, at H/2 x W/2          3.2.4
     d            d          1 x …         depth, metres, at H/2 x W/2, then at H x W     3.2.4
-    target, X    d*, X      1 x H x W     true depth, metres; X: as a set                3.3
+    target, X    d*, X      1 x H x W     ground truth, metres; X: as a set              3.3
     g            g_i        1 x H x W     log d - log d*                                 3.3
     LAMBDA, …    λ, α, β    -             constants of Eq. 6 and 8: 0.85, 10 and 0.1     3.3
 
-The paper writes p twice, for the prompts and for the probability. `NOTE(differs)` marks a place
-where the paper, the released code (github.com/EunjinSon1/CaBins at 4e9c9a0) and this code disagree.
-`NOTE(paper silent)` marks a choice that the paper leaves open. Both kinds stand in README's table,
-"Paper, released code, and here".
+The public names of c, e, s, p and d are centers, distances, similarity, probability and depth. The
+paper writes p for the prompts and for the probability, and we write w for the weights of Eq. 2 and
+for the columns of z. `NOTE(differs)` marks a place where the paper, the released code
+(github.com/EunjinSon1/CaBins at 4e9c9a0) and this code disagree. `NOTE(paper silent)` marks a
+choice that the paper leaves open. README's table "Paper, released code, and here" has all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import pickle
 import zipfile
@@ -83,10 +85,14 @@ from torch import Tensor, nn
 from clip_tokenizer import EOT, number_tokens, tokenize
 
 
+class InputError(ValueError):
+    """A file or a setting is wrong. The message names it and says what to do."""
+
+
 # ---- Configuration -------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of a network, which its checkpoints hold. Raises InputError for a wrong one."""
+    """The settings of a network, held in its checkpoints. Raises InputError for a wrong setting."""
 
     backbone: str = "RN101"  # a key of BACKBONES
     distance_class: str = "cabins"  # a row of TABLE_3
@@ -97,12 +103,12 @@ class Config:
     max_depth: float = 10.0  # d_max, metres; 80 for KITTI
     longer_side: int = 640  # longer side of the training frames, pixels; 1216 for KITTI
     # NOTE(paper silent): Like the released code, we normalise images with the statistics of
-    # ImageNet, not with those of CLIP's own training. They are constants, not settings.
+    # ImageNet, not with those of CLIP's own training. The statistics are constants, not settings.
     image_mean: ClassVar = (0.485, 0.456, 0.406)  # red, green, blue, in [0, 1]
     image_std: ClassVar = (0.229, 0.224, 0.225)
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):  # NumPy's scalars become Python's
+        for field in dataclasses.fields(self):  # a checkpoint must not hold NumPy's scalars
             kind = type(field.default)
             object.__setattr__(self, field.name, kind(getattr(self, field.name)))
         if self.backbone not in BACKBONES or self.distance_class not in TABLE_3:
@@ -115,8 +121,8 @@ class Config:
 
 
 # ---- Sec. 3.1 and 3.2.1  The last layer of the image encoder -------------------------------------
-# CLIP's ResNet, which stands below the metrics, turns an image into the features x1, x2, x3 and x4.
-# Its last layer, the attention pool, turns x4 into the embeddings z_bar and z.
+# `ResNet`, which stands below the metrics, turns an image into the features x1, x2, x3 and x4. Its
+# last layer, the attention pool, turns x4 into the embeddings z_bar and z.
 
 
 def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, n_heads: int, is_causal=False) -> Tensor:
@@ -142,8 +148,8 @@ class AttentionPool(nn.Module):
     """CLIP's MHA module: z_bar (B, D) and z (B, D, h, w) from x4 (B, C, h, w).
 
     In CLIP, the global token x̄ (the mean of x4) is the only query. In Sec. 3.2.1 every token is a
-    query, so each location gets an embedding. The output of a query depends on the keys and values
-    only, so z_bar is the same as with x̄ as the only query.
+    query, so each location gets an embedding. The output of one query does not depend on the other
+    queries, so z_bar is the same as with x̄ as the only query.
     """
 
     def __init__(self, channels: int, embed_dim: int, grid: int):
@@ -171,8 +177,7 @@ def bin_centers(b: Tensor, min_depth: float, max_depth: float) -> Tensor:
     """Centres (B, n_bins) of adjacent bins that fill the range from d_min to d_max, in metres.
 
     The widths b (B, n_bins) are shares of this range and sum to 1. Fixed bins would spend centres
-    on depths that an image does not contain. Predicted bins can be narrow where its depths are. A
-    bin that grows moves every other centre, because all widths are divided by their sum.
+    on depths that an image does not contain. Predicted bins can be narrow where its depths are.
     """
     # Eq. 1:  c(b_i) = d_min + (d_max - d_min) (b_i / 2 + Σ_{j<i} b_j)
     return min_depth + (max_depth - min_depth) * (b.cumsum(1) - b / 2)  # cumsum includes b_i
@@ -183,7 +188,10 @@ class AdaptiveBins(nn.Module):
 
     NOTE(differs): The paper says "MLP with ReLU". We follow the released code: layers of 512, 256
     and n_bins, LeakyReLU between them, ReLU + 0.1 after the last. The 0.1 keeps every width above
-    0. With ReLU alone, a row of negative outputs would be divided by 0.
+    0. With ReLU alone, a row without a positive output would be divided by 0.
+
+    All widths are divided by their sum. So when one bin grows, the centres of all other bins move,
+    those before it too.
     """
 
     def __init__(self, embed_dim: int, n_bins: int):
@@ -197,13 +205,13 @@ class AdaptiveBins(nn.Module):
         )
 
     def forward(self, z_bar: Tensor) -> Tensor:
-        # Bins are computed in float32, because bfloat16 has steps of 6 cm near 10 m.
+        # Widths and centres are float32, because bfloat16 has steps of 6 cm near 10 m.
         b_prime = F.relu(self.mlp(z_bar).float()) + 0.1  # b′: (B, n_bins)
         return b_prime / b_prime.sum(1, keepdim=True)
 
 
 # ---- Sec. 3.2.2  CaBins --------------------------------------------------------------------------
-TABLE_3 = ("cabins", "median", "mean", "semantic")  # its rows; "Ours" is "cabins"
+TABLE_3 = ("cabins", "median", "mean", "semantic")  # the rows of Table 3; "cabins" is "Ours"
 
 
 def distance_classes(centers: Tensor, n_cabins: int, kind: str = "cabins") -> Tensor:
@@ -217,10 +225,10 @@ def distance_classes(centers: Tensor, n_cabins: int, kind: str = "cabins") -> Te
     groups, the text encoder would have to encode 256 texts for each image.
 
     The weights depend on the unit of depth, because 1 / |c - m| has a unit, and on how far apart
-    the centres are. We measured this for 256 random widths (uniform on [0.1, 1.1], normalised).
-    Over 10 m, e_k lies 0.35 mm from the centre nearest to m_k on average, and over 80 m 23 mm. Over
-    10 m in centimetres, e_k lies 0.6 mm from m_k itself. With equal widths, the two middle centres
-    tie, and e_k is m_k in any unit.
+    the centres are. We measured the mean for 256 random widths (uniform on [0.1, 1.1], normalised).
+    Over 10 m, e_k lies 0.35 mm from the centre nearest to m_k, and over 80 m 23 mm, mostly where
+    two centres nearly tie. Over 10 m in centimetres, e_k lies 0.6 mm from m_k itself. With equal
+    widths, the two middle centres tie, and e_k is m_k in any unit.
 
     `kind` is a row of Table 3. "median" and "mean" replace Eq. 2. With "semantic" the texts are
     phrases, and the distances of Eq. 2 are only reported.
@@ -260,7 +268,7 @@ SEMANTIC_BINS = [  # the phrases of Sec. 4.6, in place of the numbers
 
 
 class TransDecoderAttention(nn.Module):
-    """DenseCLIP's attention of x (B, Tq, C) to the memory (B, Tk, C): (B, Tq, C).
+    """DenseCLIP's attention of x (B, Tq, C) to the tokens of `memory` (B, Tk, C): (B, Tq, C).
 
     Unlike in CLIP, the projections to queries, keys and values have no bias.
     """
@@ -280,10 +288,10 @@ class TransDecoderAttention(nn.Module):
 
 
 class TransDecoderLayer(nn.Module):
-    """A pre-norm layer, from x (B, K, C) and the memory (B, 1 + hw, C) to (B, K, C).
+    """A layer, from the texts x (B, K, C) and the image `memory` (B, 1 + hw, C) to (B, K, C).
 
-    Self-attention among the K texts comes first. Cross-attention from the texts to the image and an
-    MLP follow.
+    Self-attention among the texts comes first. Cross-attention from the texts to the image and an
+    MLP follow. A LayerNorm stands before each of the three.
     """
 
     def __init__(self, width: int, n_heads: int, dropout: float = 0.1):
@@ -312,8 +320,8 @@ class TransDecoder(nn.Module):
     """Update the text embeddings t (B, K, D) by attention to the image: z_bar (B, D) and z.
 
     The same distance looks different in two rooms. Eq. 3 adapts its text embedding to the room.
-    γ starts so small that Eq. 3 is nearly the identity, so training starts from CLIP's own text
-    embeddings. γ also scales the gradient of the layers. The layers hardly move until γ has grown.
+    γ starts at 1e-4. Eq. 3 is then nearly the identity, and training starts from CLIP's own text
+    embeddings. The gradient of the layers has the factor γ, so they hardly move until γ has grown.
 
     NOTE(paper silent): The paper does not give the layers. The sizes and the initialisation are
     DenseCLIP's, as in the released code.
@@ -350,8 +358,8 @@ class TransDecoder(nn.Module):
 def cosine_similarity(z: Tensor, t: Tensor) -> Tensor:
     """Cosine of each location z (B, D, h, w) and each text t (B, K, D): s (B, K, h, w).
 
-    Without normalisation, the lengths of z and t would count beside their directions. CLIP
-    multiplies its cosines by a learned factor, exp(`logit_scale`). Eq. 4 has no such factor.
+    Without normalisation, s would depend on the lengths of z and t as well as on their directions.
+    CLIP multiplies its cosines by a learned factor, exp(`logit_scale`). Eq. 4 has no such factor.
     """
     # Eq. 4:  s = ẑ · t̂,   where ẑ and t̂ are z and t of length 1
     return torch.einsum("bdhw,bkd->bkhw", F.normalize(z, dim=1), F.normalize(t, dim=2))
@@ -366,9 +374,9 @@ class DepthDecoder(nn.Module):
     """Probability p (B, n_bins, H/2, W/2) over the bins, from the pyramid and s (B, K, h, w).
 
     NOTE(paper silent): The convolutions and their channels are the released code's. `fuse` is a
-    1 x 1 convolution that pads x4 by one location on each side. This shifts x4 by 28 to 31 image
-    pixels against the skip connections near the border. We keep the padding, so that the authors'
-    checkpoints give the same depth.
+    1 x 1 convolution that pads [x4, s] by one location on each side. This shifts x4 by 28 to 31
+    image pixels against the skip connections near the border. We keep the padding, so that the
+    authors' checkpoints give the same depth.
     NOTE(differs): `head` has n_bins channels in the paper and here, 256 in the released code.
     """
 
@@ -385,13 +393,13 @@ class DepthDecoder(nn.Module):
                 layers.append(nn.LeakyReLU(inplace=True))
             self.up.append(nn.Sequential(*layers))
             width = width // 2
-        # Nothing stands between these two, so together they are one linear 3 x 3 convolution.
+        # No activation stands between these two, so together they equal one 3 x 3 convolution.
         self.head = nn.Conv2d(width, n_bins, 3, padding=1)
         self.classifier = nn.Conv2d(n_bins, n_bins, 1)
 
     def forward(self, pyramid: list[Tensor], s: Tensor) -> Tensor:
         *skips, x4 = pyramid
-        s = resize(s, x4.shape[-2:])  # ViT: from stride 16 to 32; a no-op for the ResNets
+        s = resize(s, x4.shape[-2:])  # ViT (Table 4): stride 16 to 32; else a no-op
         x = self.fuse(torch.cat([x4, s], dim=1))  # (B, C_4, h + 2, w + 2), C_4 channels as in x4
         for up, skip in zip(self.up, reversed(skips)):
             x = resize(x, skip.shape[-2:]).to(skip.dtype)  # CUDA's autocast resizes in float32
@@ -404,7 +412,7 @@ class DepthDecoder(nn.Module):
 def expected_depth(centers: Tensor, p: Tensor) -> Tensor:
     """Depth (B, 1, H/2, W/2) in metres: the mean of the centres (B, n_bins) under p.
 
-    The argmax would jump from bin to bin. The mean is smooth, and it never leaves [c_1, c_256].
+    The argmax would jump from bin to bin. The mean is smooth, and never leaves [c_1, c_n_bins].
     """
     # Eq. 5:  d_i = Σ_k c(b_k) p_ik
     return (centers[:, :, None, None] * p).sum(1, keepdim=True)
@@ -467,8 +475,8 @@ class CaBins(nn.Module):
         """Figure 2, for normalised images (B, 3, H, W) of at least 64 x 64 pixels.
 
         In a smaller image x4 may have a single location, and BatchNorm cannot train on one such
-        image. With upsample=False, depth stays at H/2 x W/2. `eval.py` averages the depths of an
-        image and of its mirror image at this size.
+        image alone. With upsample=False, depth stays at H/2 x W/2. `eval.py` averages the depths of
+        an image and of its mirror image at this size.
         """
         if image.ndim != 4 or image.shape[1] != 3 or min(image.shape[2:]) < 64:
             shape = tuple(image.shape)
@@ -500,7 +508,7 @@ LAMBDA, ALPHA, BETA = 0.85, 10.0, 0.1  # λ, α, β
 def silog_loss(depth: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Scale-invariant logarithmic loss over the valid pixels of the batch (Eq. 6).
 
-    depth, target and mask have one shape. Without a valid pixel the loss is 1e-5.
+    depth, target and mask have the same shape. Without a valid pixel the loss is 1e-5.
 
     The term under the root is Var(g) + (1 - λ) mean(g)². So λ = 0.85 forgives 85 % of the squared
     mean. With λ = 1, a depth that is wrong by one factor everywhere would cost nothing.
@@ -510,7 +518,7 @@ def silog_loss(depth: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """
     if not depth.shape == target.shape == mask.shape:  # or they would broadcast
         shapes = [tuple(x.shape) for x in (depth, target, mask)]
-        raise ValueError(f"depth, target and mask are {shapes}; they must have one shape")
+        raise ValueError(f"depth, target and mask are {shapes}; they must have the same shape")
     n = mask.sum().clamp(min=1)
     g = torch.where(mask, depth, 1).log() - torch.where(mask, target, 1).log()  # 0 outside mask
     # Eq. 6:  L_pixel = α √( 1/n Σ g_i² - λ/n² (Σ g_i)² )
@@ -526,11 +534,11 @@ def nearest(values: Tensor, queries: Tensor) -> Tensor:
 
 
 def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Bi-directional chamfer loss of bin centres (B, n_bins) and true depths, in square metres.
+    """Bi-directional chamfer loss of bin centres (B, n_bins) and ground truth, in square metres.
 
     Each true depth pulls the nearest centre, and each centre is pulled to the nearest true depth.
     Eq. 6 constrains only the mean of the centres under p, and Eq. 7 places the centres themselves.
-    An image without true depth adds 0.
+    An image without ground truth adds 0.
 
     NOTE(paper silent): The paper does not define chamfer(·, ·). Like the released code, we take the
     squared distance to the nearest element of the second set, averaged over the first set. A depth
@@ -539,7 +547,7 @@ def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     c = centers  # (B, n_bins)
     valid = mask.flatten(1)  # (B, HW)
     X = target.flatten(1).masked_fill(~valid, 0)  # (B, HW)
-    # Pixels without truth get the largest true depth, which adds no new value to X.
+    # Pixels without ground truth get the largest true depth, which adds no new value to X.
     X = torch.where(valid, X, X.amax(1, keepdim=True))
     # Eq. 7:  L_bins = chamfer(X, c(b)) + chamfer(c(b), X)
     X_to_c = (X - nearest(c, X)).square() * valid  # (B, HW)
@@ -549,7 +557,7 @@ def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def total_loss(prediction: Prediction, target: Tensor, min_depth: float) -> Tensor:
-    """The training loss. The true depth (B, 1, H, W), in metres, is valid above min_depth.
+    """The training loss. The ground truth (B, 1, H, W), in metres, is valid above min_depth.
 
     L_pixel has no unit, but L_bins has. In centimetres, L_bins would be 10,000 times as large.
     """
@@ -592,11 +600,11 @@ class Architecture(NamedTuple):
     """The sizes of one CLIP."""
 
     embed_dim: int  # D
-    channels: tuple[int, ...]  # those of x1, x2, x3 and x4
+    channels: tuple[int, ...]  # of x1, x2, x3 and x4
     layers: tuple[int, ...]  # ResNet: the blocks of each stage; ViT: the number of blocks
     width: int  # ResNet: channels after the stem; ViT: channels of a token
     grid: int  # locations along each side of x4 (ViT: of z) in CLIP's own training
-    text_width: int  # channels of a text token, and therefore of a prompt
+    text_width: int  # channels of a text token, and therefore of a prompt vector
     text_layers: int
     is_vit: bool = False
     decoder_width: int = 256  # of TransDecoder
@@ -608,12 +616,14 @@ BACKBONES = {  # the sizes in the order above
     "RN101": Architecture(512, (256, 512, 1024, 2048), (3, 4, 23, 3), 64, 7, 512, 12),
     "ViT-B/16": Architecture(512, (96, 192, 384, 768), (12,), 768, 14, 512, 12, is_vit=True),
     # for the demo and the tests
-    "tiny": Architecture(64, (40, 80, 160, 320), (1, 1, 1, 1), 10, 4, 64, 2, False, 64, 2),
+    "tiny": Architecture(
+        64, (40, 80, 160, 320), (1, 1, 1, 1), 10, 4, 64, 2, decoder_width=64, decoder_layers=2
+    ),
 }
 
 
 class Bottleneck(nn.Module):
-    """CLIP's residual block. Its stride comes from an average pool, not from a convolution."""
+    """CLIP's residual block. An average pool makes the stride, not a convolution."""
 
     def __init__(self, in_channels: int, width: int, stride: int):
         super().__init__()
@@ -691,12 +701,12 @@ class TransformerBlock(nn.Module):
         self.mlp["c_proj"] = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)
+        qkv = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)  # 3 width
         x = x + self.attn.out_proj(
             multi_head_attention(*qkv.chunk(3, dim=-1), self.n_heads, self.is_causal)
         )
         y = self.mlp.c_fc(self.ln_2(x))
-        return x + self.mlp.c_proj(y * torch.sigmoid(1.702 * y))  # CLIP's approximation of GELU
+        return x + self.mlp.c_proj(y * torch.sigmoid(1.702 * y))  # QuickGELU, CLIP's GELU
 
 
 def transformer(width: int, n_layers: int, is_causal: bool) -> nn.ModuleDict:
@@ -723,8 +733,8 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(projection)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's own; Eq. 4 has none
         # NOTE(differs): We freeze the whole text encoder. The released code trains its tokens.
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.startswith("visual."))
+        self.requires_grad_(False)
+        self.visual.requires_grad_(True)
 
     def encode_text(self, ids: Tensor, prompts: Tensor | None = None) -> Tensor:
         """Text embeddings (L, D) of token ids (L, T), each text from [SOT] to [EOT].
@@ -802,10 +812,6 @@ def dpt_reassembly(architecture: Architecture) -> nn.ModuleList:
 
 
 # ==== The paper ends here. Below: weights, checkpoints, pictures ==================================
-class InputError(ValueError):
-    """A file or a setting is wrong. The message names it and says what to do."""
-
-
 CLIP_URL = "https://openaipublic.azureedge.net/clip/models/{sha256}/{name}.pt"
 CLIP_SHA256 = {
     "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
@@ -815,7 +821,7 @@ CLIP_SHA256 = {
 
 
 def download(url: str, file: str, sha256: str) -> Path:
-    """The path of `file` in torch.hub's cache. Fetches a missing file, and checks its SHA-256."""
+    """The path of `file` in torch.hub's cache. Fetches a missing file, whose SHA-256 must fit."""
     path = Path(torch.hub.get_dir(), "checkpoints", file)
     if not path.exists():
         try:
@@ -843,12 +849,12 @@ def load_clip(name_or_path: str | Path) -> CLIP:
     for architecture in BACKBONES.values():
         sizes = architecture.text_width, architecture.embed_dim
         if shape == sizes and architecture.is_vit == ("visual.proj" in state):
-            return load_strictly(CLIP(architecture), state, path).float()
+            return load_strictly(CLIP(architecture), state, path)
     raise InputError(f"{path} is none of the CLIPs {', '.join(CLIP_SHA256)}")
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -> nn.Module:
-    """Load the tensors of `source`, which must have the module's names and shapes. Returns it."""
+    """Load tensors, which must have the module's names and shapes. Returns the module."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:  # torch lists all that is missing, unknown or of another shape
@@ -858,7 +864,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -
 
 
 def read_tensors(path: Path, expected: str) -> dict:
-    """The dictionary in a PyTorch file, or the tensors of a TorchScript archive. Runs no code."""
+    """The dictionary in a PyTorch file, or the tensors of a TorchScript archive. No code is run."""
     if not path.is_file():
         raise InputError(f"{path} is not a file; expected {expected}")
     try:
@@ -875,30 +881,29 @@ def read_tensors(path: Path, expected: str) -> dict:
 
 def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     """The tensors of a TorchScript archive, by name, without torch.jit, which is deprecated."""
-    root = next(name[:-8] for name in archive.namelist() if name.endswith("data.pkl"))
+    file = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
     known = {"HalfStorage": torch.half, "FloatStorage": torch.float, "LongStorage": torch.long}
     known["_rebuild_tensor_v2"] = lambda x, start, size, step, *_: x.as_strided(size, step, start)
 
-    class Module(dict):  # stands for a module of the archive: all tensors inside, by name
+    class Module(nn.Module):  # stands for each module of the archive
         def __setstate__(self, state: dict):
+            super().__init__()
             for name, value in state.items():
-                inner = {name: value} if torch.is_tensor(value) else {}
-                if isinstance(value, Module):  # complete, as pickle builds inner objects first
-                    inner = {f"{name}.{key}": tensor for key, tensor in value.items()}
-                self.update(inner)
+                setattr(self, name, nn.Buffer(value) if torch.is_tensor(value) else value)
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str):
             return known.get(name, Module if module.startswith("__torch__") else lambda *_: None)
 
         def persistent_load(self, key: tuple) -> Tensor:
-            return torch.frombuffer(bytearray(archive.read(f"{root}data/{key[2]}")), dtype=key[1])
+            content = archive.read(f"{file.removesuffix('.pkl')}/{key[2]}")
+            return torch.frombuffer(bytearray(content), dtype=key[1])
 
-    return dict(Unpickler(archive.open(f"{root}data.pkl")).load())
+    return Unpickler(archive.open(file)).load().state_dict()
 
 
 def save_checkpoint(path: str | Path, model: CaBins, **more) -> None:
-    """Write the network, its settings and `more`. `path` gets its name when the file is whole."""
+    """Write the network, its settings and `more`, to a file that is renamed when it is complete."""
     content = {"config": dataclasses.asdict(model.config), "model": model.state_dict(), **more}
     partial = Path(f"{path}.partial")
     torch.save(content, partial)
@@ -933,9 +938,8 @@ class Inference(NamedTuple):
 def open_picture(path: str | Path, expected: str = "a picture such as JPEG or PNG") -> Image.Image:
     """Decode an image file."""
     try:
-        image = Image.open(io.BytesIO(Path(path).read_bytes()))  # leaves no file open
-        image.load()
-        return image
+        with Image.open(path) as image:
+            return image.copy()
     except Exception as error:  # its kind depends on what the bytes happen to be
         reason = getattr(error, "strerror", None) or f"it is damaged or not {expected}; convert it"
         raise InputError(f"{path} cannot be read: {reason}") from error
@@ -949,11 +953,11 @@ def read_picture(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
         picture = open_picture(picture)
     if isinstance(picture, Image.Image):
         if picture.mode[0] in "IF":
-            raise InputError(f"{name} has mode {picture.mode}; convert it to 8 bits for a colour")
+            raise InputError(f"{name} has mode {picture.mode}; convert it to 8 bits per channel")
         picture = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     if getattr(picture, "dtype", None) != np.uint8 or picture.shape[2:] != (3,) or not picture.size:
         raise InputError(f"{name} must be a path, a PIL image or a uint8 array (H, W, 3)")
-    return np.ascontiguousarray(picture)
+    return np.ascontiguousarray(picture)  # torch takes no negative strides
 
 
 def normalize(image: Tensor) -> Tensor:
@@ -963,7 +967,7 @@ def normalize(image: Tensor) -> Tensor:
 
 
 def to_training_size(image: Tensor, longer_side: int) -> Tensor:
-    """Resize (B, 3, H, W) to this longer side. A shorter side becomes at least 64."""
+    """Resize (B, 3, H, W) to this longer side, in pixels. The shorter side is at least 64."""
     factor = longer_side / max(image.shape[-2:])
     size = [max(64, round(side * factor)) for side in image.shape[-2:]]
     return F.interpolate(image, size, mode="bilinear", antialias=True)
@@ -982,10 +986,11 @@ def predict_picture(model: CaBins, picture: np.ndarray) -> Prediction:
 def infer(model: CaBins, picture: str | Path | Image.Image | np.ndarray) -> Inference:
     """Depth of a picture of any size: a path, a PIL image, or a uint8 array (H, W, 3).
 
-    The network sees it at the size of its training images. Raises InputError for anything else.
+    The network sees the picture at the longer side of its training frames, not of the training
+    crops. Raises InputError for any other input.
     """
-    picture = read_picture(picture)
-    d, c, e, _, p = predict_picture(model, picture)
+    array = read_picture(picture)
+    d, c, e, _, p = predict_picture(model, array)
     variance = (p * (c[:, :, None, None] - d).square()).sum(1, keepdim=True)  # Σ p (c - d)²
-    d, std = resize(torch.cat([d, variance.sqrt()], dim=1), picture.shape[:2])[0]
+    d, std = resize(torch.cat([d, variance.sqrt()], dim=1), array.shape[:2])[0]  # (H, W) each
     return Inference(*(x.float().cpu().numpy() for x in (d, std, c[0], e[0])))

@@ -70,6 +70,7 @@ def evaluate_windows(
     low, high = cabins.Config.min_depth, dataset.recipe.max_depth
     rows = defaultdict(list)  # for each window, the metrics of each image
     n_nan = 0
+    windows = {}
     for sample in tqdm(data.load(dataset, None, workers), "evaluating", leave=False, disable=None):
         depth, target = torch.as_tensor(predict(sample["image"])).cpu(), sample["depth"]
         if depth.shape != target.shape:
@@ -83,7 +84,7 @@ def evaluate_windows(
             if mask.any():
                 metrics = cabins.depth_metrics(d[mask].double(), d_star[mask].double())
                 rows[window].append({name: value.item() for name, value in metrics.items()})
-    papers = next(iter(windows))
+    papers = next(iter(windows), "of no image")
     if not rows[papers]:
         raise InputError(f"no image has depth from {low} to {high} m in the window {papers}")
     found = {}

@@ -1,31 +1,36 @@
-"""The companion page: the paper's story, its equations, the code and a living network in one file.
+"""The companion page: the paper's story, its equations and the code, in one file.
 
+    pip install -r docs/requirements.txt     once: Pygments and markdown-it-py
     (cd docs && npm ci --ignore-scripts)     once: KaTeX and the fonts
     python -m docs.build                     builds docs/index.html
     python -m docs.build --check             fails if the page is not what would be built
     python -m docs.demo runs/toy/last.pt     computes docs/demo.json anew, from a trained demo
+    python -m extras.findings                measures docs/findings.json anew
 
-docs/page.html is the template. In it `{{loss.pixel:.2f}}` is a number of docs/demo.json, `$…$` is
+docs/page.html is the template. In it `{{cabins/2:.4f}}` is a value of docs/demo.json or
+docs/findings.json, `{{range PATH | mm}}` the least and the greatest figure of the runs, `$…$` is
 TeX, and an element such as <x-code of="bin_centers"> becomes what `fill_code` makes of it. Code is
 found by the names of functions and by the text of its lines, so it cannot go stale: what is not
-found stops the build with one sentence.
+found stops the build with one sentence. docs/page.js draws the first state of each widget, so the
+page needs no JavaScript to be read.
 """
 
 import argparse
 import ast
 import base64
 import html
-import io
 import itertools
 import json
-import keyword
 import re
 import shutil
 import subprocess
 import sys
-import tokenize
 from functools import cache
 from pathlib import Path
+
+from markdown_it import MarkdownIt
+from pygments.lexers import PythonLexer
+from pygments.token import STANDARD_TYPES
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -39,50 +44,40 @@ class BuildError(Exception):
     """One sentence that says what is missing."""
 
 
-# ---- Code of the sources -------------------------------------------------------------------------
-
-
 @cache
 def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+# ---- Code of the sources -------------------------------------------------------------------------
+@cache
+def letters_of(file: str) -> list[list[tuple[str, str]]]:
+    """For each line of a file, its characters with the class that Pygments gives them."""
+    lines: list[list[tuple[str, str]]] = [[]]
+    for kind, text in PythonLexer(stripnl=False).get_tokens(read(file)):
+        style = STANDARD_TYPES.get(kind, "")
+        style = style[:2] if style in ("nf", "nc") else style[:1] if style[:1] in "ckms" else ""
+        for char in text:
+            lines[-1].append((char, style))
+            if char == "\n":
+                lines.append([])
+    return lines
+
+
 def find(file: str, name: str) -> ast.AST:
-    """The class, function or constant of a name such as "CaBins.forward"."""
+    """The class or function of a name such as "CaBins.forward"."""
     node = ast.parse(read(file))
     for part in name.split("."):
-        for child in node.body:
-            targets = [*getattr(child, "targets", []), getattr(child, "target", None), child]
-            if part in [getattr(t, "name", getattr(t, "id", None)) for t in targets]:
-                node = child
-                break
-        else:
+        node = next((x for x in node.body if getattr(x, "name", None) == part), None)
+        if node is None:
             raise BuildError(f"{file} has no {name}, which docs/page.html shows.")
     return node
 
 
-@cache
-def styles_of(file: str) -> dict[tuple[int, int], str]:
-    """The class of each character that has one: comment, string, keyword, number or defined name."""
-    kinds = {tokenize.COMMENT: "c", tokenize.STRING: "s", tokenize.NUMBER: "n"}
-    found, before, lines = {}, "", read(file).splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(read(file)).readline):
-        kind = kinds.get(token.type)
-        if token.type == tokenize.NAME:
-            named = "f" if before in ("def", "class") else None
-            kind = "k" if keyword.iskeyword(token.string) else named
-        before = token.string
-        (row, start), (last, end) = token.start, token.end
-        for line in range(row, last + 1) if kind else ():
-            first = start if line == row else 0
-            until = end if line == last else len(lines[line - 1])
-            found |= dict.fromkeys(((line, at) for at in range(first, until)), kind)
-    return found
-
-
 def draw_line(file: str, number: int, dedent: int, terms: dict[str, str]) -> str:
     """One line in colours, as an element that wraps under its own indent, with its terms marked."""
-    text, styles = read(file).splitlines()[number - 1], styles_of(file)
+    letters = letters_of(file)[number - 1]
+    text = "".join(char for char, _ in letters).rstrip("\n")
     marked = {}
     for name, part in terms.items():
         if (start := text.find(part)) >= 0:
@@ -91,7 +86,7 @@ def draw_line(file: str, number: int, dedent: int, terms: dict[str, str]) -> str
     shown = ""
     for term, places in itertools.groupby(range(indent, len(text)), marked.get):
         part = ""
-        for style, run in itertools.groupby(places, lambda at: styles.get((number, at))):
+        for style, run in itertools.groupby(places, lambda at: letters[at][1]):
             run = html.escape("".join(text[at] for at in run), quote=False)
             part += f'<i class="{style}">{run}</i>' if style else run
         shown += f'<span data-t="{term}">{part}</span>' if term else part
@@ -100,22 +95,21 @@ def draw_line(file: str, number: int, dedent: int, terms: dict[str, str]) -> str
     )
 
 
-def spans(file: str, name: str, show: str) -> list[tuple[int, int]]:
-    """Ranges of lines: "A … B" is from the line with A to that with B; "A …" to the function's end."""
+def line_numbers(file: str, name: str, show: str) -> list[int]:
+    """The lines from A to B for "A … B"; from A to the function's end for "A …"; | joins parts."""
     node, lines, found = find(file, name), read(file).splitlines(), []
     for part in show.split(" | "):
         first, dots, last = (x.strip() for x in part.partition("…"))
-        ends, start = [], node.lineno
-        for text in (first, last or (first if not dots else None)):
-            at = node.end_lineno
-            if text is not None:
-                inside = range(start, node.end_lineno + 1)
-                at = next((n for n in inside if text in lines[n - 1]), None)
+        start = node.lineno
+        ends = []
+        for text in (first, last if dots else first):
+            inside = range(start, node.end_lineno + 1)
+            at = next((n for n in inside if text in lines[n - 1]), None) if text else inside[-1]
             if at is None:
                 raise BuildError(f"{file}: {name} has no line with '{text}', for docs/page.html.")
             ends.append(at)
             start = at
-        found.append(tuple(ends))
+        found += range(ends[0], ends[1] + 1)
     return found
 
 
@@ -123,31 +117,27 @@ def fill_code(attributes: dict, body: str) -> str:
     """The lines that compute an equation; the whole function is folded below them."""
     file, name = attributes.get("file", "cabins.py"), attributes["of"]
     terms = dict(pair.split(" = ", 1) for pair in attributes.get("terms", "").split("; ") if pair)
-    ranges = spans(file, name, attributes["show"])
-    numbers = [n for first, last in ranges for n in range(first, last + 1)]
-    lines = read(file).splitlines()
+    numbers, lines = line_numbers(file, name, attributes["show"]), read(file).splitlines()
     for part in terms.values():
         if not any(part in lines[n - 1] for n in numbers):
             raise BuildError(f"{file}: {name} has no '{part}' in the lines that the page shows.")
     dedent = min(len(lines[n - 1]) - len(lines[n - 1].lstrip()) for n in numbers if lines[n - 1])
     shown = ""
-    for at, number in enumerate(numbers):
-        gap = at and number != numbers[at - 1] + 1
-        shown += '<span class="l gap">⋯\n</span>' if gap else ""
+    for before, number in zip([numbers[0] - 1, *numbers], numbers):
+        shown += '<span class="l gap">⋯\n</span>' if number != before + 1 else ""
         shown += draw_line(file, number, dedent, terms)
-    node = find(file, name.partition(".")[0])
     return (
         f'<div class="code" data-file="{file}"><p class="where">{file} <b>{name}</b></p>'
-        f"<pre><code>{shown}</code></pre>{whole(file, node)}</div>"
+        f"<pre><code>{shown}</code></pre>{whole(file, find(file, name.partition('.')[0]))}</div>"
     )
 
 
 def whole(file: str, node: ast.AST, title: str = "") -> str:
     """A function or class as it stands, folded."""
-    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+    first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
     lines = (draw_line(file, n, node.col_offset, {}) for n in range(first, node.end_lineno + 1))
     kind = "class" if isinstance(node, ast.ClassDef) else "function"
-    title = title or f"the whole {kind}, with its docstring"
+    title = title or f"the whole {kind} <code>{node.name}</code>, with its docstring"
     return (
         f'<details><summary>{title}</summary><pre data-file="{file}"><code>{"".join(lines)}'
         "</code></pre></details>"
@@ -160,50 +150,32 @@ def fill_whole(attributes: dict, body: str) -> str:
 
 
 # ---- Equations -----------------------------------------------------------------------------------
-
-# \term{name}{shown}: a part of an equation that the page links with code, text and widget
-PROGRAM = r"""
-const katex = require(process.argv[1]);
-const given = JSON.parse(require("fs").readFileSync(0, "utf8"));
-const options = { trust: true, throwOnError: true, output: "htmlAndMathml" };
-options.strict = (code) => (code === "htmlExtension" ? "ignore" : "error");
-const macros = () => ({ "\\term": "\\htmlData{t=#1}{#2}" });
-const draw = ([text, displayMode]) =>
-  katex.renderToString(text, { ...options, displayMode, macros: macros() });
-console.log(JSON.stringify(given.map(draw)));
-"""
 pending: list[tuple[str, bool]] = []
 
 
 def tex(text: str, display: bool = False) -> str:
-    """A placeholder for an equation, which `typeset` replaces."""
+    """A placeholder for an equation, which `run_node` replaces."""
     if (text, display) not in pending:
         pending.append((text, display))
     return f"\x02{pending.index((text, display))}\x03"
 
 
-def typeset(page: str) -> str:
-    """The page with all of its equations drawn, by one run of KaTeX."""
-    node = shutil.which("node")
-    if not node or not KATEX.is_dir():
-        raise BuildError(f"KaTeX or node is missing: install node, and {REMEDY}.")
-    command, given = [node, "-e", PROGRAM, str(KATEX / "katex.js")], json.dumps(pending)
-    done = subprocess.run(command, input=given, capture_output=True, encoding="utf-8", check=False)
-    if done.returncode:
-        raise BuildError(f"KaTeX refused an equation: {done.stderr.strip().splitlines()[4:5]}.")
-    drawn = json.loads(done.stdout)
-    return re.sub(r"\x02(\d+)\x03", lambda m: drawn[int(m[1])], page)
+def spoken(text: str) -> str:
+    """TeX or HTML as words, for names that are heard."""
+    for old, new in {r"\\gamma": "γ", r"\\epsilon": "ε", r"\\beta": "β", r"\\lambda": "λ"}.items():
+        text = re.sub(old, new, text)
+    text = re.sub(r"\\to\b", " to ", text.replace(r"\sum", "sum "))
+    text = re.sub(r"<[^>]+>|\\[a-z]+|[\\{}^,]", "", text)
+    return html.escape(" ".join(text.replace("_", " ").replace("|", "").split()))
 
 
 def fill_eq(attributes: dict, body: str) -> str:
     """A numbered equation; below it its terms, one a line: name | TeX | meaning."""
     number, (equation, *rows) = attributes["n"], re.split(r"\n(?=\w+ \| )", body)
     items = ""
-    for name, shown, meaning in (row.split(" | ", 2) for row in rows):
-        spoken = html.escape(re.sub(r"<[^>]+>|[$\\{}]|textstyle", "", meaning.strip()))
-        label = f'<button type="button" data-t="{name}" aria-label="{spoken}">'
-        label += f"${shown.strip()}$</button>"
-        items += f"<li>{label} <span>{meaning.strip()}</span></li>"
+    for name, shown, meaning in (row.strip().split(" | ", 2) for row in rows):
+        items += f'<li><button type="button" data-t="{name}" aria-label="{spoken(shown)}: '
+        items += f'{spoken(meaning)}">{tex(shown)}</button> <span>{meaning}</span></li>'
     display = tex(" ".join(equation.split()), True)
     return (
         f'<div class="equation" data-eq="{number}">{display}<span class="number">({number})</span>'
@@ -211,166 +183,238 @@ def fill_eq(attributes: dict, body: str) -> str:
     )
 
 
-# ---- Tables --------------------------------------------------------------------------------------
+# ---- Tables, from Markdown -----------------------------------------------------------------------
+markdown = MarkdownIt("commonmark", {"html": True, "typographer": True})
+markdown.enable(["table", "smartquotes", "replacements"])
 
 
-def inline(text: str) -> str:
-    """The little Markdown that README's tables use: code, bold and links."""
-    text = html.escape(text.strip(), quote=False)
-    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
-    text = re.sub(r"(?<=\w)([._])(?=\w+[\w.]*</code>)", r"\1<wbr>", text)  # long names may break
-    text = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
-    text = re.sub(r"\[([^\]]+)\]\((https?://[^)]+)\)", r'<a href="\2">\1</a>', text)
-    text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)
-    text = re.sub(r'(?<![\w"=])"([^"<>]+)"', r"“\1”", text)
-    text = re.sub(r"->|(?<=\w) - (?=\w)", lambda m: " − " if " " in m[0] else "→", text)
-    return "–" if text == "-" else text.replace("'", "’")
+def table(source: str, label: str, own: str = "") -> str:
+    """A Markdown table in a box in which it can scroll. The first cell of a row is its name."""
+    text = markdown.render(source)
+    text = text.replace("<table>", f'<table aria-label="{label}">')
+    text = re.sub(r"<th( style[^>]*)?></th>", "<td></td>", text).replace("<th>", '<th scope="col">')
+    text = re.sub(r"<tr>\n<td>(?!</td>\n<th)(.*?)</td>", r'<tr><th scope="row">\1</th>', text)
+    text = text.replace(f'<tr><th scope="row">{own}<', f'<tr class="own"><th scope="row">{own}<')
+    return f'<div class="scroll" role="group" tabindex="0" aria-label="{label}">{text}</div>'
 
 
-def section_of_readme(heading: str) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of the first table below a heading of README.md, as HTML."""
-    part = re.search(rf"^## {heading}.*?(?=^## |\Z)", read("README.md"), re.DOTALL | re.MULTILINE)
-    table = part and re.search(r"(?:^\|.*\n)+", part[0], re.MULTILINE)
-    if not table:
-        raise BuildError(f"README.md has no table below a heading '## {heading}'.")
-    rows = [line.strip().strip("|").split("|") for line in table[0].splitlines()]
-    head, *rows = [[inline(cell) for cell in row] for row in rows if "---" not in "".join(row)]
-    return head, rows
-
-
-def table(heads: list[str], rows: list[list[str]], label: str) -> str:
-    """A table; on narrow pages each cell carries its column's name, in data-h."""
-    head = "".join(f'<th scope="col">{cell}</th>' if cell else "<td></td>" for cell in heads)
-    named = [re.sub(r"<[^>]+>", "", cell) for cell in heads]
-    body = ""
-    for first, *cells in rows:
-        own = ' class="own"' if first in ("CaBins", "Ours", "whole") else ""
-        body += f'<tr{own}><th scope="row">{first}</th>'
-        body += "".join(f'<td data-h="{h}">{cell}</td>' for h, cell in zip(named[1:], cells))
-        body += "</tr>"
-    return (
-        f'<table aria-label="{label}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    )
+def fill_table(attributes: dict, body: str) -> str:
+    return table(body, attributes["label"], attributes.get("own", "\x00"))
 
 
 def fill_readme(attributes: dict, body: str) -> str:
-    head, rows = section_of_readme(attributes["heading"])
-    if "heads" in attributes:
-        head = attributes["heads"].split("|")
-    rows = [row for row in rows if any(row)]
-    return table(head, rows, attributes["label"])
-
-
-def constant(name: str) -> dict:
-    """A dictionary of literals in eval.py, with what is joined to it below."""
-    found = {}
-    for node in ast.parse(read("eval.py")).body:
-        targets = getattr(node, "targets", [getattr(node, "target", None)])
-        if name in [getattr(target, "id", None) for target in targets]:
-            found |= ast.literal_eval(node.value)
+    """The first table below a heading of README.md. Rows after the first `fold` are folded."""
+    heading = attributes["heading"]
+    part = re.search(rf"^## {heading}$.*?(?=^## |\Z)", read("README.md"), re.DOTALL | re.MULTILINE)
+    found = part and re.search(r"(?:^\|.*\n)+", part[0], re.MULTILINE)
     if not found:
-        raise BuildError(f"eval.py has no {name}.")
+        raise BuildError(f"README.md has no table below a heading '## {heading}'.")
+    source = re.sub(r"\]\((?!http)([^)]+)\)", r"](../\1)", found[0]).replace("](../docs/", "](")
+    head, rule, *rows = source.splitlines(keepends=True)
+    if "heads" in attributes:
+        head = f"| {attributes['heads'].replace('|', ' | ')} |\n"
+    n, label = int(attributes.get("fold", len(rows))), attributes["label"]
+    shown = table("".join([head, rule, *rows[:n]]), label)
+    if rows[n:]:
+        more = table("".join([head, rule, *rows[n:]]), f"{label}: the other rows")
+        shown += f"<details><summary>{attributes['more']}</summary>{more}</details>"
+    return shown
+
+
+def fill_glossary(attributes: dict, body: str) -> str:
+    """The two glossaries in cabins.py's docstring: letters that count, and the paper's symbols."""
+    lines = ast.get_docstring(ast.parse(read("cabins.py"))).splitlines()
+    starts = [i for i, x in enumerate(lines) if re.match(r"    (B  |code  +paper)", x)]
+    if len(starts) != 2:
+        raise BuildError("cabins.py's docstring lacks a glossary: lines 'B   …', 'code   paper …'.")
+    letters, symbols = (list(itertools.takewhile(str.strip, lines[i:])) for i in starts)
+    rows = [re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in letters]
+    shown = table(as_markdown([["letter", "what it counts"], *rows]), "Letters that count something")
+    cuts = [match.start() for match in re.finditer(r"(?<!\S)\S", symbols[0])] + [None]
+    rows = [symbols[0].split()]
+    for line in symbols[1:]:
+        marks = re.findall(r".[\u0300-\u036f]*", line)  # z̄ is two characters in one column
+        rows.append(["".join(marks[a:b]).strip() for a, b in itertools.pairwise(cuts)])
+        rows[-1][1] = re.sub(r"_(\w+)", r"<sub>\1</sub>", rows[-1][1])
+        rows[-1][2] = rows[-1][2].replace(" x ", " × ")
+    return shown + table(as_markdown(rows), "The paper’s symbols")
+
+
+def as_markdown(rows: list[list[str]]) -> str:
+    """Rows, of which the first is the head, as a Markdown table; first cells are code."""
+    head, *rows = rows
+    rows = [[f"`{name}`", *(cell.replace("|", r"\|") for cell in cells)] for name, *cells in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+# ---- Values --------------------------------------------------------------------------------------
+@cache
+def values() -> dict:
+    """The content of demo.json and of findings.json."""
+    found = {}
+    for name in ("demo.json", "findings.json"):
+        if not (DOCS / name).exists():
+            raise BuildError(f"docs/{name} is missing: see the head of docs/build.py.")
+        found |= json.loads((DOCS / name).read_text(encoding="utf-8"))
     return found
 
 
-def fill_quoted(attributes: dict, body: str) -> str:
-    """A table of the paper. The row of CaBins must be the one that eval.py quotes."""
-    headings, name = constant("HEADINGS"), attributes["of"]
-    columns = constant("COLUMNS").get(name, list(headings))
-    if name not in constant("QUOTED"):  # Tables 3 and 4
-        columns = [column for column in headings if column != "rmse_log"]
-    elif body.splitlines()[-1] != f"CaBins {constant('QUOTED')[name]}":
-        raise BuildError(f"The last row of {name} is not the one in eval.QUOTED.")
-    rows = [line.rsplit(maxsplit=len(columns)) for line in body.splitlines()]
-    return table(["", *(heading(headings[c]) for c in columns)], rows, attributes["label"])
-
-
-def heading(text: str) -> str:
-    """A metric's name as the paper writes it, which may break on a phone."""
-    return text.replace("RMSElog", "RMSE log").replace("d<", "δ&nbsp;&lt; ")
-
-
-def fill_ablation(attributes: dict, body: str) -> str:
-    headings, rows = constant("HEADINGS"), demo()["ablation"]
-    shown = ["abs_rel", "rmse", "d1"]
-    rows = [[name, *(f"{row[c]:.3f}" for c in shown)] for name, row in rows.items()]
-    return table(["", *(heading(headings[c]) for c in shown)], rows, attributes["label"])
-
-
-def fill_gradients(attributes: dict, body: str) -> str:
-    """Norms of gradients, by part, of Σ s² and of the loss."""
-    rows = []
-    for part in ("bins", "prompts p", "γ", "TransDecoder", "z"):
-        cells = [demo()["gradients"][what][part] for what in ("s", "loss")]
-        rows.append([part, *("<b>none</b>" if c is None else number(c) for c in cells)])
-    return table(["gradient at", "of Σ s²", "of the loss"], rows, attributes["label"])
+def look_up(path: str):
+    found = values()
+    for key in path.split("/"):
+        try:
+            found = found[int(key) if isinstance(found, list) else key]
+        except (KeyError, IndexError):
+            raise BuildError(f"docs/page.html wants {path}, which no JSON file has.") from None
+    return found
 
 
 def number(value: float) -> str:
     """Two digits, and powers of ten as a reader writes them."""
-    if 0.01 <= abs(value) < 1000:
-        return f"{value:.2g}"
+    if value >= 99.5:
+        return f"{value:.0f}"
+    if value >= 0.001:
+        digits = f"{value:#.2g}"
+        return digits.rstrip(".")
     digits, power = f"{value:.1e}".split("e")
-    return f"{digits} · 10<sup>{int(power)}</sup>".replace("<sup>-", "<sup>−")
+    return f"{digits} · 10<sup>−{-int(power)}</sup>"
 
 
-def fill_glossary(attributes: dict, body: str) -> str:
-    """The glossary in cabins.py's docstring: a head 'code paper shape …', and aligned columns."""
-    lines = ast.get_docstring(ast.parse(read("cabins.py"))).splitlines()
-    start = next((i for i, x in enumerate(lines) if re.match(r"\s*code +paper\b", x)), None)
-    if start is None:
-        raise BuildError("cabins.py's docstring has no glossary: a line 'code  paper  …'.")
-    heads = re.split(r"\s{2,}", lines[start].strip())
-    cuts = [re.search(rf"(?<!\S){re.escape(head)}", lines[start]).start() for head in heads] + [999]
-    rows = []
-    for line in itertools.takewhile(str.strip, lines[start + 1 :]):
-        letters = re.findall(r".[\u0300-\u036f]*", line)  # z̄ is two characters in one column
-        cells = ["".join(letters[a:b]).strip() for a, b in itertools.pairwise(cuts)]
-        if not cells[0] or any(
-            a.endswith(",") and b for a, b in zip(rows[-1] if rows else (), cells)
-        ):
-            goes_on = [not cells[0] or before.endswith(",") for before in rows[-1]]
-            rows[-1] = [f"{a} {b}".strip() if g else a for a, b, g in zip(rows[-1], cells, goes_on)]
-            cells = [cell * (not g) for cell, g in zip(cells, goes_on)]
-        if cells[0]:
-            rows.append(cells)
-    rows = [[f"<code>{name}</code>", *map(inline, cells)] for name, *cells in rows]
-    for row in rows:
-        row[1] = re.sub(r"_(\w+)", r"<sub>\1</sub>", row[1])
-        row[2:] = [re.sub(r" x (?=[\dHWw])", " × ", cell) for cell in row[2:]]
-    return table(heads, rows, "Glossary")
+def spread(path: str, unit: str | None = None) -> str:
+    """The least and the greatest figure of the runs, or one figure if they print alike."""
+    found, factor = look_up(path), {"%": 100, "mm": 1000}.get(unit, 1)
+    ends = list(dict.fromkeys(number(factor * found[end]) for end in ("least", "greatest")))
+    return " to ".join(ends) + (f"\u00a0{unit}" if unit else "")
+
+
+def fill_values(page: str) -> str:
+    def value(match: re.Match) -> str:
+        kind, path, unit, style = match.groups()
+        if kind == "row":  # of the ablation, for a Markdown table
+            row = look_up(f"runs/paper/ablation/{path}")
+            return " | ".join(f"{x['least']:.3f} to {x['greatest']:.3f}" for x in row.values())
+        if kind == "range":
+            return spread(path, unit)
+        return html.escape(format(look_up(path), style or ""))
+
+    macro = r"\{\{(?:(range|row) )?([^{}|:]+?)(?: \\?\| ([^{}]+))?(?::([^{}]*))?\}\}"
+    return re.sub(macro, value, page)
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+def fill_map(attributes: dict, body: str) -> str:
+    """A picture of the room with a ring at the chosen pixel. With `pad`, keys can move the ring."""
+    name = attributes["picture"]
+    label = f'role="img" aria-label="{attributes.get("label")}"'
+    heard = 'aria-hidden="true"' if "pad" in attributes else label
+    slider = 'role="slider" tabindex="0" aria-roledescription="2-D slider" aria-valuemin="0" '
+    slider += f'aria-valuemax="767" aria-valuenow="0" aria-label="{attributes.get("pad")}"'
+    kind = "" if name in ("image", "depth", "truth") else ' class="coarse"'
+    row, column = values()["pixel"]
+    return (
+        f'<div class="map"><div data-pad {slider if "pad" in attributes else ""}>'
+        f'<svg viewBox="0 0 128 96" {heard}><image href="{look_up("pictures/" + name)}" width="128"'
+        f' height="96" preserveAspectRatio="none"{kind}/><g data-ring transform="translate('
+        f'{4 * column + 1} {4 * row + 1})"><circle r="4.5"/><circle r="4.5"/></g></svg></div>'
+        f"<p>{body}</p></div>"
+    )
+
+
+# What stands at each stage of the decoder, for RN101 and 416 x 544: test_page.py checks it
+STAGES = [("2048", "13 × 17"), ("1024", "26 × 34"), ("512", "52 × 68"), ("256", "104 × 136")]
+STAGES += [("256", "208 × 272")]
+
+
+def ladder() -> str:
+    """The stages of the decoder as boxes that grow, with the skip connections from above."""
+    shown, left, base = "", 4, 218
+    for i, (channels, size) in enumerate(STAGES):
+        side = (44, 54, 68, 86, 112)[i]
+        top, middle = base - side, left + side / 2
+        shown += f'<rect x="{left}" y="{top}" width="{side}" height="{side}" rx="3" class="stage"/>'
+        shown += f'<text x="{middle}" y="{base + 18}" class="m n">{size}</text>'
+        shown += f'<text x="{middle}" y="{top + side / 2 + 5}" class="m b">{channels}</text>'
+        if i < 4:
+            skip = f'<tspan class="v">x</tspan>{"₄₃₂₁"[i]}'
+            skip += ', <tspan class="v">s</tspan>' if i == 0 else ""
+            shown += f'<path d="M{middle} 44V{top - 3}" class="edge"/>'
+            shown += f'<text x="{middle}" y="36" class="m">{skip}</text>'
+        if i:
+            shown += f'<path d="M{left - 26} {base - 22}H{left - 4}" class="edge"/>'
+        left += side + 30
+    shown += '<text x="4" y="254" class="n">1 × 1 conv</text>'
+    shown += '<text x="204" y="254" class="m n">enlarge, stack, 3 × 3 conv twice</text>'
+    return shown + '<text x="560" y="254" class="end n">3 × 3, 1 × 1, softmax: p</text>'
+
+
+# ---- KaTeX and the first state of the widgets, by one run of node --------------------------------
+# \term{name}{shown}: a part of an equation that the page links with code, text and widget
+PROGRAM = r"""
+const [katex, { drawings }] = [require(process.argv[1]), require(process.argv[2])];
+const { pending, demo, findings } = JSON.parse(require("fs").readFileSync(0, "utf8"));
+const options = { trust: true, throwOnError: true, output: "htmlAndMathml" };
+options.strict = (code) => (code === "htmlExtension" ? "ignore" : "error");
+const macros = () => ({ "\\term": "\\htmlData{t=#1}{#2}" });
+const equation = ([text, displayMode]) =>
+  katex.renderToString(text, { ...options, displayMode, macros: macros() });
+const { state, draw } = drawings(demo, findings);
+const first = Object.fromEntries(Object.entries(draw).map(([n, make]) => [n, make(state, 560)]));
+console.log(JSON.stringify({ drawn: pending.map(equation), first }));
+"""
+
+
+def run_node(page: str) -> str:
+    """The page with its equations drawn and its widgets in their first state."""
+    node = shutil.which("node")
+    if not node or not KATEX.is_dir():
+        raise BuildError(f"KaTeX or node is missing: install node, and {REMEDY}.")
+    command = [node, "-e", PROGRAM, str(KATEX / "katex.js"), str(DOCS / "page.js")]
+    given = json.dumps({"pending": pending, "demo": values(), "findings": values()})
+    done = subprocess.run(command, input=given, capture_output=True, encoding="utf-8", check=False)
+    if done.returncode:
+        raise BuildError(f"node stopped: {' '.join(done.stderr.split()[-60:])}")
+    found = json.loads(done.stdout)
+    annotation = re.compile(r"<annotation.*?</annotation>", re.DOTALL)  # TeX, which would be heard
+    drawn = [annotation.sub("", equation) for equation in found["drawn"]]
+    page = re.sub(r"\x02(\d+)\x03", lambda m: drawn[int(m[1])], page)
+    head, *pieces = re.split(r'(?=data-widget=")', page)
+    return head + "".join(first_state(piece, found["first"]) for piece in pieces)
+
+
+def first_state(piece: str, first: dict) -> str:
+    """A piece of the page, from one data-widget to the next, with that widget's parts filled."""
+    parts = first[re.match(r'data-widget="(\w+)"', piece)[1]]
+    piece = re.sub(
+        r'(<(\w+)[^>]*\sdata-part="([^"]+)"[^>]*>)(</\2>)',
+        lambda m: f"{m[1]}{parts[m[3]]}{m[4]}",
+        piece,
+    )
+    height = re.search(r'class="plot" data-height="(\d+)"', piece)
+    if height:
+        box = f'class="plot" viewBox="0 0 560 {parts.get("height", height[1])}" data-height='
+        piece = piece.replace('class="plot" data-height=', box)
+    piece = re.sub(r'(<div data-pad role="slider")', rf'\1 aria-valuetext="{parts.get("spoken")}"', piece)
+    return re.sub(
+        r'(<input type="range"[^>]*data-in="(\w+)")',
+        lambda m: f'{m[1]} aria-valuetext="{parts[m[2] + " out"]}"',
+        piece,
+    )
 
 
 # ---- The page ------------------------------------------------------------------------------------
-
-
-@cache
-def demo() -> dict:
-    return json.loads((DOCS / "demo.json").read_text(encoding="utf-8"))
-
-
-def value(match: re.Match) -> str:
-    """A number of the demo: {{loss.pixel:.2f}}, {{cabins.2:.4f}}, {{rms.γ:~}} as a power of ten."""
-    found = demo()
-    for key in match[1].split("."):
-        found = found[int(key) if isinstance(found, list) else key]
-    if match[2] == "~":
-        return number(found)
-    return html.escape(format(found, match[2] or ""))
-
-
 def fill(page: str) -> str:
-    """The template with its elements, numbers and TeX replaced."""
+    """The template with its values, its TeX and its elements replaced, in this order."""
     names = "|".join(name[5:] for name in globals() if name.startswith("fill_"))
+    page = fill_values(page)
     page = re.sub(r"(?<=[\d}])\s(?=(?:m|mm|cm|rad|%)(?![\w\"=]| \|))", "\u00a0", page)  # "10 m"
+    page = re.sub(r"\$([^$\n]+)\$", lambda m: tex(m[1]), page)
+    page = re.sub(r"\x02\d+\x03[,.;:)]+", r'<span class="nowrap">\g<0></span>', page)
 
     def replace(match: re.Match) -> str:
         attributes = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
         return globals()[f"fill_{match[1]}"](attributes, match[3].strip())
 
-    page = re.sub(rf"<x-({names})\b([^>]*)>(.*?)</x-\1>", replace, page, flags=re.DOTALL)
-    page = re.sub(r"\{\{([^}:]+):?([^}]*)\}\}", value, page)
-    return re.sub(r"\$([^$\n]+)\$", lambda m: tex(m[1]), page)
+    return re.sub(rf"<x-({names})\b([^>]*)>(.*?)</x-\1>", replace, page, flags=re.DOTALL)
 
 
 def inlined(path: Path) -> str:
@@ -414,10 +458,25 @@ def fonts(page: str) -> str:
 
 def build() -> str:
     parts = {p: (DOCS / f"page.{p}").read_text(encoding="utf-8") for p in ("html", "css", "js")}
-    page = typeset(fill(parts["html"]))
-    data = json.dumps(demo(), ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
-    parts |= {"css": fonts(page) + parts["css"], "demo": data}
-    for name in ("css", "demo", "js"):
+    page, found = run_node(fill(parts["html"])), values()
+    runs = {
+        name: {key: run[key] for key in ("gamma_rms", "step_share")}
+        for name, run in found["runs"].items()
+    }
+    given = {name: x for name, x in found.items() if name not in ("pictures", "runs", "steps")}
+    given.pop("random_widths")
+    findings = {"steps": found["steps"], "runs": runs}
+    loss = found["loss"]["pixel"] + 0.1 * found["loss"]["bins"]
+    parts |= {
+        "css": fonts(page) + parts["css"],
+        "ladder": ladder(),
+        "texts": " ".join(f"<span>“{text}”</span>" for text in found["texts"]),
+        "tokens": " ".join(map(str, found["tokens"][2][1:-1])),
+        "total": f"{loss:.2f}",
+        "demo": json.dumps(given, ensure_ascii=False, separators=(",", ":")),
+        "findings": json.dumps(findings, separators=(",", ":")),
+    }
+    for name in ("ladder", "texts", "tokens", "total", "css", "demo", "findings", "js"):
         page = page.replace(f"[[{name}]]", parts[name])
     if left := re.search(r"\[\[\w+\]\]|<x-[^>]*>", page):
         raise BuildError(f"docs/page.html has {left[0]}, which nothing fills.")

@@ -1,6 +1,6 @@
 "use strict";
 
-// ---- What the widgets compute. docs/test_page.py compares it with PyTorch, under node. -----------
+// ---- The method's arithmetic. docs/test_page.py compares it with PyTorch, under node. -------------
 
 const Cabins = {
   sum: (values) => values.reduce((total, value) => total + value, 0),
@@ -16,7 +16,14 @@ const Cabins = {
     });
   },
 
-  // Eq. 2 for one group of centres c: weights, e, mean and lower median, with lengths in `unit` metres
+  // the output of bin i whose right edge lies at `share` of the range, if the others stay
+  dragged(outputs, i, share) {
+    const before = Cabins.sum(outputs.slice(0, i));
+    const others = Cabins.sum(outputs) - outputs[i];
+    return Math.min(Math.max((share * others - before) / (1 - share), 0.1), 6);
+  },
+
+  // Eq. 2 for one group of centres c: weights, e, mean and lower median; lengths count in `unit` m
   distanceClass(c, unit = 1) {
     const m = Cabins.mean(c);
     const inverse = c.map((center) => 1 / (Math.abs(center - m) / unit + 1e-4));
@@ -34,7 +41,7 @@ const Cabins = {
     const below = Math.floor(exact);
     const rest = exact - below;
     const number = below + (rest > 0.5 || (rest === 0.5 && below % 2 === 1) ? 1 : 0);
-    const decimals = String(number % 1e4).padStart(4, "0").replace(/0+$/, ""); // prettier-ignore
+    const decimals = String(number % 1e4).padStart(4, "0").replace(/0+$/, "");
     return `${Math.floor(number / 1e4)}.${decimals || "0"}`;
   },
 
@@ -44,47 +51,28 @@ const Cabins = {
     return [49406, ...ids, 49407];
   },
 
-  // Eq. 3: the angle in degrees by which γ v turns t
+  // Eq. 3: the angle in rad by which γ v turns t
   turn(t, v, gamma) {
     const after = t.map((value, i) => value + gamma * v[i]);
     const dot = (a, b) => Cabins.sum(a.map((value, i) => value * b[i]));
     const flat = dot(after, t) / dot(t, t);
     const rest = after.map((value, i) => value - flat * t[i]);
-    return (Math.atan2(Math.sqrt(dot(rest, rest)), flat * Math.sqrt(dot(t, t))) * 180) / Math.PI;
+    return Math.atan2(Math.sqrt(dot(rest, rest)), flat * Math.sqrt(dot(t, t)));
   },
 
-  // Eq. 5; and the centre of the likeliest bin
+  // Eq. 5; the centre of the likeliest bin; the first centre up to which p holds `share`
   expectedDepth: (c, p) => Cabins.sum(c.map((center, k) => center * p[k])),
   likeliest: (c, p) => c[p.indexOf(Math.max(...p))],
-
-  // p over depth, smoothed by a Gaussian of 0.25 m, at each tenth of a metre
-  smooth(c, p, high) {
-    return Array.from({ length: Math.round(high * 10) + 1 }, (_, i) =>
-      Cabins.sum(c.map((center, k) => p[k] * Math.exp(-((center - i / 10) ** 2) / 0.125))),
-    );
+  quantile(c, p, share) {
+    let held = 0;
+    return c[p.findIndex((value) => (held += value) >= share)];
   },
 
-  // what p looks like: flat, or its hills in metres; and whether the mean lies between two of them
-  shape(c, p, high) {
-    const mean = Cabins.expectedDepth(c, p);
-    const entropy = -Cabins.sum(p.map((value) => (value > 0 ? value * Math.log(value) : 0)));
-    const flat = Math.exp(entropy) > 0.75 * p.length;
-    const curve = Cabins.smooth(c, p, high);
-    const top = Math.max(...curve);
-    const hills = [];
-    curve.forEach((y, i) => {
-      const isTop = y > (curve[i - 1] ?? -1) && y >= (curve[i + 1] ?? -1);
-      if (!isTop || y < 0.15 * top) return;
-      const last = hills[hills.length - 1];
-      const valley = last === undefined ? 0 : Math.min(...curve.slice(last, i));
-      if (last === undefined || valley < 0.6 * Math.min(y, curve[last])) hills.push(i);
-      else if (y > curve[last]) hills[hills.length - 1] = i;
-    });
-    const right = hills.findIndex((i) => i / 10 > mean);
-    const beside = right > 0 && Math.min(curve[hills[right]], curve[hills[right - 1]]);
-    const between = beside && curve[Math.round(mean * 10)] < 0.6 * beside;
-    return { mean, flat, hills: hills.map((i) => i / 10), between: Boolean(between) };
-  },
+  // what smooths p over depth by a Gaussian of 0.25 m, at each tenth of a metre
+  kernel: (c, high) =>
+    Array.from({ length: Math.round(high * 10) + 1 }, (_, i) =>
+      c.map((center) => Math.exp(-((center - i / 10) ** 2) / 0.125)),
+    ),
 
   // Eq. 6 out of the mean and the variance of g
   silog(mean, variance, lambda = 0.85, alpha = 10) {
@@ -106,513 +94,625 @@ const Cabins = {
     return { ofDepths, ofCenters, toCenters, toDepths, gradient };
   },
 
-  // demo.json's base64 as an array of the given type; p of one location out of its bytes
-  unpack(text, type) {
-    const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
-    return new globalThis[type](bytes.buffer);
-  },
-  probabilities(bytes, place, n) {
-    const squares = Array.from(bytes.subarray(place * n, (place + 1) * n), (q) => q * q);
-    const total = Cabins.sum(squares);
-    return squares.map((square) => square / total);
+  // Eq. 8 of a room and of the same room enlarged: Eq. 6 has no unit, Eq. 7 is in square metres
+  total: (loss, beta, factor) => [loss.pixel, beta * loss.bins * factor ** 2],
+
+  // p of each location out of demo.json's bytes
+  unpack({ size, data }, n) {
+    const bytes = Uint8Array.from(atob(data), (char) => char.charCodeAt(0));
+    return Array.from({ length: size[0] * size[1] }, (_, place) => {
+      const squares = Array.from(bytes.subarray(place * n, (place + 1) * n), (q) => q * q);
+      const total = Cabins.sum(squares);
+      return squares.map((square) => square / total);
+    });
   },
 };
 
-if (typeof module !== "undefined") module.exports = Cabins;
+// ---- The drawings: functions of the state and a width, which give HTML by the names of its parts.
+// docs/build.py calls them under node, so the page shows its first state without JavaScript. -------
+
+function drawings(demo, findings) {
+  const c = demo.centers;
+  const [rows, columns] = demo.p.size;
+  const [h, w] = demo.similarity.size;
+  const places = Cabins.unpack(demo.p, c.length);
+  const kernel = Cabins.kernel(c, demo.max_depth);
+  const maps = {
+    mean: places.map((p) => Cabins.expectedDepth(c, p)),
+    likeliest: places.map((p) => Cabins.likeliest(c, p)),
+    truth: demo.truth.map((mm) => mm / 1000),
+  };
+  const startOutputs = [0.6, 1.0, 0.3, 1.2, 0.5, 0.8, 1.6, 2.0];
+  const startCenters = [1.15, 3.4, 7.4, 9.3];
+  const state = {
+    row: demo.pixel[0], column: demo.pixel[1], rule: "mean",
+    bin: 4, outputs: [...startOutputs], group: 3, unit: 0, widths: "room",
+    e: Math.fround(demo.cabins[2]), before: null, gamma: -4, scale: 0.26,
+    centers: [...startCenters], center: 3, beta: 0.1,
+  }; // prettier-ignore
+
+  // ---- SVG as text
+  const fixed = (value, digits) => value.toFixed(digits).replace("-", "−");
+  const metres = (value) => `${fixed(value, 2)}\u00a0m`;
+  const short = (value) => value < 0.1 ? `${Number((1000 * value).toPrecision(2))}\u00a0mm` : metres(value); // prettier-ignore
+  const power = (n) => `10${[...String(n)].map((d) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(d)]).join("")}`;
+  const r = (value) => Math.round(value * 100) / 100;
+  const line = (x1, y1, x2, y2, kind) =>
+    `<line x1="${r(x1)}" y1="${r(y1)}" x2="${r(x2)}" y2="${r(y2)}" class="${kind}"/>`;
+  const rect = (x, y, width, height, kind, more = "") =>
+    `<rect x="${r(x)}" y="${r(y)}" width="${r(Math.max(width, 0))}" height="${r(Math.max(height, 0))}" class="${kind}" ${more}/>`;
+  const dot = (x, y, radius, kind) => `<circle cx="${r(x)}" cy="${r(y)}" r="${radius}" class="${kind}"/>`; // prettier-ignore
+  const label = (x, y, text, kind = "") => `<text x="${r(x)}" y="${r(y)}" class="${kind}">${text}</text>`; // prettier-ignore
+  const group = (term, ...parts) => `<g data-t="${term}">${parts.flat(9).join("")}</g>`;
+  const path = (points, kind) => `<path d="M${points.map(([x, y]) => `${r(x)} ${r(y)}`).join("L")}" class="${kind}"/>`; // prettier-ignore
+  const stems = (bars, kind) => `<path d="${bars.map(([x, from, to]) => `M${r(x)} ${r(from)}V${r(to)}`).join("")}" class="${kind}"/>`; // prettier-ignore
+  const join = (...parts) => parts.flat(9).join("");
+  const scale = (low, high, from, to) => (value) => from + ((value - low) / (high - low)) * (to - from); // prettier-ignore
+  const axis = (x, low, high, y, unit) => {
+    const rough = (high - low) / 5;
+    const ten = 10 ** Math.floor(Math.log10(rough));
+    const step = [1, 2, 5, 10].map((n) => n * ten).find((n) => n >= rough);
+    const first = Math.ceil(low / step - 1e-6);
+    const ticks = Array.from({ length: Math.floor(high / step + 1e-6) - first + 1 }, (_, i) => (first + i) * step); // prettier-ignore
+    const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-6));
+    return `<g class="axis">${line(x(low), y, x(high), y, "")}${join(ticks.map((tick, i) => [
+      line(x(tick), y, x(tick), y + 4, ""),
+      label(x(tick), y + 17, fixed(tick, digits) + (i === ticks.length - 1 ? ` ${unit}` : ""), i === ticks.length - 1 && tick > high - 0.4 * step ? "end" : i ? "mid" : tick > low + 0.4 * step ? "mid" : ""),
+    ]))}</g>`; // prettier-ignore
+  };
+
+  // ---- p at the chosen pixel: for the opening, and for Eq. 5
+  const here = (s) => s.row * columns + s.column;
+  const drawP = (s, width, rule) => {
+    const p = places[here(s)];
+    const [mean, likeliest, truth] = ["mean", "likeliest", "truth"].map((name) => maps[name][here(s)]); // prettier-ignore
+    const [low, high] = [0.25, 0.75].map((share) => Cabins.quantile(c, p, share));
+    const [top, base] = [40, 138];
+    const x = scale(0, demo.max_depth, 10, width - 10);
+    const curve = kernel.map((row) => Cabins.expectedDepth(row, p));
+    const [highest, most] = [Math.max(...curve), Math.max(...p)];
+    const hill = curve.map((y, i) => [x(i / 10), base - (0.9 * (base - top) * y) / highest]);
+    const mark = (value, text, kind, y, other) => {
+      const left = value > 0.6 * demo.max_depth || (value < other && x(value) > 70);
+      return line(x(value), y - 9, x(value), base, kind) + label(x(value) + (left ? -6 : 6), y, text, `${left ? "end " : ""}${kind}-text`); // prettier-ignore
+    };
+    const near = 100 * Cabins.sum(p.filter((_, k) => Math.abs(c[k] - mean) < 0.5));
+    const half = low === high ? `At least half of <b>p</b> lies in the bin at ${metres(low)}.` : `The middle half of <b>p</b> lies between ${fixed(low, 2)} and ${metres(high)}.`; // prettier-ignore
+    const told = rule === "likeliest"
+      ? `The likeliest bin has its centre at <b>${metres(likeliest)}</b> and holds ${fixed(100 * most, 0)}\u00a0% of <b>p</b>. The mean is ${metres(mean)}.`
+      : `${half} Its mean, <b>${metres(mean)}</b>, is the depth; ${fixed(near, 0)}\u00a0% of <b>p</b> lies within half a metre of it.`; // prettier-ignore
+    return {
+      plot: join(
+        path([[x(0), base], ...hill, [x(demo.max_depth), base]], "hill"),
+        stems(p.map((value, k) => [x(c[k]), base, base - ((base - top) * value) / most]), "stem"),
+        rect(x(low) - 1.5, base, x(high) - x(low) + 3, 7, "half"),
+        axis(x, 0, demo.max_depth, base + 7, "m"),
+        mark(truth, "truth", "true", 28, rule === "likeliest" ? likeliest : mean),
+        rule === "likeliest" ? mark(likeliest, "likeliest bin", "mean", 13, 0) : mark(mean, "mean = depth", "mean", 13, 0),
+      ),
+      says: `${told} The truth is ${metres(truth)}.`,
+      spoken: `row ${s.row + 1} of ${rows}, column ${s.column + 1} of ${columns}: depth ${fixed(mean, 2)} m, truth ${fixed(truth, 2)} m`,
+    }; // prettier-ignore
+  };
+  const absRel = (name) => Cabins.mean(maps[name].map((d, i) => Math.abs(d - maps.truth[i]) / maps.truth[i])); // prettier-ignore
+
+  // where the chosen pixel lies among the h x w locations of z
+  const cellOf = (s) => Math.floor((s.row * h) / rows) * w + Math.floor((s.column * w) / columns);
+  const sims = demo.similarity.values;
+  const highest = Math.max(...sims.flat().map(Math.abs));
+
+  const draw = {
+    room: (s, width) => drawP(s, width, "mean"),
+
+    // Eq. 1: eight bins
+    bins(s, width) {
+      const i = s.bin - 1;
+      const [low, high] = [demo.min_depth, demo.max_depth];
+      const share = (outputs) => outputs.map((value) => value / Cabins.sum(outputs));
+      const b = share(s.outputs);
+      const [centers, first] = [b, share(startOutputs)].map((widths) => Cabins.binCenters(widths, low, high)); // prettier-ignore
+      const x = scale(low, high, 10, width - 10);
+      const edges = [...b, 0].map((_, j) => low + (high - low) * Cabins.sum(b.slice(0, j)));
+      const before = Cabins.sum(b.slice(0, i));
+      const bracket = (from, to, y, text, term) => group(term,
+        `<path d="M${r(from)} ${y}v7H${r(to)}v-7" class="bracket"/>`,
+        label(Math.min(Math.max((from + to) / 2, 52), width - 44), y + 21, text, "mid")); // prettier-ignore
+      const moved = centers.filter((center, j) => Math.abs(center - first[j]) > 1e-9).length;
+      return {
+        plot: join(
+          b.map((value, j) => rect(x(edges[j]), 34, value * (width - 20), 34, `bin ${j === i ? "on" : ""}`)),
+          edges.slice(1, -1).map((edge) => line(x(edge), 30, x(edge), 72, "edge")),
+          first.map((center) => dot(x(center), 51, 4.5, "ghost")),
+          centers.map((center, j) => dot(x(center), 51, j === i ? 7 : 3.5, j === i ? "center on" : "center")),
+          label(x(centers[i]), 24, `c${"₁₂₃₄₅₆₇₈"[i]}`, "mid it"),
+          i ? bracket(x(low), x(edges[i]), 76, "widths before it", "sum") : "",
+          bracket(x(edges[i]), x((edges[i] + edges[i + 1]) / 2), i ? 102 : 76, "half its own", "half"),
+          axis(x, 0, high, 132, "m"),
+        ),
+        says: `<i>c</i><sub>${i + 1}</sub> = 0.001 + 9.999 · (${fixed(b[i] / 2, 4)} + ${fixed(before, 4)}) = <b>${fixed(centers[i], 3)}\u00a0m</b>. ${moved ? `${moved} of the 8 centres have moved from where they were first (hollow).` : "Now drag an edge, and see which centres move."}`,
+        "bin out": String(s.bin), "output out": fixed(s.outputs[i], 1),
+      }; // prettier-ignore
+    },
+
+    // Eq. 2: one group and the unit
+    group(s, width) {
+      const unit = 10 ** -s.unit;
+      const all = s.widths === "room" ? c : Cabins.binCenters(c.map(() => 1 / c.length), demo.min_depth, demo.max_depth); // prettier-ignore
+      const centers = all.slice(32 * (s.group - 1), 32 * s.group);
+      const { m, w: weights, e, median } = Cabins.distanceClass(centers, unit);
+      const gap = 0.04 * (centers[31] - centers[0]);
+      const [low, high] = [centers[0] - gap, centers[31] + gap];
+      const x = scale(low, high, 34, width - 12);
+      const [base, top] = [168, 24];
+      const y = (weight) => base - weight * (base - top);
+      const most = Math.max(...weights);
+      const closest = Math.min(...centers.map((center) => Math.abs(center - m)));
+      const nearest = centers.filter((center) => Math.abs(center - m) < closest + 1e-9);
+      const lies = nearest.length > 1
+        ? `Two centres are nearest to the mean. They tie, and <i>e</i> is the mean in any unit.`
+        : `<i>e</i> lies ${short(Math.abs(e - nearest[0]))} from the centre nearest to the mean, and ${short(Math.abs(e - m))} from the mean itself.`; // prettier-ignore
+      return {
+        plot: join(
+          [0, 0.5, 1].map((weight) => line(30, y(weight), width - 8, y(weight), "grid") + label(24, y(weight) + 4, weight, "end soft")),
+          label(24, 14, "w", "end it"),
+          group("w", stems(centers.map((center, i) => [x(center), base, y(weights[i])]), "weight"), centers.map((center, i) => dot(x(center), y(weights[i]), 3, "center"))),
+          group("m", line(x(m), top - 6, x(m), base, "mark m")),
+          line(x(median), top - 6, x(median), base, "mark med"),
+          group("e", line(x(e), top - 12, x(e), base, "mark e"), `<path d="M${r(x(e) - 6)} ${base + 9}h12l-6 -9z" class="tip"/>`),
+          axis(x, low, high, base + 10, "m"),
+        ),
+        says: `The largest weight is <b>${fixed(most, 2)}</b>. ${lies}`,
+        e: `${fixed(e, 4)} m`, m: `${fixed(m, 4)} m`, median: `${fixed(median, 4)} m`,
+        "group out": `${s.group}`,
+        "unit out": unit > 0.99 ? "1 m" : unit < 0.0101 ? "1 cm" : `${fixed(100 * unit, unit > 0.1 ? 0 : 1)} cm`,
+      }; // prettier-ignore
+    },
+
+    // the digits: tokens before and now, and the id of the last decimal
+    stairs(s, width) {
+      const row = (e, old, kind) => {
+        const ids = Cabins.numberTokens(e);
+        const chars = ["start", ...Cabins.numberText(e), "end"];
+        const items = ids.map((id, i) => `<li class="${old && old[i] !== id ? "new" : ""}"><b>${chars[i]}</b> ${id}</li>`);
+        items.splice(1, 0, '<li class="learned"><b>p₁ … p₈</b> learned</li>');
+        return `<ul class="tokens ${kind}">${items.join("")}</ul>`;
+      }; // prettier-ignore
+      const [now, old] = [s.e, s.before].map((e) => e !== null && Cabins.numberTokens(e));
+      const length = old ? Math.max(now.length, old.length) : 0;
+      const same = Array.from({ length }, (_, i) => now[i] === old[i]);
+      const n = same.filter((equal) => !equal).length;
+      const kept = same.map((equal, i) => equal && (["start", ...Cabins.numberText(s.e)][i] ?? "")).filter((char) => /^[\d.]$/.test(char || "")); // prettier-ignore
+      const texts = [s.before, s.e].map((e) => e !== null && `“${Cabins.numberText(e)}”`);
+      const center = Math.round(s.e * 1e4);
+      const x = scale((center - 10.5) / 1e4, (center + 10.5) / 1e4, 44, width - 10);
+      const y = scale(0, 9, 96, 26);
+      const steps = Array.from({ length: 21 }, (_, i) => center - 10 + i).filter((k) => k >= 0 && k % 10);
+      return {
+        typed: `<i>e</i> = ${s.e.toFixed(6)} m → ${texts[1]}`,
+        ids: (old ? row(s.before, null, "before") : "") + row(s.e, old, ""),
+        plot: join(
+          label(0, 12, "id of the fourth decimal; no step: a zero there is not written", "soft"),
+          [[1, 272], [9, 280]].map(([digit, id]) => label(38, y(digit) + 4, id, "end soft")),
+          steps.map((k) => line(x((k - 0.5) / 1e4), y(k % 10), x((k + 0.5) / 1e4), y(k % 10), "step")),
+          line(x(s.e), 20, x(s.e), 104, "mark e"),
+          axis(x, (center - 10) / 1e4, (center + 10) / 1e4, 104, "m"),
+        ),
+        says: !old ? "Nudge <i>e</i>, and see which tokens change."
+          : n ? `From ${texts[0]} to ${texts[1]}, <b>${n === 1 ? "one token changes" : `${n} tokens change or go`}</b>${kept.length === 1 && kept[0] === "." ? ", and the two texts share only the point" : ""}.`
+          : `<b>No token changes.</b> Nothing behind the digits can notice: the derivative is 0.`,
+      }; // prettier-ignore
+    },
+
+    // the digits: how far t turns at 64 distances
+    angles(s, width) {
+      const x = scale(0, 0.3, 66, width - 14);
+      const y = { "0.1 mm": 40, "1 m": 104 };
+      return {
+        plot: join(
+          Object.entries(demo.digits).map(([name, angles]) => [
+            label(58, y[name] + 5, `+ ${name}`, "end strong"),
+            angles.map((angle, i) => dot(x(angle), y[name] + ((i * 7) % 9) * 3 - 12, 3.5, "angle")),
+            line(x(Cabins.mean(angles)), y[name] - 22, x(Cabins.mean(angles)), y[name] + 22, "mark e"),
+            label(x(Cabins.mean(angles)) + 6, y[name] - 19, `mean ${fixed(Cabins.mean(angles), 3)}`, "mean-text halo"),
+          ]),
+          axis(x, 0, 0.3, 134, "rad"),
+        ),
+      }; // prettier-ignore
+    },
+
+    // Eq. 3: how far t turns as γ grows
+    turn(s, width) {
+      const turn = (gamma) => Cabins.mean(demo.t.map((t, k) => Cabins.turn(t, demo.v_post[k], gamma))); // prettier-ignore
+      const gamma = 10 ** s.gamma;
+      const x = scale(-4, 0, 52, width - 14);
+      const y = scale(-6, 0.5, 196, 18);
+      const at = (g, angle) => [x(Math.log10(g)), y(Math.log10(angle))];
+      const curve = Array.from({ length: 33 }, (_, i) => 10 ** (-4 + i / 8));
+      const digits = Object.values(demo.digits).map(Cabins.mean);
+      const rms = Math.sqrt(Cabins.mean(demo.gamma.map((value) => value ** 2)));
+      const trained = Cabins.mean(demo.t.map((t, k) => Cabins.turn(t, demo.v_post[k].map((v, i) => v * demo.gamma[i]), 1))); // prettier-ignore
+      const now = turn(gamma);
+      const times = now / digits[0];
+      return {
+        plot: join(
+          [-6, -4, -2, 0].map((n) => line(52, y(n), width - 14, y(n), "grid") + label(44, y(n) + 4, power(n), "end soft")),
+          label(0, 12, "t turns by, in rad", "soft"),
+          rect(52, Math.min(...digits.map((d) => y(Math.log10(d)))) - 2, width - 66, Math.abs(y(Math.log10(digits[0])) - y(Math.log10(digits[1]))) + 4, "band"),
+          label(58, y(Math.log10(digits[0])) - 8, "as far as 0.1 mm, or 1 m, more in the text", "soft"),
+          path(curve.map((g) => at(g, turn(g))), "curve"),
+          dot(...at(rms, trained), 6, "truth-dot"), label(at(rms, trained)[0] + 9, at(rms, trained)[1] + 16, "trained γ, at its RMS", "true-text"),
+          group("gamma", dot(...at(gamma, now), 8, "center on")),
+          [-4, -3, -2, -1, 0].map((n) => line(x(n), 196, x(n), 201, "grid") + label(x(n), 215, power(n), n ? "mid soft" : "end soft")),
+          label(width / 2, 232, "γ, the same in each channel", "mid soft"),
+        ),
+        says: `With γ = ${Number(gamma.toPrecision(2))} in each channel, Eq. 3 turns the texts of this room by <b>${Number(now.toPrecision(2))} rad</b>, ${times < 1 ? `1/${fixed(1 / times, 1 / times < 10 ? 1 : 0)}` : `${fixed(times, 1)} times`} of what 0.1 mm more in the text does.`,
+        "gamma out": String(Number(gamma.toPrecision(2))),
+      }; // prettier-ignore
+    },
+
+    // Eq. 4: eight maps
+    maps(s, width) {
+      const cell = cellOf(s);
+      const best = sims[0].map((_, j) => sims.reduce((top, map, k) => (map[j] > sims[top][j] ? k : top), 0)); // prettier-ignore
+      const winners = [...new Set(best)];
+      const spread = (values) => Math.max(...values) - Math.min(...values);
+      const within = Math.max(...sims.map(spread));
+      const between = spread(sims.map(Cabins.mean));
+      return {
+        maps: join(sims.map((map, k) => `<div><svg viewBox="0 0 ${w} ${h}" aria-hidden="true">${join(
+          map.map((value, j) => rect(j % w, Math.floor(j / w), 1.02, 1.02, "cell", `fill-opacity="${r(Math.max(value, 0) / highest)}"`)),
+          dot((cell % w) + 0.5, Math.floor(cell / w) + 0.5, 0.22, "spot"),
+        )}</svg>“${demo.texts[k]}”<br>${fixed(map[cell], 3)}</div>`)),
+        says: `${winners.length === 1
+          ? `One text, <b>“${demo.texts[winners[0]]}”</b>, fits best at all ${h * w} locations of this room.`
+          : `At the chosen pixel “${demo.texts[best[cell]]}” fits best; ${winners.length} texts do so somewhere in this room.`} Inside one map the cosine varies by ${fixed(within, 3)} or less; the means of the maps differ by up to ${fixed(between, 3)}.`,
+        high: fixed(highest, 2),
+      }; // prettier-ignore
+    },
+
+    // Eq. 5: the mean or the likeliest bin
+    mean(s, width) {
+      const parts = drawP(s, width, s.rule);
+      const values = new Set(maps.likeliest).size;
+      parts.says += s.rule === "mean"
+        ? ` Over the map, AbsRel of the mean is ${fixed(absRel("mean"), 2)}.`
+        : ` The map has only ${values} different depths at ${places.length} pixels; its AbsRel is ${fixed(absRel("likeliest"), 2)}, and that of the mean ${fixed(absRel("mean"), 2)}.`; // prettier-ignore
+      const shown = s.rule === "mean" ? "the mean" : "the likeliest bin";
+      return { ...parts, chosen: `depth by ${shown}` };
+    },
+
+    // Eq. 6: a wrong scale
+    silog(s, width) {
+      const [variance, mean] = [demo.loss.var_g, demo.loss.mean_g + s.scale];
+      const x = scale(0, 0.34, 68, width - 46);
+      const bar = (lambda, y, name) => {
+        const [kept, off] = [(1 - lambda) * mean ** 2, lambda * mean ** 2].map((v) => x(v) - x(0));
+        const start = x(variance);
+        const kind = `end ${lambda === 0.85 ? "strong" : ""}`;
+        return [
+          label(60, y + 16, name, kind),
+          rect(x(0), y, start - x(0), 22, "var"),
+          rect(start, y, kept, 22, "kept"),
+          rect(start + kept, y, off, 22, "off"),
+          label(width - 2, y + 16, fixed(Cabins.silog(mean, variance, lambda), 2), kind),
+        ];
+      };
+      return {
+        plot: join(
+          label(68, 12, "Var(g)", "var-text"), label(118, 12, "(1 − λ) ḡ²", "kept-text"), label(194, 12, "forgiven", "soft"), label(width - 2, 12, "loss", "end soft"),
+          bar(0, 22, "λ = 0"), bar(0.85, 60, "λ = 0.85"), bar(1, 98, "λ = 1"),
+        ),
+        says: `Var(<i>g</i>) = ${fixed(variance, 3)} stays as it is, and <i>ḡ</i>² = ${fixed(mean ** 2, 3)}. So <i>L</i> = 10 √(${fixed(variance, 3)} + 0.15 · ${fixed(mean ** 2, 3)}) = <b>${fixed(Cabins.silog(mean, variance), 2)}</b>.`,
+        "scale out": fixed(Math.exp(s.scale), 2),
+      }; // prettier-ignore
+    },
+
+    // Eq. 7: depths and centres pull each other
+    chamfer(s, width) {
+      const depths = draw.depths;
+      const { ofDepths, ofCenters, toCenters, toDepths, gradient } = Cabins.chamfer(depths, s.centers); // prettier-ignore
+      const x = scale(0, 10, 12, width - 12);
+      const [top, bottom] = [40, 112];
+      const flat = Math.max(...gradient.map(Math.abs)) < 0.01;
+      const height = depths.map((depth, i) => top - 9 * depths.slice(0, i).filter((d) => d === depth).length); // prettier-ignore
+      return {
+        plot: join(
+          label(0, 12, "true depths X", "soft"), label(0, 138, "bin centres c: drag one", "soft"),
+          group("xc", depths.map((depth, i) => line(x(depth) - 2, top, x(s.centers[ofDepths[i]]) - 2, bottom, "pull xc"))),
+          group("cx", s.centers.map((center, j) => line(x(center) + 2, bottom, x(depths[ofCenters[j]]) + 2, top, "pull cx"))),
+          depths.map((depth, i) => dot(x(depth), height[i], 6, "truth-dot")),
+          s.centers.map((center, j) => dot(x(center), bottom, j === s.center - 1 ? 9 : 7, j === s.center - 1 ? "center on" : "center")),
+          axis(x, 0, 10, 150, "m"),
+        ),
+        says: `<span class="xc">X → c: ${fixed(toCenters, 3)}</span> + <span class="cx">c → X: ${fixed(toDepths, 3)}</span> = <b>${fixed(toCenters + toDepths, 3)} m²</b>.${flat ? toCenters + toDepths > 0.01 ? " The gradient is 0, and the loss is not: a local minimum." : " No centre is pulled any more." : ""}`,
+        "center out": `${fixed(s.centers[s.center - 1], 2)} m`,
+      }; // prettier-ignore
+    },
+
+    // Eq. 8: β, in this room and in one eight times as large
+    total(s, width) {
+      const both = [1, 8].map((factor) => Cabins.total(demo.loss, s.beta, factor));
+      const x = scale(0, Math.max(4, ...both.map(Cabins.sum)), 62, width - 52);
+      const share = both.map(([pixel, bins]) => (100 * bins) / (pixel + bins));
+      return {
+        plot: join(both.map(([pixel, bins], i) => [
+          label(54, 27 + 44 * i, ["10 m", "80 m"][i], "end strong"),
+          group("pixel", rect(x(0), 10 + 44 * i, x(pixel) - x(0), 26, "var")),
+          group("beta", rect(x(pixel), 10 + 44 * i, x(bins) - x(0), 26, "kept")),
+          label(x(pixel + bins) + 6, 28 + 44 * i, fixed(pixel + bins, 2), "strong"),
+        ]), label(62, 106, "L pixel", "var-text"), label(116, 106, "β L bins", "kept-text")),
+        says: `In the drawn room, whose range is 10\u00a0m, β <i>L</i><sub>bins</sub> is <b>${fixed(share[0], 1)}\u00a0%</b> of the total. In the same room enlarged to 80\u00a0m, it is <b>${fixed(share[1], 0)}\u00a0%</b>.`,
+        "beta out": fixed(s.beta, 2),
+      }; // prettier-ignore
+    },
+
+    // who learns: γ and TransDecoder's share of a step, over the steps of training
+    learns(s, width) {
+      const kinds = { small_epsilon: "blue", paper: "orange", released: "grey" };
+      const names = { small_epsilon: "ε = 10⁻¹⁵", paper: "the paper’s recipe", released: "γ and p not trained" }; // prettier-ignore
+      const stacked = width < 480;
+      const size = stacked ? width : width / 2 - 8;
+      const chart = (left, above, title, y, ticks, valueOf) => {
+        const x = scale(0, findings.steps.at(-1), left + 40, left + size - 12);
+        return [
+          label(left, above + 14, title, "strong"),
+          ticks.map(([value, text]) => line(left + 40, y(value), left + size - 12, y(value), "grid") + label(left + 34, y(value) + 4, text, "end soft")),
+          Object.entries(kinds).map(([run, kind]) => {
+            const found = findings.steps.map((step) => [x(step), valueOf(findings.runs[run])[step]]);
+            return [
+              `<polygon points="${[...found.map(([at, n]) => [at, y(n.least)]), ...found.reverse().map(([at, n]) => [at, y(n.greatest)])].map((point) => point.map(r)).join(" ")}" class="range ${kind}"/>`,
+              path(found.reverse().map(([at, n]) => [at, y(n.mean)]), `run ${kind}`),
+              found.map(([at, n]) => dot(at, y(n.mean), 3.5, `run-dot ${kind}`)),
+            ];
+          }),
+          findings.steps.map((step) => label(x(step), above + 192, step, "mid soft")),
+        ];
+      };
+      const low = stacked ? 210 : 0;
+      const log = scale(-4, -1.7, 170, 34);
+      const share = scale(0, 1, low + 170, low + 34);
+      return {
+        plot: join(
+          chart(0, 0, "RMS of γ", (n) => log(Math.log10(n)), [[1e-4, power(-4)], [1e-3, power(-3)], [1e-2, power(-2)]], (run) => run.gamma_rms),
+          chart(stacked ? 0 : width / 2 + 8, low, "TransDecoder’s share of a step", share, [[0, "0"], [0.5, "50 %"], [1, "100 %"]], (run) => run.step_share.TransDecoder),
+        ),
+        height: low + 200,
+        key: Object.entries(kinds).map(([run, kind]) => `<span><i class="swatch ${kind}"></i>${names[run]}</span>`).join(" "),
+      }; // prettier-ignore
+    },
+
+    // the strip: one pixel from the bins to its depth
+    strip(s) {
+      const p = places[here(s)];
+      const [top, cell] = [Math.max(...p), cellOf(s)];
+      const x = scale(0, demo.max_depth, 0, 80);
+      const most = Math.max(...demo.widths);
+      const mini = (...parts) => `<svg viewBox="0 0 80 20" aria-hidden="true">${join(...parts)}</svg>`;
+      return {
+        b: mini(stems(demo.widths.map((b, k) => [k * 0.3125, 20, 19 - 19 * Math.sqrt(b / most)]), "stem")),
+        c: mini(stems(c.map((center) => [x(center), 4, 16]), "stem")),
+        e: mini(demo.cabins.map((value, k) => line(x(value), k === 2 ? 0 : 5, x(value), k === 2 ? 20 : 15, k === 2 ? "mark e" : "stem wide"))),
+        t: mini(demo.t[2].map((v, i) => rect(i * 1.25, 10 - Math.max(v, 0) * 4, 1, Math.abs(v) * 4, "bar"))),
+        s: mini(sims.map((map, k) => rect(k * 10 + 1, 20 - (20 * Math.max(map[cell], 0)) / highest, 7, (20 * Math.max(map[cell], 0)) / highest, k === 2 ? "bar on" : "bar"))),
+        p: mini(stems(p.map((value, k) => [x(c[k]), 20, 19 - (19 * value) / top]), "stem")),
+        "s value": fixed(sims[2][cell], 4), "p value": `largest ${fixed(top, 2)}`,
+        "d value": metres(maps.mean[here(s)]), "truth value": `truth ${metres(maps.truth[here(s)])}`,
+      }; // prettier-ignore
+    },
+  };
+  Object.defineProperty(draw, "depths", { value: [1.5, 1.5, 1.5, 4.2, 6, 8.4] });
+  return { state, draw, rows, columns, startCenters };
+}
+
+if (typeof module !== "undefined") module.exports = { Cabins, drawings };
 else document.addEventListener("DOMContentLoaded", start);
 
 // ---- The page ------------------------------------------------------------------------------------
 
 function start() {
-  const demo = JSON.parse(document.getElementById("demo").textContent);
+  const [demo, findings] = ["demo", "findings"].map((id) => JSON.parse(document.getElementById(id).textContent)); // prettier-ignore
+  const { state, draw, rows, columns, startCenters } = drawings(demo, findings);
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-  const c = demo.centers;
-  const [rows, columns] = demo.p.size;
-  const bytes = Cabins.unpack(demo.p.data, "Uint8Array");
-  const metres = (map) => Array.from(Cabins.unpack(map.data, "Uint16Array"), (v) => v * demo.unit);
-  const places = Array.from({ length: rows * columns }, (_, i) =>
-    Cabins.probabilities(bytes, i, c.length),
-  );
-  const maps = { depth: places.map((p) => Cabins.expectedDepth(c, p)) };
-  maps.likeliest = places.map((p) => Cabins.likeliest(c, p));
-  const truth = metres(demo.truth);
-  const factor = demo.size[1] / columns; // image pixels from one location of p to the next
-  maps.truth = maps.depth.map((_, i) => {
-    const [row, column] = [Math.floor(i / columns), i % columns];
-    return truth[factor * (row * demo.size[1] + column)];
-  });
-  const state = { row: demo.pixel[0], column: demo.pixel[1], choice: "depth" };
-  const here = () => state.row * columns + state.column;
-  const listeners = [];
-  const choose = (row, column) => {
-    state.row = Math.min(Math.max(row, 0), rows - 1);
-    state.column = Math.min(Math.max(column, 0), columns - 1);
-    listeners.forEach((listen) => listen());
-  };
+  document.documentElement.classList.add("js");
 
-  // ---- Small tools
-
-  const fixed = (value, digits) => value.toFixed(digits).replace("-", "−");
-  const svg = (tag, attributes = {}, ...children) => {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    Object.entries(attributes).forEach(([name, value]) => element.setAttribute(name, value));
-    element.append(...children.flat());
-    return element;
-  };
-  const line = (x1, y1, x2, y2, kind, more) => svg("line", { x1, y1, x2, y2, class: kind, ...more });
-  const rect = (x, y, width, height, kind, more) =>
-    svg("rect", { x, y, width: Math.max(width, 0), height: Math.max(height, 0), class: kind, ...more }); // prettier-ignore
-  const dot = (cx, cy, r, kind, more) => svg("circle", { cx, cy, r, class: kind, ...more });
-  const label = (x, y, text, kind = "", more) => svg("text", { x, y, class: kind, ...more }, text);
-  const scale = (low, high, from, to) => (value) =>
-    from + ((value - low) / (high - low)) * (to - from);
-  const axis = (x, low, high, step, y, unit, digits = 0) => {
-    const ticks = Array.from({ length: Math.round((high - low) / step) + 1 }, (_, i) => low + i * step);
-    return svg("g", { class: "axis" }, line(x(low), y, x(high), y), ticks.map((tick, i) => [
-      line(x(tick), y, x(tick), y + 4),
-      label(x(tick), y + 17, fixed(tick, digits) + (i === ticks.length - 1 ? ` ${unit}` : ""),
-        i === ticks.length - 1 ? "end" : i ? "mid" : ""),
-    ]).flat()); // prettier-ignore
-  };
-
-  // the figure of a widget: its plots are drawn again when their width changes, and for paper
+  // ---- Widgets: what is on screen is drawn, once a frame
   let printing = false;
-  const print = (event) => {
-    printing = event.type === "beforeprint";
-    plots.forEach((again) => again());
-  };
-  const plots = [];
-  addEventListener("beforeprint", print);
-  addEventListener("afterprint", print);
-  const widget = (name, draw) => {
-    const figure = document.querySelector(`[data-widget="${name}"]`);
-    const plot = figure.querySelector(".plot");
-    const inputs = Object.fromEntries(all("[data-in]", figure).map((e) => [e.dataset.in, e]));
-    const values = Object.fromEntries(all("[data-value]", figure).map((e) => [e.dataset.value, e]));
-    const says = figure.querySelector("[data-says]");
-    const say = (text) => (says.innerHTML = text.replace(/(\d) (m|%)/g, "$1\u00a0$2"));
-    const show = (input, text) => (input.parentElement.querySelector("output").textContent = text);
-    const again = () => {
-      const width = plot ? (printing ? 350 : Math.round(plot.clientWidth)) : 1;
-      if (!width) return;
-      const height = plot && Number(plot.dataset.height);
-      if (plot) plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
-      if (plot) plot.style.height = `${height}px`;
-      const shapes = draw({ width, height, inputs, values, say, show, again, figure });
-      if (plot) plot.replaceChildren(...shapes.flat(3));
-    };
-    if (plot) plots.push(again) && new ResizeObserver(again).observe(plot);
-    else again();
-    figure.addEventListener("input", again);
-    return { figure, inputs, again };
-  };
-
-  // ---- Maps: pictures with the chosen pixel
-
-  const STOPS = ["#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725"]; // prettier-ignore
-  const stops = STOPS.map((color) => [1, 3, 5].map((i) => parseInt(color.slice(i, i + 2), 16)));
-  const colorOf = (share) => {
-    const at = Math.min(Math.max(share, 0), 1) * (stops.length - 1);
-    const i = Math.min(Math.floor(at), stops.length - 2);
-    return stops[i].map((value, k) => value + (at - i) * (stops[i + 1][k] - value));
-  };
-  const painted = (values, width, height, low, high) => {
-    const small = document.createElement("canvas");
-    [small.width, small.height] = [width, height];
-    const image = new ImageData(width, height);
-    values.forEach((v, i) => image.data.set([...colorOf((v - low) / (high - low)), 255], 4 * i));
-    small.getContext("2d").putImageData(image, 0, 0);
-    return small;
-  };
-  const pictures = Object.fromEntries(
-    Object.entries(maps).map(([name, map]) => [name, painted(map, columns, rows, 0, demo.shown_depth)]),
-  );
-  const ring = (context, x, y, r) => {
-    for (const [color, width] of [["#fff", 5], ["#000", 2]]) {
-      context.strokeStyle = color;
-      context.lineWidth = width;
-      context.beginPath();
-      context.arc(x, y, r, 0, 7);
-      context.stroke();
+  const widgets = Object.fromEntries(
+    all("[data-widget]").map((figure) => [figure.dataset.widget, { figure, plot: figure.querySelector("svg.plot"), stale: true, seen: false }]),
+  ); // prettier-ignore
+  const pixels = all("[data-ring]");
+  const redraw = (name) => {
+    const { figure, plot } = widgets[name];
+    const width = printing ? 340 : Math.round(plot?.clientWidth || 1);
+    const parts = draw[name](state, width);
+    widgets[name].stale = false;
+    if (plot) {
+      const height = parts.height ?? Number(plot.dataset.height);
+      plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
+      plot.style.height = printing ? "auto" : `${height}px`;
     }
-  }; // prettier-ignore
-  const drawMap = (canvas) => {
-    [canvas.width, canvas.height] = [512, 384];
-    const context = canvas.getContext("2d");
-    const name = canvas.dataset.map === "chosen" ? state.choice : canvas.dataset.map;
-    context.imageSmoothingEnabled = false;
-    if (pictures[name]) context.drawImage(pictures[name], 0, 0, 512, 384);
-    const cell = 512 / columns;
-    ring(context, (state.column + 0.5) * cell, (state.row + 0.5) * cell, 12);
+    for (const element of all("[data-part]", figure)) {
+      const html = parts[element.dataset.part];
+      if (html !== undefined && element.drawn !== html) element.innerHTML = element.drawn = html;
+    }
+    for (const input of all("input[type=range]", figure)) {
+      const text = figure.querySelector(`[data-part="${input.dataset.in} out"]`)?.textContent;
+      if (text) input.setAttribute("aria-valuetext", text);
+    }
+    for (const pad of all("[data-pad]", figure)) {
+      pad.setAttribute("aria-valuetext", parts.spoken);
+      pad.setAttribute("aria-valuenow", state.row * columns + state.column);
+    }
   };
-  const picture = new Image();
-  picture.onload = () => {
-    pictures.picture = picture;
-    all("[data-map]").forEach(drawMap);
+  let waiting = false;
+  const frame = () => {
+    waiting = false;
+    const at = `translate(${((state.column + 0.25) * 128) / columns} ${((state.row + 0.25) * 96) / rows})`;
+    if (pixels[0].getAttribute("transform") !== at) {
+      pixels.forEach((ring) => ring.setAttribute("transform", at));
+    }
+    Object.keys(widgets).forEach((name) => widgets[name].stale && widgets[name].seen && redraw(name));
   };
-  picture.src = demo.picture;
-  for (const canvas of all("[data-map]")) {
+  const changed = (...names) => {
+    names.forEach((name) => (widgets[name].stale = true));
+    if (!waiting) requestAnimationFrame(frame);
+    waiting = true;
+  };
+  const sight = new IntersectionObserver(
+    (entries) => {
+      for (const { target, isIntersecting } of entries) {
+        widgets[target.dataset.widget].seen = isIntersecting;
+        if (isIntersecting) changed();
+      }
+    },
+    { rootMargin: "150px" },
+  );
+  const sizes = new ResizeObserver((entries) =>
+    changed(...entries.map(({ target }) => target.closest("[data-widget]").dataset.widget)),
+  );
+  for (const { figure, plot } of Object.values(widgets)) {
+    sight.observe(figure);
+    if (plot) sizes.observe(plot);
+  }
+  for (const event of ["beforeprint", "afterprint"]) {
+    addEventListener(event, () => {
+      printing = event === "beforeprint";
+      Object.keys(widgets).forEach(redraw);
+    });
+  }
+
+  // ---- Pixels
+  const choose = (row, column) => {
+    row = Math.min(Math.max(row, 0), rows - 1);
+    column = Math.min(Math.max(column, 0), columns - 1);
+    if (row === state.row && column === state.column) return;
+    [state.row, state.column] = [row, column];
+    changed("room", "maps", "mean", "strip");
+  };
+  for (const pad of all("[data-pad]")) {
     const at = (event) => {
-      const box = canvas.getBoundingClientRect();
-      const share = [(event.clientY - box.top) / box.height, (event.clientX - box.left) / box.width];
-      choose(Math.floor(share[0] * rows), Math.floor(share[1] * columns));
+      const box = pad.getBoundingClientRect();
+      choose(Math.floor(((event.clientY - box.top) / box.height) * rows), Math.floor(((event.clientX - box.left) / box.width) * columns)); // prettier-ignore
     };
     // a finger only taps, so that a swipe over a picture scrolls the page
-    canvas.addEventListener("pointermove", (event) => event.pointerType === "mouse" && at(event));
-    canvas.addEventListener("click", at);
-    canvas.addEventListener("keydown", (event) => {
+    pad.addEventListener("pointermove", (event) => event.pointerType === "mouse" && at(event));
+    pad.addEventListener("click", at);
+    pad.addEventListener("keydown", (event) => {
       const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
       if (!step[event.key]) return;
       event.preventDefault();
       choose(state.row + step[event.key][0], state.column + step[event.key][1]);
     });
   }
-  listeners.push(() => all("[data-map]").forEach(drawMap));
 
-  // ---- p at the chosen pixel: for the opening, and for Eq. 5
-
-  const drawP = ({ width, height, say }, choice) => {
-    const p = places[here()];
-    const [mean, likeliest, real] = [maps.depth, maps.likeliest, maps.truth].map((m) => m[here()]);
-    const x = scale(0, demo.max_depth, 10, width - 10);
-    const [top, base] = [40, height - 24];
-    const curve = Cabins.smooth(c, p, demo.max_depth);
-    const high = Math.max(...curve);
-    const most = Math.max(...p);
-    const points = curve.map((y, i) => `${x(i / 10)},${base - (0.92 * (base - top) * y) / high}`);
-    const mark = (value, text, kind, y) => {
-      const side = value > 0.6 * demo.max_depth ? "end" : "";
-      return [line(x(value), y - 10, x(value), base, kind), label(x(value) + (side ? -5 : 5), y, text, `${side} ${kind}-text`)]; // prettier-ignore
-    };
-    const shape = Cabins.shape(c, p, demo.max_depth);
-    const m = `${fixed(mean, 2)} m`;
-    const list = shape.hills.map((hill) => fixed(hill, 1));
-    const hills = `${list.slice(0, -1).join(", ")} and ${list.at(-1)} m`;
-    let text = `<b>One hill.</b> The mean, ${m}, speaks for it.`;
-    if (shape.flat) text = `<b>Nearly flat.</b> The network does not know; its mean, ${m}, says little.`;
-    else if (list.length > 1)
-      text = `<b>${list.length === 2 ? "Two" : "Several"} hills</b>, near ${hills}. The mean, ${m}, lies ${shape.between ? "between them, where hardly any probability is" : "near one of them"}.`;
-    if (choice === "likeliest") text = `The likeliest bin has its centre at ${fixed(likeliest, 2)} m and holds ${fixed(100 * most, most > 0.1 ? 0 : 1)} % of <b>p</b>. The mean is ${m}.`;
-    say(`${text} The truth is ${fixed(real, 2)} m.`);
-    return [
-      svg("polygon", { points: `${x(0)},${base} ${points.join(" ")} ${x(demo.max_depth)},${base}`, class: "hill" }),
-      p.map((value, k) => line(x(c[k]), base, x(c[k]), base - ((base - top) * value) / most, "stem")),
-      axis(x, 0, demo.max_depth, 2, base, "m"),
-      mark(real, "truth", "true", 24),
-      choice === "likeliest" ? mark(likeliest, "likeliest bin", "mean", 12) : mark(mean, "mean = depth", "mean", 12),
-    ]; // prettier-ignore
+  // ---- Sliders, choices and buttons
+  const set = {
+    output: (value) => (state.outputs[state.bin - 1] = value),
+    center: (value) => (state.centers[state.center - 1] = value),
   };
-  const room = widget("room", (given) => drawP(given));
-  const mean = widget("mean", (given) => drawP(given, state.choice));
-  listeners.push(room.again, mean.again);
-  mean.figure.addEventListener("change", (event) => {
-    state.choice = event.target.value === "argmax" ? "likeliest" : "depth";
-    listeners.forEach((listen) => listen());
-  });
-
-  // ---- Eq. 1: eight bins
-
-  const outputs = [0.6, 1.0, 0.3, 1.2, 0.1, 0.5, 1.6, 2.4];
-  const bins = widget("bins", ({ width, inputs, say, show }) => {
-    const i = Number(inputs.i.value) - 1;
-    outputs[i] = Number(inputs.width.value);
-    const b = outputs.map((value) => value / Cabins.sum(outputs));
-    const [low, high] = [demo.min_depth, demo.max_depth];
-    const centers = Cabins.binCenters(b, low, high);
-    const x = scale(low, high, 8, width - 8);
-    const edges = b.map((_, j) => low + (high - low) * Cabins.sum(b.slice(0, j)));
-    const end = edges[i] + b[i] * (high - low);
-    const bracket = (from, to, y, text, term) => {
-      const middle = Math.min(Math.max((from + to) / 2, 30), width - 40);
-      return svg("g", { "data-t": term, class: "bracket" },
-        svg("path", { d: `M${from} ${y}v7H${to}v-7` }), label(middle, y + 22, text, "mid"));
-    }; // prettier-ignore
-    show(inputs.i, i + 1);
-    show(inputs.width, fixed(outputs[i], 1));
-    const sum = Cabins.sum(b.slice(0, i));
-    say(`<i>c</i><sub>${i + 1}</sub> = 0.001 + 9.999 · (${fixed(b[i] / 2, 4)} + ${fixed(sum, 4)}) = <b>${fixed(centers[i], 3)} m</b>`);
-    return [
-      b.map((share, j) => rect(x(edges[j]), 34, share * (width - 16), 34, `bin ${j === i ? "on" : ""}`)),
-      centers.map((center, j) => dot(x(center), 51, j === i ? 6 : 3.5, j === i ? "center on" : "center")),
-      label(x(centers[i]), 24, `c${"₁₂₃₄₅₆₇₈"[i]}`, "mid it"),
-      i ? bracket(x(low), x(edges[i]), 72, "widths before it", "sum") : [],
-      bracket(x(edges[i]), x((edges[i] + end) / 2), i ? 98 : 72, "half its own", "half"),
-      axis(x, 0, high, 2, 128, "m"),
-    ]; // prettier-ignore
-  });
-  bins.inputs.i.addEventListener("input", () => {
-    bins.inputs.width.value = outputs[Number(bins.inputs.i.value) - 1];
-    bins.again();
-  });
-
-  // ---- Eq. 2: group 3 of the room, and the unit
-
-  const group = c.slice(64, 96);
-  widget("group", ({ width, inputs, values, say, show }) => {
-    const unit = 10 ** -Number(inputs.unit.value);
-    const { m, w, e, median } = Cabins.distanceClass(group, unit);
-    const [low, high] = [Math.floor(group[0] * 10) / 10, Math.ceil(group[31] * 10) / 10];
-    const x = scale(low, high, 34, width - 12);
-    const [base, top] = [178, 24];
-    const y = (weight) => base - weight * (base - top);
-    show(inputs.unit, unit > 0.99 ? "1 m" : unit < 0.0101 ? "1 cm" : `${fixed(100 * unit, unit > 0.1 ? 0 : 1)} cm`);
-    for (const [name, value] of Object.entries({ e, m, median })) values[name].textContent = `${fixed(value, 4)} m`;
-    const most = Math.max(...w);
-    const count = 1 / Cabins.sum(w.map((weight) => weight ** 2));
-    say(count < 1.5 ? `The largest weight is ${fixed(most, 3)}: Eq. 2 picks the centre nearest to the mean.`
-      : count > 20 ? `The largest weight is ${fixed(most, 3)}, and 1/32 is 0.031: nearly a plain mean.`
-      : `The largest weight is ${fixed(most, 3)}: about ${fixed(count, 0)} centres share in ${"e"}.`);
-    return [
-      [0, 0.5, 1].map((weight) => [line(30, y(weight), width - 8, y(weight), "grid"), label(24, y(weight) + 4, String(weight), "end soft")]),
-      label(24, 14, "w", "end it"),
-      group.map((center, i) => [line(x(center), base, x(center), y(w[i]), "weight"), dot(x(center), y(w[i]), 3, "center")]),
-      line(x(m), top - 6, x(m), base, "mark m", { "data-t": "m" }),
-      line(x(median), top - 6, x(median), base, "mark med"),
-      svg("g", { "data-t": "e" }, line(x(e), top - 12, x(e), base, "mark e"), svg("path", { d: `M${x(e) - 6} ${base + 9}h12l-6 -9z`, class: "tip" })),
-      axis(x, low, high, 0.2, base + 10, "m", 1),
-    ]; // prettier-ignore
-  });
-
-  // ---- The digits: two staircases
-
-  const start3 = Math.fround(demo.cabins[2]);
-  let [e, before] = [start3, null];
-  const stairs = widget("stairs", ({ width, values, say }) => {
-    const text = Cabins.numberText(e);
-    const tokens = Cabins.numberTokens(e);
-    const chars = ["start", ...text, "end"];
-    values.typed.innerHTML = `<i>e</i> = ${e.toFixed(6)} m → “${text}”`;
-    const old = before === null ? tokens : Cabins.numberTokens(before);
-    const items = tokens.map((id, i) => {
-      const changed = old[i] !== id ? ' class="new"' : "";
-      return `<li${changed}><b>${chars[i]}</b> ${id}</li>`;
-    });
-    items.splice(1, 0, "<li class='learned'><b>p₁ … p₈</b> learned</li>");
-    values.ids.innerHTML = items.join("");
-    const n = tokens.filter((id, i) => id !== old[i]).length + Math.max(old.length - tokens.length, 0);
-    const middle = Math.round(start3 * 1e4);
-    const near = Math.abs(e * 1e4 - middle) < 10;
-    const turned = near ? `t is now ${fixed(demo.nudge[Math.round(e * 1e4) - middle + 20], 2)} rad from that of <i>e</i>₃.` : "";
-    say(before === null ? "Nudge <i>e</i>, and see what the text encoder notices."
-      : n ? `${n === 1 ? "One token" : `${n} tokens`} changed: another row of the table is read, at once and entirely. ${turned}`
-      : `No token changed. Nothing behind the digits can notice: the derivative is zero.`);
-    const center = near ? middle : Math.round(e * 1e4);
-    const x = scale((center - 10.5) / 1e4, (center + 10.5) / 1e4, 44, width - 10);
-    const steps = Array.from({ length: 21 }, (_, i) => center - 10 + i);
-    const stair = (y) => steps.map((k) => line(x((k - 0.5) / 1e4), y(k), x((k + 0.5) / 1e4), y(k), "step"));
-    const id = (k) => scale(0, 9, 92, 22)(k % 10);
-    const most = Math.max(...demo.nudge);
-    const turn = (k) => scale(0, most, 212, 140)(demo.nudge[k - middle + 20]);
-    return [
-      label(0, 12, "id of the fourth decimal", "soft"),
-      [[0, 271], [9, 280]].map(([digit, name]) => label(38, id(digit) + 4, String(name), "end soft")),
-      stair(id),
-      label(0, 128, near ? "how far t turns, in rad" : "how far t turns: measured only around e₃", "soft"),
-      near ? [[0, "0"], [most, fixed(most, 2)]].map(([v, name]) => label(38, scale(0, most, 212, 140)(v) + 4, name, "end soft")) : [],
-      near ? stair(turn) : [],
-      line(x(e), 18, x(e), 216, "mark e"),
-      axis(x, (center - 10) / 1e4, (center + 10) / 1e4, 0.001, 222, "m", 4),
-    ]; // prettier-ignore
-  });
-  stairs.figure.addEventListener("click", ({ target }) => {
-    if (!target.closest("[data-nudge]")) return;
-    const nudge = Number(target.closest("[data-nudge]").dataset.nudge);
-    before = e;
-    if (nudge === 0) [e, before] = [start3, null];
-    else if (nudge === 3) [e, before] = [2.9999, null];
-    else e = Math.max(e + nudge, 0);
-    stairs.again();
-  });
-
-  // ---- Eq. 3: eight queries on 1 + h w keys, and γ
-
-  const [h, w] = demo.similarity.size;
-  widget("attention", ({ width, inputs, say, show }) => {
-    const gamma = 10 ** Number(inputs.gamma.value);
-    const turn = Cabins.mean(demo.t.map((t, k) => Cabins.turn(t, demo.v_post[k], gamma)));
-    const flat = demo.attention.flat();
-    const side = Math.min(46, (width - 190) / w);
-    const left = width - w * side - 4;
-    const key = (j) => j === 0 ? [left - side - 6, 20 + (h * side) / 2] : [left + (((j - 1) % w) + 0.5) * side, 20 + (Math.floor((j - 1) / w) + 0.5) * side]; // prettier-ignore
-    show(inputs.gamma, gamma < 0.001 ? fixed(gamma, 5) : fixed(gamma, 3));
-    say(`Each of the ${flat.length} weights is between ${fixed(Math.min(...flat), 5)} and ${fixed(Math.max(...flat), 5)}; 1/${demo.attention[0].length} is ${fixed(1 / demo.attention[0].length, 5)}. With this γ, Eq. 3 turns the texts by <b>${turn < 0.1 ? fixed(turn, 4) : fixed(turn, 1)}°</b>.`);
-    const [angle, long] = [(turn * Math.PI) / 180, Math.min(width - 28, 260)];
-    return [
-      label(0, 12, "queries: 8 texts", "soft"),
-      label(width - 2, 12, `keys: z̄, and z at ${h} × ${w} locations`, "end soft"),
-      svg("image", { href: demo.picture, x: left, y: 20, width: w * side, height: h * side, preserveAspectRatio: "none", opacity: 0.45 }),
-      demo.attention.map((row, k) => row.map((a, j) => line(62, 30 + k * 17, ...key(j), k === 2 ? "look on" : "look", { "stroke-width": 13 * a * (k === 2 ? 1.4 : 0.6) }))),
-      demo.texts.map((text, k) => label(56, 34 + k * 17, `“${text}”`, k === 2 ? "end mean-text" : "end")),
-      demo.attention[0].map((_, j) => dot(...key(j), j ? 4 : 7, "key")),
-      label(0, 182, "t, before and after", "soft"),
-      line(8, 236, 8 + long, 236, "vector"),
-      line(8, 236, 8 + long * Math.cos(angle), 236 - long * Math.sin(angle), "vector on"),
-    ]; // prettier-ignore
-  });
-
-  // ---- Eq. 4: eight maps
-
-  const sims = demo.similarity.values;
-  const [lowest, highest] = [Math.min(...sims.flat()), Math.max(...sims.flat())];
-  const mapsOf = widget("maps", ({ values, say }) => {
-    const cell = Math.floor((state.row * h) / rows) * w + Math.floor((state.column * w) / columns);
-    values.maps.replaceChildren(...sims.map((map, k) => {
-      const canvas = document.createElement("canvas");
-      [canvas.width, canvas.height] = [32 * w, 32 * h];
-      const context = canvas.getContext("2d");
-      context.imageSmoothingEnabled = false;
-      context.drawImage(painted(map, w, h, lowest, highest), 0, 0, canvas.width, canvas.height);
-      ring(context, ((cell % w) + 0.5) * 32, (Math.floor(cell / w) + 0.5) * 32, 9);
-      const item = document.createElement("div");
-      item.append(canvas, `“${demo.texts[k]}”`, document.createElement("br"), fixed(map[cell], 3));
-      return item;
-    })); // prettier-ignore
-    values.low.textContent = fixed(lowest, 2);
-    values.high.textContent = fixed(highest, 2);
-    const best = sims.map((map) => map[cell]);
-    say(`At the chosen pixel “${demo.texts[best.indexOf(Math.max(...best))]}” fits best; the truth is ${fixed(maps.truth[here()], 2)} m.`);
-  });
-  listeners.push(mapsOf.again);
-
-  // ---- Eq. 6: a wrong scale
-
-  widget("silog", ({ width, inputs, say, show }) => {
-    const shift = Number(inputs.scale.value);
-    const [variance, mean] = [demo.loss.var_g, demo.loss.mean_g + shift];
-    show(inputs.scale, fixed(Math.exp(shift), 2));
-    const x = scale(0, 0.38, 84, width - 50);
-    const bar = (lambda, y, name) => {
-      const kept = (1 - lambda) * mean ** 2;
-      const loss = Cabins.silog(mean, variance, lambda);
-      return [
-        label(76, y + 15, name, `end ${lambda === 0.85 ? "strong" : ""}`),
-        rect(x(0), y, x(variance) - x(0), 22, "var"),
-        rect(x(variance), y, x(kept) - x(0), 22, "kept"),
-        rect(x(variance + kept), y, x(lambda * mean ** 2) - x(0), 22, "off"),
-        label(width, y + 15, fixed(loss, 2), `end ${lambda === 0.85 ? "strong" : ""}`),
-      ];
-    };
-    const paper = Cabins.silog(mean, variance);
-    say(`Var(<i>g</i>) = ${fixed(variance, 3)} stays as it is. <i>ḡ</i>² = ${fixed(mean ** 2, 3)}, of which 0.85 is forgiven (dashed). <i>L</i> = 10 √${fixed(variance + 0.15 * mean ** 2, 3)} = <b>${fixed(paper, 2)}</b>; without a wrong scale it would be ${fixed(Cabins.silog(0, variance), 2)}.`);
-    return [
-      label(84, 12, "Var(g)", "var-text"), label(138, 12, "(1 − λ) ḡ²", "kept-text"), label(218, 12, "forgiven", "soft"), label(width, 12, "loss", "end soft"),
-      bar(0, 22, "λ = 0"), bar(0.85, 64, "λ = 0.85"), bar(1, 106, "λ = 1"),
-    ]; // prettier-ignore
-  });
-
-  // ---- Eq. 7: depths and centres pull each other
-
-  const depths = [1, 1.3, 1.7, 5, 5.4, 6];
-  let centers = [1.15, 3.4, 7.4, 9.3];
-  const chamfer = widget("chamfer", ({ width, inputs, say, show }) => {
-    centers[2] = Number(inputs.centre.value);
-    const { ofDepths, ofCenters, toCenters, toDepths } = Cabins.chamfer(depths, centers);
-    const x = scale(0, 10, 10, width - 10);
-    const [top, bottom] = [34, 106];
-    show(inputs.centre, `${fixed(centers[2], 2)} m`);
-    say(`<span class="xc">X → c: ${fixed(toCenters, 3)}</span> + <span class="cx">c → X: ${fixed(toDepths, 3)}</span> = <b>${fixed(toCenters + toDepths, 3)} m²</b>`);
-    return [
-      label(0, 14, "true depths X", "soft"), label(0, 132, "bin centres c", "soft"),
-      depths.map((depth, i) => line(x(depth) - 2, top, x(centers[ofDepths[i]]) - 2, bottom, "pull xc", { "data-t": "xc" })),
-      centers.map((center, j) => line(x(center) + 2, bottom, x(depths[ofCenters[j]]) + 2, top, "pull cx", { "data-t": "cx" })),
-      depths.map((depth) => dot(x(depth), top, 6, "truth-dot")),
-      centers.map((center, j) => dot(x(center), bottom, j === 2 ? 8 : 6, j === 2 ? "center on" : "center")),
-      axis(x, 0, 10, 2, 146, "m"),
-    ]; // prettier-ignore
-  });
-  chamfer.figure.querySelector("[data-step]").addEventListener("click", () => {
-    const { gradient } = Cabins.chamfer(depths, centers);
-    centers = centers.map((center, j) => center - 0.5 * gradient[j]);
-    chamfer.inputs.centre.step = "any";
-    chamfer.inputs.centre.value = centers[2];
-    chamfer.again();
-  });
-
-  // ---- Who learns
-
-  widget("learns", ({ width }) => {
-    const x = scale(-10, -3, 110, width - 62);
-    const at = (power) => x(power);
-    const parts = Object.entries(demo.rms);
-    return [
-      rect(at(-10), 26, at(-8) - at(-10), 212, "below"),
-      line(at(-8), 20, at(-8), 238, "mark m"),
-      label(at(-8), 14, "Adam’s ε", "mid"),
-      label(width, 14, "step", "end soft"),
-      parts.map(([part, value], i) => {
-        const y = 48 + i * 35;
-        const share = demo.step_share[part];
-        const kind = value < 1e-8 ? "mean" : "center";
-        return [
-          label(0, y + 4, part), line(at(-10), y, at(-3), y, "grid"),
-          dot(at(Math.log10(value)), y, 7, kind === "mean" ? "center on" : "center"),
-          label(width, y + 4, `${fixed(100 * share, 0)} %`, share < 0.5 ? "end mean-text" : "end"),
-        ];
-      }),
-      [-10, -8, -6, -4].map((power) => [line(at(power), 238, at(power), 243, "grid"), svg("text", { x: at(power), y: 258, class: "mid soft" }, "10", svg("tspan", { dy: -5, "font-size": 10 }, `−${-power}`))]),
-    ]; // prettier-ignore
-  });
-
-  // ---- The strip: small pictures of the stations, and which one is read
-
-  const mini = (name, ...shapes) => {
-    const drawing = document.querySelector(`[data-mini="${name}"]`);
-    drawing.setAttribute("viewBox", "0 0 80 20");
-    drawing.setAttribute("aria-hidden", "true");
-    drawing.replaceChildren(...shapes.flat());
-  };
-  const most = Math.max(...demo.widths);
-  const x10 = scale(0, demo.max_depth, 0, 80);
-  mini("b", demo.widths.map((b, k) => line(k * 0.3125, 20, k * 0.3125, 19 - 19 * Math.sqrt(b / most), "stem")));
-  mini("c", c.map((center) => line(x10(center), 4, x10(center), 16, "stem")));
-  mini("e", demo.cabins.map((value, k) => line(x10(value), k === 2 ? 0 : 5, x10(value), k === 2 ? 20 : 15, k === 2 ? "mark e" : "stem wide")));
-  mini("t", demo.t[2].map((v, i) => rect(i * 1.25, 10 - Math.max(v, 0) * 4, 1, Math.abs(v) * 4, "bar")));
-  const put = (name, text) => (document.querySelector(`#strip [data-value="${name}"]`).textContent = text);
-  put("tokens", demo.tokens[2].slice(1, -1).join(" "));
-  const follow = () => {
-    const p = places[here()];
-    const top = Math.max(...p);
-    const cell = Math.floor((state.row * h) / rows) * w + Math.floor((state.column * w) / columns);
-    mini("s", sims.map((map, k) => rect(k * 10 + 1, 20 - (20 * map[cell]) / highest, 7, (20 * map[cell]) / highest, k === 2 ? "bar on" : "bar")));
-    mini("p", p.map((value, k) => line(x10(c[k]), 20, x10(c[k]), 19 - (19 * value) / top, "stem")));
-    put("s", fixed(sims[2][cell], 4));
-    put("p", `largest ${fixed(top, 2)}`);
-    put("d", `${fixed(maps.depth[here()], 2)} m`);
-    put("truth", `truth ${fixed(maps.truth[here()], 2)} m`);
-  };
-  listeners.push(follow);
-  const strip = document.getElementById("strip");
-  const stations = all("[data-of]", strip);
-  const sections = all("main > section");
-  const light = () => {
-    const lead = strip.offsetHeight + 0.3 * innerHeight;
-    const read = sections.filter((section) => section.getBoundingClientRect().top < lead).pop();
-    let first = null;
-    for (const station of stations) {
-      const on = Boolean(read) && station.dataset.of.split(" ").includes(read.id);
-      on ? station.setAttribute("aria-current", "true") : station.removeAttribute("aria-current");
-      first ??= on ? station.parentElement : null;
+  const sync = (name) => {
+    for (const input of all("input[type=range]", widgets[name].figure)) {
+      const key = input.dataset.in;
+      if (key === "output") input.value = state.outputs[state.bin - 1];
+      else if (key === "center") input.value = state.centers[state.center - 1];
+      else input.value = state[key];
     }
-    const list = strip.firstElementChild;
-    if (first) list.scrollTo({ left: first.offsetLeft - 0.3 * list.clientWidth });
+    changed(name);
   };
-  addEventListener("scroll", light, { passive: true });
-  light();
+  for (const input of all("[data-in]")) {
+    const key = input.dataset.in;
+    const name = input.closest("[data-widget]").dataset.widget;
+    input.addEventListener("input", () => {
+      const value = input.type === "range" ? Number(input.value) : input.value;
+      set[key] ? set[key](value) : (state[key] = value);
+      if (key === "bin") sync(name);
+      if (key === "rule") all("[data-rule]").forEach((map) => (map.hidden = map.dataset.rule !== value)); // prettier-ignore
+      changed(name);
+    });
+  }
+  const acts = {
+    edge: () => choose(...demo.edge),
+    nudge: (by) => ([state.before, state.e] = [state.e, Math.max(state.e + Number(by), 0)]),
+    example: () => ([state.before, state.e] = [2.9999, 3]),
+    back: () => ([state.before, state.e] = [null, Math.fround(demo.cabins[2])]),
+    downhill() {
+      const { gradient } = Cabins.chamfer(draw.depths, state.centers);
+      state.centers = state.centers.map((center, j) => center - 0.5 * gradient[j]);
+    },
+    twice: () => (state.centers = [1.5, 1.5, 33 / 7, 8.4]),
+    again: () => (state.centers = [...startCenters]),
+  };
+  for (const button of all("[data-act]")) {
+    button.addEventListener("click", () => {
+      const [act, by] = button.dataset.act.split(" ");
+      acts[act](by);
+      sync(button.closest("[data-widget]").dataset.widget);
+    });
+  }
+
+  // ---- Things that are dragged: an edge of Eq. 1, a centre of Eq. 7
+  const nearest = (values, value) => {
+    const gaps = values.map((other) => Math.abs(other - value));
+    return gaps.indexOf(Math.min(...gaps));
+  };
+  const grips = {
+    bins: {
+      take(share) {
+        const total = Cabins.sum(state.outputs);
+        const edges = state.outputs.slice(0, -1).map((_, i) => Cabins.sum(state.outputs.slice(0, i + 1)) / total); // prettier-ignore
+        state.bin = nearest(edges, share) + 1;
+      },
+      move: (share) => (state.outputs[state.bin - 1] = Cabins.dragged(state.outputs, state.bin - 1, Math.min(share, 0.98))), // prettier-ignore
+      inset: 10,
+    },
+    chamfer: {
+      take: (share) => (state.center = nearest(state.centers, 10 * share) + 1),
+      move: (share) => (state.centers[state.center - 1] = 10 * Math.min(Math.max(share, 0.02), 0.98)),
+      inset: 12,
+    },
+  };
+  for (const [name, grip] of Object.entries(grips)) {
+    const plot = widgets[name].plot;
+    const share = (event) => {
+      const box = plot.getBoundingClientRect();
+      return (event.clientX - box.left - grip.inset) / (box.width - 2 * grip.inset);
+    };
+    plot.addEventListener("pointerdown", (event) => {
+      plot.setPointerCapture(event.pointerId);
+      grip.take(share(event));
+      sync(name);
+    });
+    plot.addEventListener("pointermove", (event) => {
+      if (!plot.hasPointerCapture(event.pointerId)) return;
+      grip.move(share(event));
+      sync(name);
+    });
+  }
+
+  // ---- The strip shows which section is read
+  const list = document.querySelector("#strip ol");
+  const stations = all("#strip [data-of]");
+  const reading = new Set();
+  const sections = new IntersectionObserver(
+    (entries) => {
+      entries.forEach(({ target, isIntersecting }) => reading[isIntersecting ? "add" : "delete"](target.id));
+      const lit = stations.filter((station) => station.dataset.of.split(" ").some((id) => reading.has(id)));
+      stations.forEach((station) => station.toggleAttribute("aria-current", lit.includes(station)));
+      if (lit.length) list.scrollTo({ left: lit[0].parentElement.offsetLeft - 0.3 * list.clientWidth }); // prettier-ignore
+    },
+    { rootMargin: "-30% 0px -69% 0px" },
+  ); // prettier-ignore
+  all(".story > section").forEach((section) => sections.observe(section));
 
   // ---- Terms: an equation's part, its code, its name and its mark light up together
-
-  const names = (target) => target.closest?.("[data-t]");
-  const lit = (target) => {
+  const light = (target) => {
     all(".lit").forEach((element) => element.classList.remove("lit"));
-    const term = names(target);
-    if (!term) return;
-    const section = term.closest("section");
-    all(`[data-t="${term.dataset.t}"]`, section).forEach((element) => element.classList.add("lit"));
+    const term = target.closest?.("[data-t]");
+    const found = term ? all(`[data-t="${term.dataset.t}"]`, term.closest("section")) : [];
+    found.forEach((element) => element.classList.add("lit"));
   };
   for (const event of ["pointerover", "focusin", "click"]) {
-    document.addEventListener(event, ({ target }) => lit(target));
+    document.addEventListener(event, ({ target }) => light(target));
   }
-  document.addEventListener("keydown", ({ key }) => key === "Escape" && lit(document.body));
-
-  choose(state.row, state.column);
+  document.addEventListener("keydown", ({ key }) => key === "Escape" && light(document.body));
 }

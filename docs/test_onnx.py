@@ -1,10 +1,16 @@
 """Tests of the export that docs/onnx.md shows: python -m pytest -q docs/test_onnx.py"""
 
+import re
+import runpy
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
 import cabins
 
+DOCS = Path(__file__).resolve().parent
 SIZES = [(1, 64, 64), (3, 100, 131), (2, 129, 65)]  # of images that the export never saw
 pytestmark = pytest.mark.skipif(
     torch.__version__ < "2.7", reason="torch 2.6 fixes the sizes of what it exports"
@@ -12,60 +18,55 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def tiny() -> cabins.CaBins:
-    torch.manual_seed(0)
-    return cabins.CaBins(cabins.Config(backbone="tiny", longer_side=128)).eval()
-
-
-class Depth(torch.nn.Module):
-    """The network, with depth as its only output."""
-
-    def __init__(self, network: cabins.CaBins):
-        super().__init__()
-        self.network = network
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.network(image).depth
-
-
-def exported(model: torch.nn.Module) -> torch.export.ExportedProgram:
-    limits = (("batch", 1), ("height", 64), ("width", 64))
-    batch, height, width = (torch.export.Dim(name, min=least) for name, least in limits)
-    shapes = {"image": {0: batch, 2: height, 3: width}}
-    return torch.export.export(model, (torch.randn(2, 3, 96, 128),), dynamic_shapes=shapes)
-
-
-def same(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() < tolerance * expected.abs().max()
-
-
-@torch.no_grad()
-def test_an_exported_network_equals_the_network_at_any_size(tiny):
-    program = exported(tiny).module()
-    for b, h, w in SIZES:
-        image = torch.randn(b, 3, h, w)
-        for found, expected in zip(program(image), tiny(image)):
-            same(found, expected, 1e-5)
-
-
-@torch.no_grad()
-def test_onnx_equals_the_network_at_any_size(tiny, tmp_path):
+def page(tmp_path_factory) -> dict:
+    """The names that docs/onnx.md's code defines, after it ran with a tiny network."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name, reason=f"{name}, which is optional, is not installed")
-    import onnxruntime
+    here = tmp_path_factory.mktemp("checkout")
+    (here / "docs").mkdir()
+    shutil.copy(DOCS / "explained.png", here / "docs")
+    (here / "runs" / "toy").mkdir(parents=True)
+    torch.manual_seed(0)
+    tiny = cabins.CaBins(cabins.Config(backbone="tiny", longer_side=128))
+    cabins.save_checkpoint(here / "runs" / "toy" / "best.pt", tiny)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "onnx.md").read_text(), re.DOTALL)
+    (here / "page.py").write_text("\n".join(blocks))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        return runpy.run_path("page.py")
 
-    program = exported(Depth(tiny).eval())
-    torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "cabins.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "cabins.onnx")
-    for b, h, w in SIZES:
-        image = torch.randn(b, 3, h, w)
-        found = session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]
-        same(torch.from_numpy(found), tiny(image).depth, 1e-4)
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    return bool((found - expected).abs().max() < tolerance * expected.abs().max())
 
 
 @torch.no_grad()
-def test_a_compiled_network_is_one_graph_and_gives_the_same(tiny):
+def test_both_exports_equal_the_network_at_any_size(page):
+    model, program, session = page["model"], page["program"].module(), page["session"]
+    names = [output.name for output in session.get_outputs()]
+    assert names == list(cabins.Prediction._fields)
+    for b, h, w in SIZES:
+        image = torch.randn(b, 3, h, w)
+        expected, found = model(image), program(image)
+        assert all(close(*pair, 1e-5) for pair in zip(found, expected, strict=True))
+        found = cabins.Prediction(*map(torch.tensor, session.run(None, {"image": image.numpy()})))
+        texts = [(1e4 * x.distances.double()).round() for x in (found, expected)]
+        is_same = texts[0] == texts[1]  # a distance may be rounded the other way
+        assert is_same.float().mean() > 0.5
+        assert close(found.similarity[is_same], expected.similarity[is_same], 1e-4)
+        for name in names[:3] + names[4:]:
+            assert close(getattr(found, name), getattr(expected, name), 1e-4)
+
+
+def test_the_page_predicts_a_picture(page):
+    assert page["depth"].shape[-1] == page["model"].config.longer_side
+    assert (page["depth"] > 0).all()
+
+
+@torch.no_grad()
+def test_a_compiled_network_is_one_graph_and_gives_the_same():
+    model = cabins.CaBins(cabins.Config(backbone="tiny")).eval()
     image = torch.randn(2, 3, 96, 128)
-    compiled = torch.compile(tiny, fullgraph=True, backend="aot_eager")
-    same(compiled(image).depth, tiny(image).depth, 1e-5)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(image), model(image), strict=True):
+        assert close(found, expected, 1e-5)

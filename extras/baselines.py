@@ -4,6 +4,8 @@ The first predicts one depth for all pixels of all images, the best there is by 
 predicts the mean depth map of the training set.
 """
 
+import argparse
+
 import torch
 
 import cabins
@@ -19,8 +21,6 @@ def best_constant(test_set: data.DepthDataset) -> float:
     """
     depths = [test_set[i]["depth"][:, ::4, ::4] for i in range(len(test_set))]
     depths = torch.cat([depth[depth > 0] for depth in depths]).sort().values
-    if not len(depths):
-        raise ValueError(f"none of the {len(test_set)} test images has ground truth")
     weights = (1 / depths).cumsum(0)
     return depths[torch.searchsorted(weights, weights[-1] / 2)].item()
 
@@ -37,20 +37,26 @@ def constantly(depth: torch.Tensor) -> Predict:
 
 
 def main() -> None:
-    parser = data.Parser(description=__doc__.split(":")[0])
-    group = data.add_data_options(parser)
-    group.add_argument("--data", choices=data.DATASETS, default="toy", help="default: toy")
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.baselines", description=__doc__.split(":")[0]
+    )
+    add = parser.add_argument
+    add("--data", choices=data.DATASETS, default="toy", help="default: toy")
+    add("--train-split", metavar="FILE", help="list of training pairs")
+    add("--test-split", metavar="FILE", help="list of test pairs")
+    data.add_data_options(parser)
     args = parser.parse_args()
     scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
     dataset = data.DepthDataset(args.data, args.root, args.train_split, True, **scale)
     test_set = data.DepthDataset(args.data, args.root, args.test_split, **scale)
+    print(f"testing on {args.data}: {data.describe(test_set)}")
     constant = best_constant(test_set)
     maps = {
         f"best constant, {constant:.2f} m": torch.full((1, 1, 1, 1), constant),
         "mean of training depths": mean_depth(dataset),
     }
     rows = {name: evaluate(constantly(depth), test_set) for name, depth in maps.items()}
-    print(format_table(args.data, rows))
+    print(format_table(test_set, rows))
 
 
 if __name__ == "__main__":

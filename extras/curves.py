@@ -6,11 +6,10 @@ AbsRel and δ < 1.25 of its metrics.csv, over the epochs. The run may still be g
 
 import argparse
 import csv
-import sys
 from pathlib import Path
 
 import data
-from eval import save_figure
+from cabins import InputError
 
 PANELS = {"loss": "log.csv", "abs_rel": "metrics.csv", "d1": "metrics.csv"}  # column: its table
 
@@ -18,11 +17,8 @@ PANELS = {"loss": "log.csv", "abs_rel": "metrics.csv", "d1": "metrics.csv"}  # c
 def read_curve(table: Path, name: str) -> tuple[list[float], list[float]]:
     """The epochs of a table, and its column `name`. A row that was cut off is left out."""
     lines = [line for line in table.read_text().splitlines(True) if line.endswith("\n")]
-    try:
-        rows = [(float(row["epoch"]), float(row[name])) for row in csv.DictReader(lines)]
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{table} is not a table of train.py with a column {name}") from None
-    return [epoch for epoch, _ in rows], [value for _, value in rows]
+    rows = [*csv.DictReader(lines)]
+    return [float(row["epoch"]) for row in rows], [float(row[name]) for row in rows]
 
 
 def draw_curves(run: Path) -> str:
@@ -30,29 +26,25 @@ def draw_curves(run: Path) -> str:
     from matplotlib.figure import Figure
 
     if not (run / "log.csv").exists():
-        raise FileNotFoundError(f"{run}/log.csv is missing; is this the folder of a run?")
+        raise InputError(f"{run}/log.csv is missing; is this the folder of a run?")
     has_metrics = (run / "metrics.csv").exists()
     figure = Figure(figsize=(13, 4), layout="constrained")
     for axis, (name, file) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
         if has_metrics or file == "log.csv":
             axis.plot(*read_curve(run / file, name), marker=".")
         axis.set(title=name, xlabel="epoch", xlim=(0, None), ylim=(0, None))
-    save_figure(run / "curves.png", figure)
+    figure.savefig(run / "curves.png", bbox_inches="tight")
     return f"{run}/curves.png" + ("" if has_metrics else ", without metrics.csv, which is missing")
 
 
 def main() -> None:
-    options = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = data.Parser(prog="python -m extras.curves", **options)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.curves", description=__doc__, formatter_class=raw
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folder of a run")
-    n_failed = 0
     for run in parser.parse_args().runs:
-        try:
-            print(draw_curves(run))
-        except (OSError, ValueError) as error:
-            print(f"{run} is left out: {error}", file=sys.stderr)
-            n_failed += 1
-    sys.exit(1 if n_failed else 0)
+        print(draw_curves(run))
 
 
 if __name__ == "__main__":

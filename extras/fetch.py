@@ -5,13 +5,16 @@ ranges, so no whole archive is downloaded. What cannot be had stops nothing else
 end, and the same command goes on from there. This needs remotezip, and h5py for NYU's test pairs.
 """
 
+import argparse
 import importlib.util
 import io
 import itertools
+import os
 import re
 import struct
 import time
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +25,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import data
+from cabins import InputError
 
 KITTI = "https://s3.eu-central-1.amazonaws.com/avg-kitti"
 SOURCES = {
@@ -32,7 +36,7 @@ SOURCES = {
     "kitti_depth": KITTI + "/data_depth_annotated.zip",
 }
 NYU_MAT_MD5 = "520609c519fba3ba5ac58c8fefcc3530"
-TARGETS = {"nyu_train": "sync", "kitti_raw": "raw", "kitti_depth": "data_depth_annotated"}
+FOLDERS = {"kitti_raw": "raw", "kitti_depth": data.ANNOTATED}  # below the root
 LICENCES = {"nyu": "NYU-Depth V2 states no licence", "kitti": "KITTI is under CC BY-NC-SA 3.0"}
 CONNECTIONS = 8
 TRIES, WAIT = 4, 1.0  # of each request; seconds before the second try, and twice that for the next
@@ -42,12 +46,10 @@ GIVE_UP = 16  # failures in a row after which the rest of an archive is not trie
 def fetch(name: str, root: str | Path, train_split=None, test_split=None) -> None:
     """Get what the lists of "nyu" or "kitti" name and `root` lacks.
 
-    Raises ValueError at the end, in one sentence, if some of it could not be had.
+    Raises InputError at the end, in one sentence, if some of it could not be had.
     """
-    if name not in LICENCES:
-        raise ValueError(f"{name} cannot be fetched: only nyu and kitti can")
-    if str(root or ".mat").endswith(".mat"):
-        raise ValueError(f"--root is {root}; it must be the folder to fetch {name} into")
+    if str(root).endswith(".mat"):
+        raise InputError(f"--root is {root}; it must be the folder to fetch {name} into")
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     wanted = missing_files(name, root, {"train": train_split, "test": test_split})
@@ -56,39 +58,46 @@ def fetch(name: str, root: str | Path, train_split=None, test_split=None) -> Non
     remote = [url for url in wanted if not local_archive(root, url).exists()]
     for package, is_needed in (("remotezip", remote or needs_mat), ("h5py", mat)):
         if is_needed and importlib.util.find_spec(package) is None:
-            raise ValueError(f"fetching {name} needs {package}: pip install {package}")
+            raise InputError(f"fetching {name} needs {package}: pip install {package}")
     n_files = sum(map(len, wanted.values())) + needs_mat
-    hosts = {url.split("/")[2] for url in [*remote, *[SOURCES["nyu_test"]] * needs_mat]}
-    print(f"{n_files} files from {', '.join(sorted(hosts)) or 'here'}; {LICENCES[name]}")
-    session = new_session() if hosts else None
+    urls = [*remote, *[SOURCES["nyu_test"]] * needs_mat]
+    hosts = ", ".join(sorted({host_of(url) for url in urls})) or "here"
+    print(f"{n_files} files from {hosts}; {LICENCES[name]}")
+    session = new_session() if urls else None
     failures = {}  # for each archive: how many files could not be had, and a reason
-    silent = set()  # hosts that did not answer, whose other archives get one try only
+    silent = set()  # hosts whose last archive could not be opened; the next one gets a single try
     with tqdm(total=n_files, unit="file", disable=None) as bar:
         for url, files in wanted.items():
-            host = url.split("/")[2]
-            n_failed, reason = extract(
-                root, url, files, session, 1 if host in silent else TRIES, bar
-            )
-            failures[url] = n_failed, reason
-            if n_failed == len(files) and not reason.startswith("4"):
-                silent.add(host)
-        if needs_mat:
-            failures[SOURCES["nyu_test"]] = fetch_mat(mat, session)
+            tries = 1 if host_of(url) in silent else TRIES
+            try:
+                members, read = open_archive(local_archive(root, url), url, session, tries)
+            except InputError as error:
+                failures[url] = len(files), str(error)
+                silent.add(host_of(url))
+                continue
+            silent.discard(host_of(url))
+            failures[url] = extract(files, find_members(members, files), read, bar)
+    if needs_mat:
+        failures[SOURCES["nyu_test"]] = fetch_mat(mat, session)
     raise_for(failures, n_files)
 
 
+def host_of(url: str) -> str:
+    return url.split("/")[2]
+
+
 def missing_files(name: str, root: Path, splits: dict) -> dict[str, dict[str, Path]]:
-    """For each archive, the files that are needed of it: how their paths end, and where they go."""
+    """For each archive, how the paths of the files end that are needed of it, and where they go."""
     wanted = {}
-    find = data.Finder(root, data.DATASETS[name].folders)
+    folders = [root / folder for folder in data.DATASETS[name].folders if (root / folder).is_dir()]
     for part, split in splits.items():
         kinds = ("kitti_raw", "kitti_depth") if name == "kitti" else (f"nyu_{part}",) * 2
         for image, depth, *_ in data.read_list(name, part, split):
-            for file, kind in zip((image, depth), kinds):
-                if depth != "None" and find(file) is None:
+            for file, kind, suffixes in zip((image, depth), kinds, (data.SUFFIXES, ())):
+                if depth != "None" and not data.find(file, folders, suffixes):
                     drive, end = re.sub(r".*?([^/]+)_sync/.*", r"\1", file), file.lstrip("/")
                     files = wanted.setdefault(SOURCES[kind].format(drive=drive), {})
-                    files[end] = root / TARGETS.get(kind, "") / end
+                    files[end] = root / FOLDERS.get(kind, "")
     return wanted
 
 
@@ -105,26 +114,24 @@ def new_session():
     adapter = requests.adapters.HTTPAdapter(pool_maxsize=CONNECTIONS)
     session.mount("https://", adapter)
     session.mount("http://", adapter)
-    # without this, Aliyun OSS answers a range beyond the end of a file with the whole file
+    # Without this, Aliyun OSS answers a range beyond the end of a file with the whole file.
     session.headers["x-oss-range-behavior"] = "standard"
     session.headers["Accept-Encoding"] = "identity"
     return session
 
 
 def patiently(read: Callable, *arguments, tries: int = TRIES):
-    """What `read` returns in the first try that succeeds. Raises ValueError if none does."""
+    """What `read` returns in the first try that succeeds. Raises InputError if none does."""
     for i in range(tries):
         try:
             return read(*arguments)
         except Exception as error:  # of many kinds: zipfile's, zlib's, urllib3's, remotezip's
-            reason = re.sub(r"\s+", " ", re.sub(r" for url: .*", "", str(error)))
-            reason = re.sub(r".*Caused by \w+\(.*?\): (.*)[\"']\)+$", r"\1", reason)
-            reason = reason or type(error).__name__
-            is_final = re.match(r"4(?!08|29)\d\d ", reason)  # such as 404, but not 429
-            if type(error).__name__ == "RangeNotSupported":
-                is_final, reason = True, "the host answers a range with the whole file, status 200"
-            if is_final or i == tries - 1:
-                raise ValueError(reason) from error
+            while error.__context__:  # the first cause says it best
+                error = error.__context__
+            reason = str(error).partition(" for url: ")[0] or type(error).__name__
+            status = getattr(getattr(error, "response", None), "status_code", 0)
+            if 400 <= status < 500 and status not in (408, 429) or i == tries - 1:
+                raise InputError(reason) from error
             time.sleep(WAIT * 2**i)
 
 
@@ -156,67 +163,57 @@ def open_archive(
     return members, lambda member: patiently(read, member)
 
 
+def find_members(members: list, files: dict[str, Path]) -> dict[str, zipfile.ZipInfo]:
+    """The member of each file, whatever its suffix. It may lie up to two folders deeper."""
+    stems, found = {end.rsplit(".", 1)[0]: end for end in files}, {}
+    for member in members:
+        folders = member.filename.rsplit(".", 1)[0].split("/")
+        for stem in ("/".join(folders[i:]) for i in range(3)):
+            if stem in stems and not {"", ".."} & {*folders}:  # which would lead out of the root
+                found[stems[stem]] = member
+    return found
+
+
 def extract(
-    root: Path, url: str, files: dict[str, Path], session, tries: int, bar
+    files: dict[str, Path], found: dict[str, zipfile.ZipInfo], read: Callable, bar: tqdm
 ) -> tuple[int, str]:
-    """Write files of an archive, each whole. Returns how many could not be had, and a reason.
+    """Write files as if the archive were unpacked there, but each whole.
 
-    The archive is opened in up to `tries` tries.
+    Returns how many could not be had, and a reason.
     """
-    try:
-        members, read = open_archive(local_archive(root, url), url, session, tries)
-    except ValueError as error:
-        return len(files), str(error)
-    targets = find_members(members, files)
-    del members  # 100 MB for KITTI's depth
-    stems = {path.with_suffix("") for path in targets}
-    lacking = [end for end, path in files.items() if path.with_suffix("") not in stems]
-    reasons = [f"it has no {lacking[0]}"] if lacking else []
 
-    def write(path: Path, member: zipfile.ZipInfo) -> str:
-        if path.exists():
-            return ""
-        try:
-            content = read(member)
-        except ValueError as error:
-            return str(error)
+    def write(end: str) -> None:
+        content, path = read(found[end]), files[end] / found[end].filename
         path.parent.mkdir(parents=True, exist_ok=True)
-        data.write_whole(path, lambda partial: partial.write_bytes(content))
-        return ""
+        partial = Path(f"{path}.{os.getpid()}.partial")  # another process may fetch it, too
+        partial.write_bytes(content)
+        partial.replace(path)
 
-    in_a_row = 0
+    reasons = [f"it has no {end}" for end in files if end not in found]
+    n_done = in_a_row = 0
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        tasks = [pool.submit(write, path, member) for path, member in targets.items()]
+        tasks = [pool.submit(write, end) for end in found]
         try:
             for task in tasks:
-                reason = task.result()
-                reasons += [reason] if reason else []
-                in_a_row = in_a_row + 1 if reason else 0
                 bar.update()
+                try:
+                    task.result()
+                    n_done, in_a_row = n_done + 1, 0
+                except InputError as error:
+                    reasons.append(str(error))
+                    in_a_row += 1
                 if in_a_row == GIVE_UP:
                     break
         finally:
             pool.shutdown(cancel_futures=True)
-    n_failed = len(files) - sum(path.exists() for path in targets)
-    return n_failed, reasons[0] if reasons else ""
-
-
-def find_members(members: list, files: dict[str, Path]) -> dict[Path, zipfile.ZipInfo]:
-    """The member of each file, by the path where it goes, whatever its suffix.
-
-    A member may lie up to two folders deeper than the list says.
-    """
-    ends, found = {end.rsplit(".", 1)[0]: path for end, path in files.items()}, {}
-    for member in members:
-        folders = member.filename.rsplit(".", 1)[0].split("/")
-        for end in ("/".join(folders[i:]) for i in range(3)):
-            if end in ends and ".." not in folders:  # which would lead out of the root
-                found[ends[end].with_suffix(Path(member.filename).suffix)] = member
-    return found
+    return len(files) - n_done, reasons[0] if reasons else ""
 
 
 def fetch_mat(path: Path, session) -> tuple[int, str]:
-    """Download NYU's .mat, or the rest of it. Returns 1 and a reason if that fails, else 0."""
+    """Download NYU's .mat, or the rest of it. Returns 1 and a reason if that fails, else 0.
+
+    Two processes may do so at once: they write the same bytes to the same offsets of one file.
+    """
     url, partial = SOURCES["nyu_test"], Path(f"{path}.partial")
 
     def go_on() -> None:
@@ -229,33 +226,39 @@ def fetch_mat(path: Path, session) -> tuple[int, str]:
             start = done if response.status_code == 206 else 0
             n_bytes = start + int(response.headers.get("Content-Length", 0))
             bar = tqdm(desc=path.name, total=n_bytes, initial=start, unit="B", unit_scale=True)
-            with bar, open(partial, "ab" if start else "wb") as file:
+            partial.touch()
+            with bar, open(partial, "r+b") as file:  # which cuts nothing off
+                file.seek(start)
                 for block in response.iter_content(2**16):
                     file.write(block)
                     bar.update(len(block))
 
     try:
         patiently(go_on)
-    except ValueError as error:
-        return 1, str(error)
-    if calculate_md5(partial) != NYU_MAT_MD5:
+        if calculate_md5(partial) == NYU_MAT_MD5:
+            partial.replace(path)
+            return 0, ""
         partial.unlink()
         return 1, "its MD5 is wrong, and it is deleted"
-    partial.replace(path)
-    return 0, ""
+    except (InputError, FileNotFoundError) as error:  # the latter if the other process was quicker
+        return (0, "") if path.exists() else (1, str(error))
 
 
 def raise_for(failures: dict[str, tuple[int, str]], n_files: int) -> None:
-    """Raise ValueError if anything is missing: how many files, of which archives, and why."""
-    archives = {}
+    """Raise InputError if anything is missing: how many files, of which archives, and why."""
+    archives = defaultdict(list)  # by the reason
     for url, (n, reason) in failures.items():
         if n:
-            archives.setdefault(reason, []).append(f"{n} of {url.rsplit('/', 1)[1]}")
-    if archives:
+            archives[reason].append(url)
+    texts = []
+    for reason, urls in archives.items():
+        others = f" and {len(urls) - 1} more archives" if len(urls) > 1 else ""
+        texts.append(f"{urls[0]}{others}: {reason}")
+    if texts:
         n_missing = sum(n for n, _ in failures.values())
-        text = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in archives.items())
         remedy = "finished files are kept, so run it again, or see docs/data.md, By hand"
-        raise ValueError(f"{n_missing} of {n_files} files could not be had ({text}); {remedy}")
+        what = f"{n_missing} of {n_files} files could not be had"
+        raise InputError(f"{what} ({'; '.join(texts)}); {remedy}")
 
 
 def draw_pairs(path: Path, dataset: data.DepthDataset) -> None:
@@ -265,22 +268,23 @@ def draw_pairs(path: Path, dataset: data.DepthDataset) -> None:
     cells = [data.denormalize(sample["image"]) for sample in samples]
     cells += [sample["depth"].expand(3, -1, -1) / dataset.recipe.max_depth for sample in samples]
     cells = [F.interpolate(cell[None], (192, 256))[0] for cell in cells]
-    data.write_whole(
-        path, lambda partial: save_image(cells, partial, nrow=len(samples), format="png")
-    )
+    save_image(cells, path, nrow=len(samples))
     print(f"{path} shows test images above their depths: do they belong together?")
 
 
 def main() -> None:
-    parser = data.Parser(description="Fetch what is missing of a data set, and check it.")
-    parser.add_argument("data", choices=LICENCES)
-    data.add_data_options(parser)
+    about = "Fetch what is missing of a data set, and check it."
+    parser = argparse.ArgumentParser(prog="python -m extras.fetch", description=about)
+    add = parser.add_argument
+    add("data", choices=LICENCES)
+    add("--root", required=True, metavar="DIR", help="folder of the data set")
+    add("--train-split", metavar="FILE", help="list of training pairs; default: the authors'")
+    add("--test-split", metavar="FILE", help="list of test pairs; default: the authors'")
     args = parser.parse_args()
     fetch(args.data, args.root, args.train_split, args.test_split)
-    data.main()  # the same options
-    scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
-    test_set = data.DepthDataset(args.data, args.root, args.test_split, **scale)
-    draw_pairs(Path(args.root) / f"check_{args.data}.png", test_set)
+    data.main()  # has the same options
+    test_set = data.DepthDataset(args.data, args.root, args.test_split)
+    draw_pairs(Path(args.root, f"check_{args.data}.png"), test_set)
 
 
 if __name__ == "__main__":

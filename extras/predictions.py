@@ -1,58 +1,46 @@
 """Measure a network and keep its predictions: python -m extras.predictions CKPT --out DIR
 
-This takes eval.py's options of data and network, and prints what eval.py prints. It also adds the
-rows to DIR/results.csv, and keeps the predictions in DIR/predictions_DATE_TIME/. They are clipped to
-the range, as they are measured, and written as 16-bit PNGs in the scale of the data set's PNGs.
+This takes eval.py's options of network and data, and prints what eval.py prints. DIR is new or
+empty. It gets results.csv, with the rows and their protocol, and a 16-bit PNG for each prediction,
+in the scale of the data set's PNGs and clipped to the range, as it is measured. Folders below DIR
+are those of the images. KITTI's predictions are the crops of 352 x 1216 pixels that are measured,
+the size of the test images of KITTI's own benchmark.
 """
 
 import argparse
-import os
-import time
-from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
 
 import cabins
 import data
-from eval import (
-    Predict,
-    add_network_options,
-    evaluate_windows,
-    format_table,
-    new_name,
-    open_data_set,
-    open_network,
-    predictor,
-    protocol,
-    side_for,
-    write_depth,
-)
+import eval as evaluation
+from extras.pictures import names_below, write_depth
 
 
-def file_names(pairs: Iterable, root: str | Path | None) -> list[str]:
-    """A file name, without suffix, for each pair of a data set: the image's path below the root.
+def file_names(pairs: list[tuple]) -> list[str]:
+    """A file name, without suffix, for each pair of a data set: where its image lies, or a number.
 
-    NYU's .mat and the toy rooms have no images in files. Their pairs are named after their numbers.
+    The pairs of NYU's .mat and the toy rooms are no files.
     """
-    names, taken = [], set()
-    for image, depth in pairs:
-        if isinstance(depth, int):
-            name = f"{Path(image).stem} {depth}"
-        else:
-            name = os.path.splitext(os.path.relpath(image, root))[0].replace(os.sep, "_")
-        names.append(new_name(name, taken))
-    return names
+    if isinstance(pairs[0][1], int):
+        return [f"{number:05}" for _, number in pairs]
+    return names_below([image for image, _ in pairs])
 
 
-def keeping(predict: Predict, folder: Path, names: list[str], recipe: data.Recipe) -> Predict:
+def keeping(
+    predict: evaluation.Predict, folder: Path, names: list[str], recipe: data.Recipe
+) -> evaluation.Predict:
     """The function `predict`, which now also writes its depth to `folder`, one name at a time."""
     remaining = iter(names)
 
     def predict_and_write(image: Tensor) -> Tensor:
-        depth = predict(image).clamp(cabins.Config.min_depth, recipe.max_depth).cpu()
-        path = f"{folder / next(remaining)}.png"
-        write_depth(path, depth[0, 0].numpy(), recipe.depth_scale)
+        depth = predict(image).cpu()
+        low, high = cabins.Config.min_depth, recipe.max_depth
+        path = folder / f"{next(remaining)}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clipped = depth[0, 0].nan_to_num(low, high, low).clamp(low, high)
+        write_depth(str(path), clipped.numpy(), recipe.depth_scale)
         return depth
 
     return predict_and_write
@@ -60,32 +48,27 @@ def keeping(predict: Predict, folder: Path, names: list[str], recipe: data.Recip
 
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
-    options = {"description": __doc__, "formatter_class": raw}
-    parser = data.Parser(prog="python -m extras.predictions", **options)
-    add_network_options(parser)
-    about = "folder of results.csv and of the predictions"
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.predictions", description=__doc__, formatter_class=raw
+    )
+    evaluation.add_options(parser)
+    about = "a folder to write to, new or empty"
     parser.add_argument("--out", metavar="DIR", required=True, help=about)
     args = parser.parse_args()
-    data.use_tf32(False)
-    model, saved = open_network(args)
-    dataset = open_data_set(args, model, saved)
-
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    name = new_name(time.strftime("predictions_%Y-%m-%d_%H-%M-%S"), {*os.listdir(out)})
-    source = {"checkpoint": str(Path(args.checkpoint).resolve()), "predictions": name}
-    source["list"] = f"{args.test_split or 'the default'} ({dataset.checksum:08x})"
-    (out / name).mkdir()
-
-    flip, side = not args.no_flip, side_for(model, dataset)
-    predict = predictor(model, flip, side)
-    predict = keeping(predict, out / name, file_names(dataset.pairs, args.root), dataset.recipe)
-    windows = evaluate_windows(predict, dataset, args.workers)
-    rows = {f"{Path(args.checkpoint).name}, {window}": row for window, row in windows.items()}
-    lines = [protocol(dataset, window, flip, side) for window in windows]
-    print(*lines, format_table(args.data, rows), sep="\n")
-    for (label, row), line in zip(rows.items(), lines):
-        data.append_row(out / "results.csv", {"label": label, **source, "protocol": line, **row})
+    model, dataset = evaluation.open_checkpoint(args)
+    out = data.new_folder(args.out)
+    predict = evaluation.predictor(model, not args.no_flip)
+    predict = keeping(predict, out, file_names(dataset.pairs), dataset.recipe)
+    windows = evaluation.evaluate_windows(predict, dataset, args.workers)
+    flip = "off" if args.no_flip else "on"
+    how = f"longer side {model.config.longer_side} pixels, flip averaging {flip}, fp32"
+    lines = [evaluation.protocol(dataset, window, found, how) for window, found in windows.items()]
+    for (window, found), line in zip(windows.items(), lines):
+        row = {"checkpoint": args.checkpoint, "window": window, **found.metrics, "protocol": line}
+        data.append_row(out / "results.csv", row)
+    name = Path(args.checkpoint).name
+    rows = {f"{name}, {window}": found.metrics for window, found in windows.items()}
+    print(*lines, evaluation.format_table(dataset, rows), sep="\n")
 
 
 if __name__ == "__main__":

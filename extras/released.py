@@ -31,9 +31,10 @@ class ReleasedRun(train.Run):
     """A run of train.py with the released code's recipe. The float32 of `main` belongs to it."""
 
     def new_model(self) -> cabins.CaBins:
-        """Prompts of std 0.88 (a normal of std 1, cut at ±2), 44 times ours."""
+        """Prompts of std 0.88 (a normal of std 1, cut at ±2), 44 times ours, or those of --init."""
         model = super().new_model()
-        nn.init.trunc_normal_(model.prompts, std=1.0)
+        if not self.args.init:
+            nn.init.trunc_normal_(model.prompts, std=1.0)
         return model
 
     def steps_per_epoch(self) -> int:

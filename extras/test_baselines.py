@@ -18,14 +18,14 @@ def test_the_best_constant_is_the_best(monkeypatch, capsys):
     errors = {}
     for factor in (0.9, 1.0, 1.1):
         predict = baselines.constantly(torch.full((1, 1, 1, 1), best * factor))
-        errors[factor] = evaluate(predict, rooms)["abs_rel"]
+        errors[factor] = evaluate(predict, rooms, 0)["abs_rel"]
     assert errors[1.0] == min(errors.values())
     monkeypatch.setattr(sys, "argv", ["baselines"])
     baselines.main()
     lines = capsys.readouterr().out.splitlines()
-    assert f"{best:.2f} m" in lines[1]
-    assert float(lines[1].split()[4]) == pytest.approx(errors[1.0], abs=1e-3)
-    assert len(lines) == 3
+    assert "3 pairs" in lines[0] and f"{best:.2f} m" in lines[2]
+    assert float(lines[2].split()[4]) == pytest.approx(errors[1.0], abs=1e-3)
+    assert len(lines) == 4
 
 
 def test_the_mean_leaves_out_what_has_no_depth(monkeypatch):

@@ -11,10 +11,11 @@ from extras.depthclip import depthclip
 
 def test_depthclip_is_the_softmax_of_cosines():
     torch.manual_seed(0)
-    clip = cabins.CLIP(cabins.BACKBONES["tiny"]).eval()
+    clip = cabins.CLIP(cabins.BACKBONES["tiny"])  # in training mode, as load_clip returns it
     mean, std = torch.tensor([cabins.Config.image_mean, cabins.Config.image_std])[..., None, None]
     image = (torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(0)) - mean) / std
     depth = depthclip(clip)(image)
+    assert not any(module.training for module in clip.modules())  # BatchNorm would learn
     assert depth.shape == (1, 1, 96, 128) and 1 <= depth.min() and depth.max() <= 3
     # by hand, at the corner, on which the corner of the map lies
     clips = torch.tensor(

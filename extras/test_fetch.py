@@ -5,7 +5,10 @@ import hashlib
 import http.server
 import importlib.util
 import io
+import os
 import re
+import socket
+import struct
 import sys
 import threading
 import zipfile
@@ -17,6 +20,7 @@ import pytest
 from PIL import Image
 
 import data
+from cabins import InputError
 from extras import fetch as fetching
 
 pytest.importorskip("remotezip", reason="remotezip, which is optional, is not installed")
@@ -33,6 +37,8 @@ class Server(http.server.BaseHTTPRequestHandler):
     asked: ClassVar[list[tuple[str, str | None]]]
     connections: ClassVar[list]
     headers_seen: ClassVar[set[str]]
+    is_waiting: ClassVar[threading.Event]  # "waits" sends a half, sets this event,
+    until: ClassVar[threading.Event]  # and sends the rest after this one
 
     def setup(self):
         self.connections.append(self.client_address)
@@ -64,10 +70,22 @@ class Server(http.server.BaseHTTPRequestHandler):
         part = content[start : end + 1]
         self.send_header("Content-Length", str(len(part)))
         self.end_headers()
+        half = len(part) // 2
         if kind == "breaks":
             fault[1] -= 1
-            self.wfile.write(part[: len(part) // 2])
+            self.wfile.write(part[:half])
             self.close_connection = True
+        elif kind == "resets":
+            self.wfile.write(part[:half])
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()  # with RST
+            self.close_connection = True
+        elif kind == "waits":
+            fault[1] -= 1
+            self.wfile.write(part[:half])
+            self.is_waiting.set()
+            self.until.wait(20)
+            self.wfile.write(part[half:])
         elif kind == "wrong bytes" and end < len(content) - 1:
             self.wfile.write(bytes(b ^ 1 for b in part))
         else:
@@ -134,6 +152,7 @@ def server(tmp_path, monkeypatch):
     """What is served, what was asked for, and what goes wrong; two lists of some of the files."""
     files = dict(served())
     state = {"faults": {}, "asked": [], "connections": [], "headers_seen": set()}
+    state |= {"is_waiting": threading.Event(), "until": threading.Event()}
     handler = type("Handler", (Server,), {"files": files, **state})
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     httpd.daemon_threads = True
@@ -171,8 +190,13 @@ def fetch(name: str, folder: Path) -> dict[str, bytes]:
     return files_below(folder / "root")
 
 
-def test_fetching_kitti_gets_what_the_list_names_and_no_more(server, tmp_path, capsys):
+def test_fetching_kitti_gets_what_the_list_names_and_no_more(server, tmp_path, monkeypatch, capsys):
+    partial, replace = [], Path.replace
+    spy = lambda path, target: partial.append(path.name) or replace(path, target)
+    monkeypatch.setattr(Path, "replace", spy)
     found = fetch("kitti", tmp_path)
+    # each process has partial files of its own
+    assert len(partial) == 4 and all(str(os.getpid()) in name for name in partial)
     assert len(found) == 4 and not any(".partial" in name for name in found)
     image = "raw/2011_09_26/2011_09_26_drive_0002_sync/image_02/data/0000000007.png"
     assert found[image] == picture_bytes(369, 1242)
@@ -205,7 +229,7 @@ def test_many_files_come_over_few_connections_and_one_look_at_the_directory(serv
 def test_what_is_gone_blocks_nothing_else(gone, server, tmp_path):
     name = "kitti" if gone.startswith("drive") else "nyu"
     server.faults[gone] = ["404", 1000]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(InputError) as error:
         fetch(name, tmp_path)
     assert "\n" not in str(error.value) and "404" in str(error.value)
     assert fetching.SOURCES["nyu_test"].endswith(gone) or gone in str(error.value)
@@ -232,19 +256,38 @@ def test_the_mat_goes_on_where_it_broke_off_and_is_checked(server, tmp_path):
     assert len(starts) == 3 and 0 == starts[0] < starts[1] < starts[2]
     mat.unlink()
     server.files["/nyu.mat"] = bytes(300_000)
-    with pytest.raises(ValueError, match="MD5"):
+    with pytest.raises(InputError, match="MD5"):
         fetch("nyu", tmp_path)
     assert not mat.exists() and not Path(f"{mat}.partial").exists()
 
 
-@pytest.mark.parametrize("fault", ["404", "no ranges", "wrong bytes", "breaks", "503"])
+def test_two_fetches_of_the_mat_write_one_file(server, tmp_path):
+    mat, results = tmp_path / data.NYU_MAT, []
+    server.faults["nyu.mat"] = ["waits", 1]
+    get = lambda: results.append(fetching.fetch_mat(mat, fetching.new_session()))
+    first = threading.Thread(target=get)
+    first.start()
+    try:
+        assert server.is_waiting.wait(20)
+        get()  # finishes, while the first one still waits for its second half
+        assert mat.read_bytes() == server.files["/nyu.mat"]
+    finally:
+        server.until.set()
+        first.join()
+    assert results == [(0, "")] * 2 and mat.read_bytes() == server.files["/nyu.mat"]
+    assert [path.name for path in tmp_path.glob("*.mat*")] == [mat.name]
+
+
+@pytest.mark.parametrize("fault", ["404", "no ranges", "wrong bytes", "breaks", "503", "resets"])
 def test_a_host_that_fails_is_one_sentence_and_finished_files_stay(fault, server, tmp_path):
     server.faults["data_depth_annotated.zip"] = [fault, 1000]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(InputError) as error:
         fetch("kitti", tmp_path)
     sentence = str(error.value)
     assert "\n" not in sentence and "2 of 4 files" in sentence and "annotated.zip" in sentence
-    assert {"404": "404", "no ranges": "200", "503": "503"}.get(fault, "") in sentence
+    said = {"404": "404", "no ranges": "range requests", "503": "503", "resets": "reset by peer"}
+    assert said.get(fault, "") in sentence and "run it again" in sentence
+    assert fetching.SOURCES["kitti_depth"] in sentence and sentence.count("http") == 1
     found = files_below(tmp_path / "root")
     assert len(found) == 2 and all(name.startswith("raw/") for name in found)
     server.faults.clear()
@@ -265,7 +308,7 @@ def test_a_host_that_does_not_answer_is_waited_for_once(server, tmp_path, monkey
     monkeypatch.setattr(fetching.time, "sleep", waits.append)
     nobody = {name: re.sub(r"1:\d+", "1:9", url) for name, url in fetching.SOURCES.items()}
     monkeypatch.setattr(fetching, "SOURCES", nobody)
-    with pytest.raises(ValueError, match="4 of 4 files.*refused") as error:
+    with pytest.raises(InputError, match="4 of 4 files.*2 more archives: .*refused") as error:
         fetch("kitti", tmp_path)
     assert len(waits) == 3 and "\n" not in str(error.value)  # there are three archives
 
@@ -278,16 +321,16 @@ def test_an_archive_that_fails_again_and_again_is_given_up(server, tmp_path, mon
     server.faults["sync.zip"] = ["wrong bytes", 1000]
     lines = [f"/{image} /{depth} 1\n" for image, depth in zip(names[::2], names[1::2])]
     (tmp_path / "nyu_train.txt").write_text("".join(lines))
-    with pytest.raises(ValueError, match="100 of 101 files"):
+    with pytest.raises(InputError, match="100 of 101 files"):
         fetch("nyu", tmp_path)
     assert len(server.asked) < 4 * 10
 
 
 def test_a_full_disk_ends_it_at_once(server, tmp_path, monkeypatch):
-    def write_whole(path, write):
+    def write_bytes(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(data, "write_whole", write_whole)
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
     with pytest.raises(OSError, match="No space left"):
         fetch("kitti", tmp_path)
 
@@ -310,7 +353,7 @@ def test_archives_that_a_user_has_are_read_from_there(server, tmp_path, monkeypa
 def test_packages_are_asked_for_before_the_first_byte(package, server, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == package else found(n))
-    with pytest.raises(ValueError, match=package):
+    with pytest.raises(InputError, match=package):
         fetch("nyu", tmp_path)
     assert not server.asked
 
@@ -319,18 +362,18 @@ def test_wrong_archives_and_members_that_lead_out(server, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     (root / "sync.zip").write_text("<html>Quota exceeded</html>")
-    with pytest.raises(ValueError, match="sync.zip.*not a zip file"):
+    with pytest.raises(InputError, match="sync.zip.*not a zip file"):
         fetch("nyu", tmp_path)
     (root / "sync.zip").write_bytes(server.files["/depth/data_depth_annotated.zip"])
-    with pytest.raises(ValueError, match="kitchen/rgb_00000.jpg"):
+    with pytest.raises(InputError, match="kitchen/rgb_00000.jpg"):
         fetch("nyu", tmp_path)
     (root / "sync.zip").unlink()
     (tmp_path / "nyu_train.txt").write_text("evil/rgb_9.jpg evil/rgb_9.jpg 1\n")
-    with pytest.raises(ValueError, match="evil/rgb_9.jpg"):
+    with pytest.raises(InputError, match="evil/rgb_9.jpg"):
         fetch("nyu", tmp_path)
     assert not list(tmp_path.rglob("rgb_9*"))
-    with pytest.raises(ValueError, match="toy"):
-        fetching.fetch("toy", root)
+    with pytest.raises(InputError, match="must be the folder"):
+        fetching.fetch("nyu", root / data.NYU_MAT)
 
 
 def test_the_command_fetches_and_checks(server, tmp_path, monkeypatch, capsys):

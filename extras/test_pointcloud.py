@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import cabins
+from cabins import InputError
 from extras import pointcloud
-from test_cabins import save_network
 
 plyfile = pytest.importorskip("plyfile")
 
@@ -19,22 +19,20 @@ plyfile = pytest.importorskip("plyfile")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.pt"
     config = cabins.Config(backbone="tiny", longer_side=128)
-    save_network(path, cabins.CaBins(config))
+    cabins.save_checkpoint(path, cabins.CaBins(config))
     return path
 
 
-def run(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["pointcloud", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        pointcloud.main()
-    return stop.value.code
+def run(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["pointcloud", *map(str, arguments), "--device", "cpu"])
+    pointcloud.main()
 
 
 def test_the_cloud_read_back(checkpoint, tmp_path, monkeypatch):
     picture = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
     Image.fromarray(picture).save(tmp_path / "a.png")
     command = (checkpoint, tmp_path / "a.png", "--fov", 60, "--out", tmp_path / "out")
-    assert run(monkeypatch, *command) == 0
+    run(monkeypatch, *command)
     points = plyfile.PlyData.read(tmp_path / "out" / "a.ply")["vertex"]
     depth = cabins.infer(cabins.load_checkpoint(checkpoint), picture).depth
     focal = 60 / math.tan(math.radians(30))
@@ -62,7 +60,9 @@ def test_the_focal_length_comes_from_options_exif_or_a_data_set(
         (["--focal", 77], [77, 77, 77]),
         (["--fov", 90], [60, 60, 45]),
     ):
-        assert run(monkeypatch, checkpoint, *pictures, "--out", tmp_path / "out", *options) == 0
+        out = tmp_path / f"out{len(options)}{options[-1:]}"
+        run(monkeypatch, checkpoint, *pictures, "--out", out, *options)
+        assert {path.name for path in out.iterdir()} == {"none.ply", "odd.ply", "phone.ply"}
         lines = [line for line in capsys.readouterr().out.splitlines() if ".jpg: " in line]
         for line, focal in zip(lines, expected, strict=True):
             assert f" {focal:.1f} pixels" in line
@@ -72,13 +72,16 @@ def test_the_focal_length_comes_from_options_exif_or_a_data_set(
     assert (focal, source) == (721.54, "KITTI's camera")
 
 
-@pytest.mark.parametrize("focal", [18, 5000])
-def test_an_unlikely_field_of_view_must_be_confirmed(focal, checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("focal", [18, 5000, 0, -50])
+def test_a_focal_length_in_millimetres_is_refused_and_an_angle_never(
+    focal, checkpoint, tmp_path, monkeypatch, capsys
+):
     Image.new("RGB", (300, 200)).save(tmp_path / "a.png")
-    command = (checkpoint, tmp_path / "a.png", "--focal", focal, "--out", tmp_path / "out")
-    assert run(monkeypatch, *command) == 1
-    assert not (tmp_path / "out" / "a.ply").exists()
-    assert run(monkeypatch, *command, "--any-fov") == 0
+    command = (checkpoint, tmp_path / "a.png", "--out", tmp_path / "out")
+    with pytest.raises(InputError, match="1 of 1 pictures"):
+        run(monkeypatch, *command, "--focal", focal)
+    assert "not in millimetres" in capsys.readouterr().err
+    run(monkeypatch, *command, "--fov", 5)  # the folder is still empty
     assert (tmp_path / "out" / "a.ply").exists()
 
 
@@ -86,10 +89,9 @@ def test_field_of_view_by_hand():
     assert pointcloud.field_of_view(50.0, (100, 173)) == pytest.approx((119.9, 90.0), abs=0.1)
 
 
-@pytest.mark.parametrize("options", [["--focal", "5", "--fov", "60"], ["--fov", "180"]])
-def test_wrong_options(options, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        sys, "argv", ["pointcloud", str(checkpoint), "a.png", "--out", "o", *options]
-    )
-    with pytest.raises(ValueError):
-        pointcloud.main()
+@pytest.mark.parametrize("options", [("--focal", 5, "--fov", 60), ("--fov", 180), ("--fov", 0)])
+def test_wrong_options(options, checkpoint, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, checkpoint, "a.png", "--out", tmp_path / "out", *options)
+    assert stop.value.code == 2 and "--fov" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """python -m pytest -q extras"""
 
 import csv
+import math
 import sys
 
 import numpy as np
@@ -11,8 +12,8 @@ from PIL import Image
 import cabins
 import data
 import eval as evaluation
+from cabins import InputError
 from extras import predictions
-from test_cabins import save_network
 
 TINY = cabins.Config(backbone="tiny", longer_side=128)
 
@@ -25,10 +26,10 @@ def model() -> cabins.CaBins:
 
 @pytest.fixture
 def pairs(tmp_path):
-    """A folder of two pairs in rooms/, named by list.txt. The first is larger than the network's."""
+    """Two pairs below rooms/, named by list.txt. The first is larger than the network's images."""
     rng, lines = np.random.default_rng(0), []
-    (tmp_path / "rooms").mkdir()
-    for name, height, width in (("1", 192, 256), ("2", 96, 128)):
+    (tmp_path / "rooms" / "deep").mkdir(parents=True)
+    for name, height, width in (("1", 192, 256), ("deep/2", 96, 128)):
         image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
         image.resize((width, height)).save(tmp_path / "rooms" / f"{name}.jpg")
         depth = Image.fromarray(np.full((height, width), 3000, np.uint16))
@@ -39,37 +40,40 @@ def pairs(tmp_path):
 
 
 def run(monkeypatch, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["predictions", *map(str, arguments), "--workers", "0"])
+    options = ["--workers", "0", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["predictions", *map(str, arguments), *options])
     predictions.main()
 
 
-def test_kept_predictions_give_the_same_row(model, pairs, monkeypatch, capsys):
-    checkpoint, split, out = pairs / "a.pt", pairs / "list.txt", pairs / "out"
-    known = {"data": "list", "root": str(pairs), "test_split": str(split)}
-    save_network(checkpoint, model, args=known)  # it says on what it was trained
-    for options in ([], [], ["--no-flip"]):
-        run(monkeypatch, checkpoint, "--out", out, *options)
-    first, _, last = rows = [*csv.DictReader((out / "results.csv").read_text().splitlines())]
-    assert "averaging on" in first["protocol"] != last["protocol"] and str(split) in last["list"]
-    assert {row["checkpoint"] for row in rows} == {str(checkpoint)}
-    folders = {*out.glob("predictions_*/")}
-    assert {out / row["predictions"] for row in rows} == folders and len(folders) == 3
-    names = ["rooms_1.png", "rooms_2.png"]
-    assert all({path.name for path in folder.iterdir()} == {*names} for folder in folders)
+def test_kept_predictions_give_the_row_that_eval_prints(model, pairs, monkeypatch, capsys):
+    checkpoint, split = pairs / "a.pt", pairs / "list.txt"
+    cabins.save_checkpoint(checkpoint, model)
+    data_set = ("--data", "list", "--root", pairs, "--split", split)
+    for flip, options in (("on", ()), ("off", ("--no-flip",))):
+        out = pairs / f"out_{flip}"
+        run(monkeypatch, checkpoint, *data_set, *options, "--out", out)
+        printed = capsys.readouterr().out
+        (row,) = csv.DictReader((out / "results.csv").read_text().splitlines())
+        assert f"averaging {flip}" in row["protocol"] and row["protocol"] in printed
+        assert (row["checkpoint"], row["window"]) == (str(checkpoint), "whole")
+        names = ["1.png", "deep/2.png"]  # below rooms/, where all images lie
+        files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+        assert files == {*names, "results.csv"}
 
-    dataset = data.DepthDataset("list", pairs, split)
-    row = evaluation.evaluate(evaluation.predictor(model, longer_side=128), dataset)
-    kept = (np.asarray(Image.open(out / first["predictions"] / name)) / 1000 for name in names)
-    again = evaluation.evaluate(lambda _: next(kept)[None, None], dataset)
-    for metric, value in row.items():
-        assert float(first[metric]) == pytest.approx(value, rel=1e-9)
-        assert again[metric] == pytest.approx(value, rel=1e-3)
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["eval.py", str(checkpoint), "--no-flip", "--workers", "0"])
-    evaluation.main()
-    printed = capsys.readouterr().out
-    run(monkeypatch, checkpoint, "--out", out, "--no-flip")
-    assert capsys.readouterr().out == printed  # it prints what eval.py prints
+        dataset = data.DepthDataset("list", pairs, split)
+        expected = evaluation.evaluate(evaluation.predictor(model, not options), dataset, 0)
+        kept = (np.asarray(Image.open(out / name)) / 1000 for name in names)
+        again = evaluation.evaluate(lambda _, kept=kept: next(kept)[None, None], dataset, 0)
+        for metric, value in expected.items():
+            assert float(row[metric]) == pytest.approx(value, rel=1e-9)
+            assert again[metric] == pytest.approx(value, rel=1e-3)
+
+        evals = ["eval.py", checkpoint, *data_set, *options, "--workers", 0, "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [*map(str, evals)])
+        evaluation.main()
+        assert capsys.readouterr().out == printed
+    with pytest.raises(InputError, match="not empty"):
+        run(monkeypatch, checkpoint, *data_set, "--out", out)
 
 
 def test_predictions_are_clipped_and_written_in_the_scale_of_the_data(tmp_path):
@@ -77,27 +81,16 @@ def test_predictions_are_clipped_and_written_in_the_scale_of_the_data(tmp_path):
         (data.DATASETS["kitti"], 79.6, 20378),
         (data.DATASETS["kitti"], 99.0, 80 * 256),
         (data.DATASETS["nyu"], 9.6, 9600),
+        (data.DATASETS["nyu"], math.nan, 1),  # as it is measured
         (data.Recipe(max_depth=80.0), 79.6, 65535),  # the most that 16 bits hold
     ):
         predict = predictions.keeping(
-            lambda image, depth=depth: torch.full((1, 1, 2, 2), depth), tmp_path, ["a"], recipe
+            lambda image, depth=depth: torch.full((1, 1, 2, 2), depth), tmp_path, ["b/a"], recipe
         )
-        assert predict(None).max() == pytest.approx(min(depth, recipe.max_depth))
-        assert (np.asarray(Image.open(tmp_path / "a.png")) == written).all()
+        assert predict(None)[0, 0, 0, 0].item() == pytest.approx(depth, nan_ok=True)
+        assert (np.asarray(Image.open(tmp_path / "b" / "a.png")) == written).all()
 
 
-def test_each_pair_has_a_file_name_of_its_own():
-    pairs = [("root/a/1.jpg", "d.png"), ("root/a_1.png", "d.png"), ("root/b.c/1.jpg", "d.png")]
-    assert predictions.file_names(pairs, "root") == ["a_1", "a_1_", "b.c_1"]
-    assert predictions.file_names([("root/nyu.mat", 0), ("root/nyu.mat", 8)], "root") == [
-        "nyu 0",
-        "nyu 8",
-    ]
-    assert predictions.file_names([("room", 3)], None) == ["room 3"]
-
-
-def test_eval_names_this_script(model, tmp_path, monkeypatch):
-    save_network(tmp_path / "a.pt", model, args={"data": "toy"})
-    monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path / "a.pt"), "--out", str(tmp_path)])
-    with pytest.raises(ValueError, match=predictions.__name__):
-        evaluation.main()
+def test_pairs_that_are_no_files_are_named_by_their_numbers():
+    assert predictions.file_names([("root/nyu.mat", 0), ("root/nyu.mat", 8)]) == ["00000", "00008"]
+    assert predictions.file_names([("room", 1_000_000)]) == ["1000000"]
