@@ -828,7 +828,8 @@ def download(url: str, file: str, sha256: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), sha256)
         except (OSError, RuntimeError) as error:
-            raise InputError(f"{url} was not fetched ({error}): put it at {path}") from error
+            remedy = f"run it again, or put the file at {path}"
+            raise InputError(f"{url} was not fetched ({error}): {remedy}") from error
     return path
 
 

@@ -109,9 +109,7 @@ class DepthDataset(Dataset):
             lines = self.pairs = [("room", i) for i in TOY_ROOMS[part]]
         else:
             if not os.path.exists(root or ""):
-                raise InputError(
-                    f"--root {root} does not exist; {name} needs the folder of its data"
-                )
+                raise InputError(f"--root is {root}; it must be the folder of {name}'s data")
             lines = read_list(name, part, split)
             self.pairs = self.find_pairs(Path(root), [x[:2] for x in lines if x[1] != "None"])
             if not self.pairs:

@@ -256,6 +256,22 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[cabins.CaBins, DepthDatas
     return model, dataset
 
 
+def measure(args: argparse.Namespace, predict: Predict, dataset: DepthDataset, side: int) -> None:
+    """Measure a network of that longer side. Print the rows, and add them to the file of --csv."""
+    flip = "off" if args.no_flip else "on"
+    how = f"longer side {side} pixels, flip averaging {flip}, fp32"
+    rows = {}
+    lines = []
+    for window, found in evaluate_windows(predict, dataset, args.workers).items():
+        line = protocol(dataset, window, found, how)
+        row = {"checkpoint": args.checkpoint, "window": window, **found.metrics, "protocol": line}
+        if args.csv:
+            data.append_row(args.csv, row)
+        rows[f"{Path(args.checkpoint).name}, {window}"] = found.metrics
+        lines.append(line)
+    print(*lines, format_table(dataset, rows), sep="\n")
+
+
 def main() -> None:
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -265,17 +281,7 @@ def main() -> None:
     args = parser.parse_args()
     model, dataset = open_checkpoint(args)
     out = data.new_folder(args.figures) if args.figures else None
-    windows = evaluate_windows(predictor(model, not args.no_flip), dataset, args.workers)
-    flip = "off" if args.no_flip else "on"
-    how = f"longer side {model.config.longer_side} pixels, flip averaging {flip}, fp32"
-    lines = [protocol(dataset, window, found, how) for window, found in windows.items()]
-    for window, line in zip(windows, lines):
-        if args.csv:
-            row = {"checkpoint": args.checkpoint, "window": window, **windows[window].metrics}
-            data.append_row(args.csv, {**row, "protocol": line})
-    name = Path(args.checkpoint).name
-    rows = {f"{name}, {window}": found.metrics for window, found in windows.items()}
-    print(*lines, format_table(dataset, rows), sep="\n")
+    measure(args, predictor(model, not args.no_flip), dataset, model.config.longer_side)
     if out:
         draw_samples(out, model, dataset, 4)
 

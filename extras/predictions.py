@@ -59,16 +59,8 @@ def main() -> None:
     out = data.new_folder(args.out)
     predict = evaluation.predictor(model, not args.no_flip)
     predict = keeping(predict, out, file_names(dataset.pairs), dataset.recipe)
-    windows = evaluation.evaluate_windows(predict, dataset, args.workers)
-    flip = "off" if args.no_flip else "on"
-    how = f"longer side {model.config.longer_side} pixels, flip averaging {flip}, fp32"
-    lines = [evaluation.protocol(dataset, window, found, how) for window, found in windows.items()]
-    for (window, found), line in zip(windows.items(), lines):
-        row = {"checkpoint": args.checkpoint, "window": window, **found.metrics, "protocol": line}
-        data.append_row(out / "results.csv", row)
-    name = Path(args.checkpoint).name
-    rows = {f"{name}, {window}": found.metrics for window, found in windows.items()}
-    print(*lines, evaluation.format_table(dataset, rows), sep="\n")
+    args.csv = out / "results.csv"
+    evaluation.measure(args, predict, dataset, model.config.longer_side)
 
 
 if __name__ == "__main__":
