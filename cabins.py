@@ -946,12 +946,10 @@ def open_picture(path: str | Path, expected: str = "a picture such as JPEG or PN
         raise InputError(f"{path} cannot be read: {reason}") from error
 
 
-def read_picture(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-    """The picture as uint8 (H, W, 3), turned upright as its EXIF data say."""
-    name = "the picture"
+def read_picture(picture: str | Path | Image.Image | np.ndarray, name="the picture") -> np.ndarray:
+    """The picture as uint8 (H, W, 3), turned upright as its EXIF data say. `name` is for errors."""
     if isinstance(picture, (str, Path)):
-        name = picture
-        picture = open_picture(picture)
+        return read_picture(open_picture(picture), picture)
     if isinstance(picture, Image.Image):
         if picture.mode[0] in "IF":
             raise InputError(f"{name} has mode {picture.mode}; convert it to 8 bits per channel")

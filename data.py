@@ -29,11 +29,14 @@ from cabins import Config, InputError, download, normalize, open_picture, read_p
 
 
 class Recipe(NamedTuple):
-    """What differs between data sets. NOTE(paper silent): crop to brightness are as released."""
+    """What differs between data sets.
+
+    NOTE(paper silent): Crop, rotation and brightness are the released code's.
+    """
 
     max_depth: float = 10.0  # metres; min_depth is 1e-3 for all
     depth_scale: float = 1000.0  # the value that stands for 1 m in a depth PNG
-    crop: tuple[int, int] | None = None  # rows and columns of the random crop; None: see `augment`
+    crop: tuple[int, int] | None = None  # rows and columns of the random crop; None: 7/8 of each
     rotation: float = 2.5  # degrees, to either side
     brightness: float = 0.1  # the image is multiplied by a factor within 1 ± this
     longer_side: int | None = None  # of a test image, pixels; None: that of the first pair
@@ -54,7 +57,7 @@ LIST_URL = (
     "4e9c9a03d16da42e65c67f5bb7911397726ade6c/train_test_inputs/{file}"
 )
 LIST_FILES = {"nyu": "nyudepthv2_{}_files_with_gt.txt", "kitti": "kitti_eigen_{}_files_with_gt.txt"}
-LIST_SHA256 = {  # and the number of lines; 45 of KITTI's test lines have no ground truth
+LIST_SHA256 = {  # the comments give the lines; 45 of KITTI's test lines have no ground truth
     "nyu_train": "66e2beb718a58c5c946c169f6e70cc6ae166ddd19f5618266fff52ff7443e0e9",  # 24,231
     "nyu_test": "e92c191d5835a22589b843c11b80cd7235d5bd0d4136e42a6debcea4511bf906",  # 654
     "kitti_train": "dd5e51c2df33d4c53c1d4dd01726326e7c3ac087cff165b1007738c5c8a06aca",  # 23,158
@@ -121,7 +124,7 @@ class DepthDataset(Dataset):
         """Both files of each pair or, if any is missing, NYU's .mat and the pair's number in it."""
         folders = [root / folder for folder in self.recipe.folders if (root / folder).is_dir()]
         pairs = [(find(image, folders, SUFFIXES), find(depth, folders)) for image, depth in names]
-        # A depth map with the image's name and another suffix is not the image.
+        # If the image is missing, `find` may return its depth map, which has another suffix.
         missing = [
             n for n, (image, depth) in zip(names, pairs) if not depth or image in (None, depth)
         ]
@@ -149,7 +152,7 @@ class DepthDataset(Dataset):
             tag = ExifTags.Base.Orientation
             depth.getexif()[tag] = image.getexif().get(tag, 1)
         depth = np.divide(ImageOps.exif_transpose(depth), self.recipe.depth_scale, dtype=np.float32)
-        image = read_picture(image)
+        image = read_picture(image, path)
         if image.shape[:2] != depth.shape:
             found = f"{path} has {image.shape[:2]} rows and columns, {depth_path} has {depth.shape}"
             raise InputError(f"{found}; resize one of them: {OWN_PAIRS}")
@@ -169,8 +172,8 @@ class DepthDataset(Dataset):
         top, bottom, left, right = fixed_crop(self.name, *size, self.train)
         image = torch.tensor(image[top:bottom, left:right]).permute(2, 0, 1)  # (3, h, w)
         depth = torch.tensor(depth[top:bottom, left:right])[None]  # (1, h, w)
-        if self.name == "list":  # values above the range, such as 65535, often stand for none
-            depth[depth > self.recipe.max_depth] = 0
+        if self.name == "list":  # values above the range, and 65535, often stand for none
+            depth[depth > min(self.recipe.max_depth, 65534 / self.recipe.depth_scale)] = 0
         if not self.train:
             image = normalize(image / 255)
         return {"image": image, "depth": depth, "path": path, "size": torch.tensor(size)}
@@ -190,8 +193,9 @@ def read_list(name: str, part: str, split: str | Path | None) -> list[list[str]]
         text = Path(split).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{split} is not a list of pairs: {error}") from error
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    fields = [line.strip().split("\t" if "\t" in line else None) for line in lines]
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    fields = [re.split(r"\s*\t\s*" if "\t" in line else r"\s+", line) for line in lines]
     for line, found in zip(lines, fields):
         if len(found) not in (2, 3):
             raise InputError(f"{split}: {line!r} is not 'image depth [focal]'; {OWN_PAIRS}")
@@ -405,7 +409,7 @@ def main() -> None:
         dataset = DepthDataset(args.data, args.root, split, part == "train", **scale)
         print(f"{part}: {describe(dataset)}")
         for _ in tqdm(load(dataset, None, args.workers, batch_size=None), part, disable=None):
-            pass  # raises here what training would meet, perhaps only after hours
+            pass  # a bad pair raises here, and not after hours of training
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class Measured(NamedTuple):
 
     metrics: dict[str, float]  # means over the images
     n_images: int  # that have ground truth in the window
-    n_nan: int  # predicted pixels, inside the window or not, that were not a number
+    n_nan: int  # predicted pixels that are NaN, in the whole images
 
 
 def evaluate_windows(
@@ -55,8 +55,8 @@ def evaluate_windows(
 
     The paper's window comes first. Ground truth counts where it lies strictly inside the depth
     range. Predictions are clipped to the range. Each metric is computed for each image and averaged
-    over the images. A network is in eval mode meanwhile. Raises InputError if the paper's window
-    has no ground truth.
+    over the images. A network is put in eval mode, and afterwards back in the mode that it had.
+    Raises InputError if the paper's window has no ground truth.
     """
     if not isinstance(dataset, DepthDataset):
         raise InputError(f"dataset is a {type(dataset).__name__}; shorten a DepthDataset's `pairs`")
@@ -84,9 +84,9 @@ def evaluate_windows(
             if mask.any():
                 metrics = cabins.depth_metrics(d[mask].double(), d_star[mask].double())
                 rows[window].append({name: value.item() for name, value in metrics.items()})
-    papers = next(iter(windows), "of no image")
-    if not rows[papers]:
-        raise InputError(f"no image has depth from {low} to {high} m in the window {papers}")
+    first = next(iter(windows), "of no image")
+    if not rows[first]:
+        raise InputError(f"no image has depth from {low} to {high} m in the window {first}")
     found = {}
     for window in filter(rows.get, windows):
         n = len(rows[window])
@@ -237,19 +237,19 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[cabins.CaBins, DepthDatas
     name = args.data or trained_on.get("name")
     if name is None:
         raise InputError(f"{args.checkpoint} does not say what data it is for: give --data")
-    known = {}
+    saved = {}
     if name == trained_on.get("name"):
         run = Path(args.checkpoint).with_name("args.json")
-        known = json.loads(run.read_text())["options"] if run.exists() else {}
-        known |= trained_on
+        saved = json.loads(run.read_text())["options"] if run.exists() else {}
+        saved |= trained_on
     elif name in ("list", "toy"):  # the others have a depth range of their own
-        known = {"max_depth": model.config.max_depth}
+        saved = {"max_depth": model.config.max_depth}
     dataset = DepthDataset(
         name,
-        args.root or known.get("root"),
-        args.split or known.get("test_split"),
-        depth_scale=args.depth_scale or known.get("depth_scale"),
-        max_depth=args.max_depth or known.get("max_depth"),
+        args.root or saved.get("root"),
+        args.split or saved.get("test_split"),
+        depth_scale=args.depth_scale or saved.get("depth_scale"),
+        max_depth=args.max_depth or saved.get("max_depth"),
     )
     print(f"{args.checkpoint}: {model.config}")
     print(f"testing on {name}: {data.describe(dataset)}")
@@ -281,6 +281,8 @@ def main() -> None:
     args = parser.parse_args()
     model, dataset = open_checkpoint(args)
     out = data.new_folder(args.figures) if args.figures else None
+    if args.csv:
+        Path(args.csv).touch()  # a wrong path ends here, not after the work
     measure(args, predictor(model, not args.no_flip), dataset, model.config.longer_side)
     if out:
         draw_samples(out, model, dataset, 4)

@@ -29,12 +29,12 @@ import eval as evaluation
 from cabins import InputError
 
 MAX_NORM = 0.1  # NOTE(paper silent): the released code clips gradients at this norm
-LOG_EVERY = 10  # steps; the last one of an epoch is logged too
+LOG_EVERY = 10  # steps between rows of log.csv; an epoch's last step has a row, too
 PRINT_EVERY = 100  # steps
 SAVE_EVERY = 600  # seconds; last.pt is also saved after each epoch
 PAPER = {"backbone": "RN101", "epochs": 25, "lr": 3.57e-5}
 DEMO = {"backbone": "tiny", "epochs": 3, "lr": 2e-3}  # it starts from random weights
-MAY_CHANGE = {"root", "device", "workers"}  # in a run that is resumed
+MAY_CHANGE = {"root", "device", "workers"}  # options that a resumed run may change
 
 
 def seed_of(*numbers: int) -> int:
@@ -52,7 +52,7 @@ class Run:
         self.args = args
         self.out = Path(args.out)
         self.step = 0
-        self.best = math.inf  # AbsRel
+        self.best = math.inf  # the lowest AbsRel so far
         self.device = data.choose_device(args.device)
         self.rank = 0
         self.n_processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -60,7 +60,9 @@ class Run:
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
-            dist.init_process_group(timeout=timedelta(days=1))  # the first one's validation is long
+            dist.init_process_group(
+                timeout=timedelta(days=1)
+            )  # others wait while the first validates
             self.rank = dist.get_rank()
         scales = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
         self.dataset = data.DepthDataset(args.data, args.root, args.train_split, True, **scales)
@@ -73,7 +75,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.model = cabins.load_checkpoint(args.last) if args.last else self.new_model()
         self.model.to(self.device)
-        if self.n_processes > 1 and self.device.type == "cuda":  # torch has it for GPUs only
+        if self.n_processes > 1 and self.device.type == "cuda":  # needs GPUs
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.parameters = self.trained_parameters()
         self.optimizer = torch.optim.AdamW(self.parameters, args.lr, weight_decay=0.1, fused=True)
@@ -157,8 +159,8 @@ class Run:
             self.open_folder()
         data.use_tf32(True)
         self.model.train()
-        order = self.batches()
-        loader = data.load(self.dataset, self.device, self.args.workers, batch_sampler=order)
+        batches = self.batches()
+        loader = data.load(self.dataset, self.device, self.args.workers, batch_sampler=batches)
         hidden = self.rank > 0 or None  # None: shown in a terminal only
         next_save = time.monotonic() + SAVE_EVERY
         for batch in tqdm(loader, "training", self.n_steps, initial=self.step, disable=hidden):
@@ -168,7 +170,7 @@ class Run:
             if not (is_end or self.step % LOG_EVERY == 0):
                 continue
             loss, norm = result.tolist()
-            if not math.isfinite(loss + norm):  # the weights, too, are not finite any more
+            if not math.isfinite(loss + norm):  # the weights are lost
                 found = f"loss {loss}, gradient norm {norm}"
                 raise InputError(f"step {self.step}: {found}; try a lower --lr")
             if self.rank > 0:
@@ -185,7 +187,7 @@ class Run:
             dist.destroy_process_group()
 
     def open_folder(self) -> None:
-        """Make the folder of a new run, or bring that of a resumed one to the resumed step."""
+        """Make the folder of a new run, or cut the tables of a resumed one back to its step."""
         print(f"training on {data.describe(self.dataset)}")
         print(f"testing on {data.describe(self.test_set)}")
         n_trained = sum(p.numel() for p in self.parameters)
@@ -196,18 +198,18 @@ class Run:
         except FileExistsError:
             remedy = "add --resume auto to continue its run, or choose another --out"
             raise InputError(f"{self.out} exists: {remedy}") from None
-        git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        how = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
+        commit = subprocess.run("git rev-parse HEAD", check=False, **how).stdout.strip()
         options = {k: v for k, v in vars(self.args).items() if k not in ("resume", "last")}
-        about = {"options": options, "torch": torch.__version__, "commit": commit}
+        content = {"options": options, "torch": torch.__version__, "commit": commit}
         partial = self.out / "args.json.partial"
-        partial.write_text(json.dumps(about, indent=1))
+        partial.write_text(json.dumps(content, indent=1))
         partial.replace(self.out / "args.json")
-        # The tables lose a row that was cut, and rows of later steps. The epoch's end is validated.
+        # Rows of later steps go, and a half-written row. An epoch that ended is validated again.
         for table, end in (("log.csv", self.step + 1), ("metrics.csv", self.step)):
             if (self.out / table).exists():
                 header, *rows = (self.out / table).read_text().splitlines(keepends=True) or [""]
-                rows = [r for r in rows if r.endswith("\n") and int(r.split(",")[0]) < end]
+                rows = [x for x in rows if x.endswith("\n") and int(x.split(",")[0]) < end]
                 (self.out / table).write_text("".join([header, *rows]))
         if self.step and self.step % self.per_epoch == 0:
             self.validate()
@@ -247,7 +249,7 @@ class Run:
 
 
 def parse_args(argv: list[str], script: str = "train.py", **defaults) -> argparse.Namespace:
-    """The options of a run. A run that is resumed has its own, from its args.json."""
+    """The options of a run. A run that is resumed takes them from its args.json."""
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
@@ -278,21 +280,21 @@ def parse_args(argv: list[str], script: str = "train.py", **defaults) -> argpars
         last = os.path.join(out, "last.pt")
         last = last if os.path.exists(last) else None
     if last:
-        about = Path(last).with_name("args.json")
-        if not about.exists():
-            parser.error(f"{about} is missing, which holds the options of the run")
-        saved = json.loads(about.read_text())["options"]
+        file = Path(last).with_name("args.json")
+        if not file.exists():
+            parser.error(f"{file} is missing, which holds the options of the run")
+        saved = json.loads(file.read_text())["options"]
         saved["out"] = os.path.normpath(os.path.dirname(last))
-    own = DEMO if args.data == "toy" else PAPER
-    parser.set_defaults(**{"out": out, "script": script, "last": last, **own, **defaults, **saved})
+    recipe = DEMO if args.data == "toy" else PAPER
+    fixed = {"script": script, "last": last}
+    parser.set_defaults(**{"out": out, **recipe, **defaults, **saved, **fixed})
     args = parser.parse_args(argv)  # what is typed wins
-    for name in saved.keys() - MAY_CHANGE:
-        if getattr(args, name) != saved[name] or saved["script"] != script:
-            started = f"{saved['script']} --{name.replace('_', '-')} {saved[name]}"
-            parser.error(f"the run began with {started}; a new one can start with --init {last}")
+    for name, value in saved.items():
+        if name not in MAY_CHANGE and getattr(args, name) != value:
+            parser.error(f"the run began with {name} {value}: --init {last} starts a new run")
     is_gpu = data.choose_device(args.device).type == "cuda"
-    default = "bf16" if is_gpu and torch.cuda.is_bf16_supported(False) else "off"
-    args.amp = args.amp or default
+    amp = "bf16" if is_gpu and torch.cuda.is_bf16_supported(False) else "off"
+    args.amp = args.amp or amp
     args.clip = args.clip or ("none" if args.backbone == "tiny" else args.backbone)
     return args
 

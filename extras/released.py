@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import cabins
 import data
 import train
+from cabins import InputError
 
 
 def unbiased_silog_loss(depth: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -39,13 +40,16 @@ class ReleasedRun(train.Run):
 
     def steps_per_epoch(self) -> int:
         """The last, smaller batch is kept."""
+        n_last = len(self.dataset) % self.args.batch_size
+        if 0 < n_last < self.n_processes:
+            raise InputError(f"the last batch has {n_last} pairs for {self.n_processes} processes")
         return math.ceil(len(self.dataset) / self.args.batch_size)
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """CLIP's token embedding learns. The prompts and γ do not.
 
         Their gradients are never cleared, because `zero_grad` is the optimizer's. They pile up, and
-        they count in the norm that is clipped.
+        they count in the norm that is clipped. A resumed run starts without the pile.
         """
         self.model.clip.token_embedding.requires_grad_(True)
         fixed = {id(self.model.prompts), id(self.model.trans_decoder.gamma)}
