@@ -117,7 +117,8 @@ class Config:
         if self.n_cabins < 1 or self.n_bins % self.n_cabins:
             raise InputError(f"n_cabins is {self.n_cabins}; it must divide n_bins, {self.n_bins}")
         if not 0 < self.min_depth < self.max_depth < math.inf:
-            raise InputError(f"no depth lies between {self.min_depth} and {self.max_depth} m")
+            depths = f"min_depth is {self.min_depth}, max_depth {self.max_depth}"
+            raise InputError(f"{depths}; 0 < min_depth < max_depth must hold")
 
 
 # ---- Sec. 3.1 and 3.2.1  The last layer of the image encoder -------------------------------------
@@ -405,7 +406,7 @@ class DepthDecoder(nn.Module):
             x = resize(x, skip.shape[-2:]).to(skip.dtype)  # CUDA's autocast resizes in float32
             x = up(torch.cat([x, skip], dim=1))  # half the channels, at the size of the skip
         x = resize(x, (2 * x.shape[-2], 2 * x.shape[-1]))  # (B, C_4 / 8, H/2, W/2)
-        logits = self.classifier(self.head(x)).movedim(1, -1)  # (B, H/2, W/2, n_bins)
+        logits = self.classifier(self.head(x)).movedim(1, -1)  # (B, H/2, W/2, n_bins), as in memory
         return logits.softmax(-1, torch.float32).movedim(-1, 1)  # (B, n_bins, H/2, W/2)
 
 

@@ -32,8 +32,7 @@ DIGIT_0, POINT = 271, 269  # the digits 0 to 9 are 271 to 280
 DECIMALS = 4
 SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
 # special tokens, English contractions, words, single digits, runs of anything else
-WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
-WORDS += r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+WORDS = r"<\|(?:start|end)oftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 @functools.cache
@@ -84,7 +83,7 @@ def merge(word: str) -> tuple[str, ...]:
 def encode(text: str) -> list[int]:
     """The ids of a text, without the start and the end token."""
     import ftfy
-    import regex  # knows the Unicode classes \p{L} (letters) and \p{N} (numbers), unlike re
+    import regex  # unlike re, it knows the Unicode classes \p{L} (letters) and \p{N} (numbers)
 
     ids, _ = vocabulary()
     text = html.unescape(html.unescape(ftfy.fix_text(text)))  # twice, as CLIP does
@@ -94,10 +93,7 @@ def encode(text: str) -> list[int]:
 
 
 def tokenize(texts: str | list[str], length: int = 77) -> torch.LongTensor:
-    """Ids (L, length) of L texts, each from the start to the end token, padded with zeros.
-
-    Raises ValueError for a text that does not fit.
-    """
+    """Ids (L, length) of L texts, each from the start to the end token, padded with zeros."""
     texts = [texts] if isinstance(texts, str) else texts
     rows = torch.zeros(len(texts), length, dtype=torch.long)
     for row, text in zip(rows, texts):
@@ -114,8 +110,8 @@ def number_tokens(depths: Tensor, integer_digits: int = 4) -> Tensor:
     T = integer_digits + 7: the start token, the digits, the point, 4 decimals and the end token.
     Depths must be at least 0, and less than 10^integer_digits after rounding.
 
-    CLIP splits a number into single digits, and the id of a digit is 271 more than the digit. So we
-    can compute the ids on the depths' device. No string is made, and a GPU does not wait.
+    CLIP splits a number into single digits, and the id of a digit is 271 more than the digit. So no
+    string is made, and the ids are computed on the depths' device, without a wait.
 
     >>> number_tokens(torch.tensor([2.5, 0.81961]), integer_digits=1)
     tensor([[49406,   273,   269,   276, 49407,     0,     0,     0],
