@@ -1,5 +1,6 @@
 """python -m pytest -q extras"""
 
+import itertools
 import math
 import sys
 
@@ -22,7 +23,7 @@ def model() -> cabins.CaBins:
     torch.manual_seed(0)
     model = cabins.CaBins(TINY).eval()
     with torch.no_grad():
-        model.depth_decoder.fuse.weight[:, -8:] *= 100
+        model.depth_decoder.fuse.weight[:, -8:] *= 1e5
         model.trans_decoder.gamma.fill_(1.0)
         model.depth_decoder.classifier.weight *= 30
         model.trans_decoder.layers[-1].cross_attn.q_proj.weight *= 300
@@ -48,7 +49,8 @@ def test_rows_with_the_text_silenced(model, rooms):
     rows = {name: found["whole"].metrics for name, found in windows.items()}
     assert metrics(predict, rooms) == before == rows["whole"]  # the network is as it was
     assert list(rows) == ROWS
-    assert len({row["abs_rel"] for row in rows.values()}) == 4
+    errors = sorted(row["rmse"] for row in rows.values())
+    assert all(b > 1.01 * a for a, b in itertools.pairwise(errors))
     weight, texts = model.depth_decoder.fuse.weight, model.encode_distances
     one_text = predictor(model, flip=False)
     model.encode_distances = lambda e: texts(e)[:, :1].expand(-1, 8, -1)
@@ -67,6 +69,8 @@ def test_small_and_large_angles():
     turned = torch.tensor([0.0, 1e-9, 0.5, math.pi], dtype=torch.float64)
     b = 3 * torch.stack([turned.cos(), turned.sin()], dim=1)
     assert torch.allclose(ablate.angle(a, b), turned, rtol=1e-6, atol=0)
+    a = torch.randn(5, 64)
+    assert ablate.angle(a, 3 * a.double()).max() < 1e-12  # more exact than float32
 
 
 def test_digit_angle_is_a_mean_over_distances_of_the_whole_range(model, monkeypatch):
@@ -87,10 +91,14 @@ def test_digit_angle_is_a_mean_over_distances_of_the_whole_range(model, monkeypa
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_the_text_does_on_the_test_images(model, rooms):
+def test_what_the_text_does_on_the_test_images(model, rooms, monkeypatch):
+    def similarity(z, t):  # random, but always the same for one image
+        seed = int(1e6 * z.abs().mean())
+        return torch.randn(1, 8, 3, 4, generator=torch.Generator().manual_seed(seed))
+
+    monkeypatch.setattr(cabins, "cosine_similarity", similarity)
     found, b = ablate.text_figures(model, rooms)
-    again, _ = ablate.text_figures(model, rooms)
-    assert found == again and not model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     turns, shares, centers, weights = [], [], [], []
     layer = model.trans_decoder.layers[-1].cross_attn
     attend, kept = cabins.multi_head_attention, {}
@@ -113,12 +121,14 @@ def test_what_the_text_does_on_the_test_images(model, rooms):
             turns.append(cosine.acos().mean().item())
             best = p.similarity[0].flatten(1).argmax(0).tolist()
             shares.append(max(best.count(k) for k in range(8)) / 12)
+            assert 1 / 8 < shares[-1] < 1
             centers.append(p.centers)
             heads = [x.unflatten(2, (n_heads, -1)).transpose(1, 2) for x in (q, k, v)]
             w = (heads[0] @ heads[1].mT / heads[0].shape[-1] ** 0.5).softmax(-1)
             assert torch.allclose((w @ heads[2]).transpose(1, 2).flatten(2), out, atol=1e-5)
             weights.append(w)
     assert layer.n_heads == n_heads
+    assert shares[0] != shares[1] and turns[0] != turns[1]
     assert found["turn"] == pytest.approx(sum(turns) / 2, rel=1e-4)
     assert found["one_text_best"] == pytest.approx(sum(shares) / 2)
     weights = torch.cat(weights)
