@@ -17,13 +17,12 @@ What the equations do not say (docs/findings.md has the evidence):
   through the depth (Eq. 5 and 6) and through the bins loss (Eq. 7).
 - No loss supervises the similarity s directly. The decoder receives s as 8 of the 2,056 channels of
   its first convolution. The other 2,048 are x4. z comes from x4, and s comes from z and t.
-- γ scales all that Eq. 3 does. γ starts at 1e-4, where Eq. 3 is nearly the identity. In training
-  from random weights, the layers of TransDecoder hardly move until γ has grown, because their
-  gradient has the factor γ and is far below Adam's ε.
+- γ scales all that Eq. 3 does. γ starts at 1e-4, where Eq. 3 is nearly the identity. The gradient
+  of TransDecoder has the factor γ. From random weights, its layers hardly learn before γ grows.
 - The released code trains neither γ nor the prompts. There, Eq. 3 stays nearly the identity, and
   the prompts keep their random initial values. We train both.
-- Eq. 2 depends on the unit of depth and on how far apart the centres are. In metres, e_k is almost
-  the bin centre nearest to the mean of its group, more sharply over 10 m than over 80 m.
+- Eq. 2 depends on the unit of depth and on how far apart the centres are. For random widths in
+  metres, e_k is almost the bin centre nearest to the mean of its group.
 
 The letters that count something, with their values for RN101 and one training image of NYU:
 
@@ -61,10 +60,10 @@ The paper's symbols. A batch adds an axis B in front of all but the prompts, γ 
     LAMBDA, …    λ, α, β    -             constants of Eq. 6 and 8: 0.85, 10 and 0.1     3.3
 
 The public names of c, e, s, p and d are centers, distances, similarity, probability and depth. The
-paper writes p for the prompts and for the probability, and we write w for the weights of Eq. 2 and
-for the columns of z. `NOTE(differs)` marks a place where the paper, the released code
-(github.com/EunjinSon1/CaBins at 4e9c9a0) and this code disagree. `NOTE(paper silent)` marks a
-choice that the paper leaves open. README's table "Paper, released code, and here" has all of them.
+letter p names the prompts and the probability, as in the paper. `NOTE(differs)` marks a place where
+the paper, the released code (github.com/EunjinSon1/CaBins at 4e9c9a0) and this code disagree.
+`NOTE(paper silent)` marks a choice that the paper leaves open. README has all of them, in the table
+"Paper, released code, and here".
 """
 
 from __future__ import annotations
@@ -122,10 +121,7 @@ class Config:
 
 
 # ---- Sec. 3.1 and 3.2.1  The last layer of the image encoder -------------------------------------
-# `ResNet`, which stands below the metrics, turns an image into the features x1, x2, x3 and x4. Its
-# last layer, the attention pool, turns x4 into the embeddings z_bar and z.
-
-
+# `ResNet`, below the metrics, turns an image into x1, x2, x3 and x4. Its last layer is this one.
 def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, n_heads: int, is_causal=False) -> Tensor:
     """Attention of queries (B, Tq, C) to keys and values (B, Tk, C): (B, Tq, C)."""
     q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, n, T, C/n)
@@ -322,7 +318,7 @@ class TransDecoder(nn.Module):
 
     The same distance looks different in two rooms. Eq. 3 adapts its text embedding to the room.
     γ starts at 1e-4. Eq. 3 is then nearly the identity, and training starts from CLIP's own text
-    embeddings. The gradient of the layers has the factor γ, so they hardly move until γ has grown.
+    embeddings. The gradient of the layers has the factor γ: they hardly learn until γ has grown.
 
     NOTE(paper silent): The paper does not give the layers. The sizes and the initialisation are
     DenseCLIP's, as in the released code.

@@ -126,27 +126,31 @@ def fill_code(attributes: dict, body: str) -> str:
     for before, number in zip([numbers[0] - 1, *numbers], numbers):
         shown += '<span class="l gap">⋯\n</span>' if number != before + 1 else ""
         shown += draw_line(file, number, dedent, terms)
+    folded = whole(file, name.partition(".")[0], "all of it, with its docstring")
     return (
         f'<div class="code" data-file="{file}"><p class="where">{file} <b>{name}</b></p>'
-        f"<pre><code>{shown}</code></pre>{whole(file, find(file, name.partition('.')[0]))}</div>"
+        f"<pre><code>{shown}</code></pre>{folded}</div>"
     )
 
 
-def whole(file: str, node: ast.AST, title: str = "") -> str:
+def whole(file: str, name: str, title: str) -> str:
     """A function or class as it stands, folded."""
+    node = find(file, name)
     first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
     lines = (draw_line(file, n, node.col_offset, {}) for n in range(first, node.end_lineno + 1))
-    kind = "class" if isinstance(node, ast.ClassDef) else "function"
-    title = title or f"the whole {kind} <code>{node.name}</code>, with its docstring"
     return (
-        f'<details><summary>{title}</summary><pre data-file="{file}"><code>{"".join(lines)}'
-        "</code></pre></details>"
+        f'<details><summary><code>{name}</code>: {title}</summary><pre data-file="{file}"><code>'
+        f"{''.join(lines)}</code></pre></details>"
     )
 
 
-def fill_whole(attributes: dict, body: str) -> str:
-    file, name = attributes.get("file", "cabins.py"), attributes["of"]
-    return whole(file, find(file, name), f"{body} <code>{name}</code>")
+def fill_rest(attributes: dict, body: str) -> str:
+    """Functions and classes of cabins.py, folded below the first line of their docstrings."""
+    shown = ""
+    for name in body.split():
+        title = ast.get_docstring(find("cabins.py", name)).splitlines()[0]
+        shown += whole("cabins.py", name, html.escape(re.sub("`", "", title)))
+    return shown
 
 
 # ---- Equations -----------------------------------------------------------------------------------
@@ -160,22 +164,14 @@ def tex(text: str, display: bool = False) -> str:
     return f"\x02{pending.index((text, display))}\x03"
 
 
-def spoken(text: str) -> str:
-    """TeX or HTML as words, for names that are heard."""
-    for old, new in {r"\\gamma": "γ", r"\\epsilon": "ε", r"\\beta": "β", r"\\lambda": "λ"}.items():
-        text = re.sub(old, new, text)
-    text = re.sub(r"\\to\b", " to ", text.replace(r"\sum", "sum "))
-    text = re.sub(r"<[^>]+>|\\[a-z]+|[\\{}^,]", "", text)
-    return html.escape(" ".join(text.replace("_", " ").replace("|", "").split()))
-
-
 def fill_eq(attributes: dict, body: str) -> str:
     """A numbered equation; below it its terms, one a line: name | TeX | meaning."""
     number, (equation, *rows) = attributes["n"], re.split(r"\n(?=\w+ \| )", body)
     items = ""
     for name, shown, meaning in (row.strip().split(" | ", 2) for row in rows):
-        items += f'<li><button type="button" data-t="{name}" aria-label="{spoken(shown)}: '
-        items += f'{spoken(meaning)}">{tex(shown)}</button> <span>{meaning}</span></li>'
+        heard = html.escape(re.sub("<[^>]+>", "", meaning))
+        items += f'<li><button type="button" data-t="{name}" aria-label="{heard}">{tex(shown)}'
+        items += f"</button> <span>{meaning}</span></li>"
     display = tex(" ".join(equation.split()), True)
     return (
         f'<div class="equation" data-eq="{number}">{display}<span class="number">({number})</span>'
@@ -188,7 +184,7 @@ markdown = MarkdownIt("commonmark", {"html": True, "typographer": True})
 markdown.enable(["table", "smartquotes", "replacements"])
 
 
-def table(source: str, label: str, own: str = "") -> str:
+def table(source: str, label: str, own: str = "\x00") -> str:
     """A Markdown table in a box in which it can scroll. The first cell of a row is its name."""
     text = markdown.render(source)
     text = text.replace("<table>", f'<table aria-label="{label}">')
@@ -229,7 +225,9 @@ def fill_glossary(attributes: dict, body: str) -> str:
         raise BuildError("cabins.py's docstring lacks a glossary: lines 'B   …', 'code   paper …'.")
     letters, symbols = (list(itertools.takewhile(str.strip, lines[i:])) for i in starts)
     rows = [re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in letters]
-    shown = table(as_markdown([["letter", "what it counts"], *rows]), "Letters that count something")
+    shown = table(
+        as_markdown([["letter", "what it counts"], *rows]), "Letters that count something"
+    )
     cuts = [match.start() for match in re.finditer(r"(?<!\S)\S", symbols[0])] + [None]
     rows = [symbols[0].split()]
     for line in symbols[1:]:
@@ -251,33 +249,25 @@ def as_markdown(rows: list[list[str]]) -> str:
 @cache
 def values() -> dict:
     """The content of demo.json and of findings.json."""
-    found = {}
-    for name in ("demo.json", "findings.json"):
-        if not (DOCS / name).exists():
-            raise BuildError(f"docs/{name} is missing: see the head of docs/build.py.")
-        found |= json.loads((DOCS / name).read_text(encoding="utf-8"))
-    return found
+    return json.loads(read("docs/demo.json")) | json.loads(read("docs/findings.json"))
 
 
 def look_up(path: str):
     found = values()
-    for key in path.split("/"):
-        try:
+    try:
+        for key in path.split("/"):
             found = found[int(key) if isinstance(found, list) else key]
-        except (KeyError, IndexError):
-            raise BuildError(f"docs/page.html wants {path}, which no JSON file has.") from None
+    except (KeyError, IndexError):
+        raise BuildError(f"docs/page.html wants {path}, which no JSON file has.") from None
     return found
 
 
 def number(value: float) -> str:
     """Two digits, and powers of ten as a reader writes them."""
-    if value >= 99.5:
-        return f"{value:.0f}"
     if value >= 0.001:
-        digits = f"{value:#.2g}"
-        return digits.rstrip(".")
+        return f"{value:.0f}" if value >= 99.5 else f"{value:#.2g}".rstrip(".")
     digits, power = f"{value:.1e}".split("e")
-    return f"{digits} · 10<sup>−{-int(power)}</sup>"
+    return f"{digits}\u00a0·\u00a010<sup>−{-int(power)}</sup>"
 
 
 def spread(path: str, unit: str | None = None) -> str:
@@ -320,33 +310,6 @@ def fill_map(attributes: dict, body: str) -> str:
     )
 
 
-# What stands at each stage of the decoder, for RN101 and 416 x 544: test_page.py checks it
-STAGES = [("2048", "13 × 17"), ("1024", "26 × 34"), ("512", "52 × 68"), ("256", "104 × 136")]
-STAGES += [("256", "208 × 272")]
-
-
-def ladder() -> str:
-    """The stages of the decoder as boxes that grow, with the skip connections from above."""
-    shown, left, base = "", 4, 218
-    for i, (channels, size) in enumerate(STAGES):
-        side = (44, 54, 68, 86, 112)[i]
-        top, middle = base - side, left + side / 2
-        shown += f'<rect x="{left}" y="{top}" width="{side}" height="{side}" rx="3" class="stage"/>'
-        shown += f'<text x="{middle}" y="{base + 18}" class="m n">{size}</text>'
-        shown += f'<text x="{middle}" y="{top + side / 2 + 5}" class="m b">{channels}</text>'
-        if i < 4:
-            skip = f'<tspan class="v">x</tspan>{"₄₃₂₁"[i]}'
-            skip += ', <tspan class="v">s</tspan>' if i == 0 else ""
-            shown += f'<path d="M{middle} 44V{top - 3}" class="edge"/>'
-            shown += f'<text x="{middle}" y="36" class="m">{skip}</text>'
-        if i:
-            shown += f'<path d="M{left - 26} {base - 22}H{left - 4}" class="edge"/>'
-        left += side + 30
-    shown += '<text x="4" y="254" class="n">1 × 1 conv</text>'
-    shown += '<text x="204" y="254" class="m n">enlarge, stack, 3 × 3 conv twice</text>'
-    return shown + '<text x="560" y="254" class="end n">3 × 3, 1 × 1, softmax: p</text>'
-
-
 # ---- KaTeX and the first state of the widgets, by one run of node --------------------------------
 # \term{name}{shown}: a part of an equation that the page links with code, text and widget
 PROGRAM = r"""
@@ -384,21 +347,15 @@ def run_node(page: str) -> str:
 def first_state(piece: str, first: dict) -> str:
     """A piece of the page, from one data-widget to the next, with that widget's parts filled."""
     parts = first[re.match(r'data-widget="(\w+)"', piece)[1]]
-    piece = re.sub(
-        r'(<(\w+)[^>]*\sdata-part="([^"]+)"[^>]*>)(</\2>)',
-        lambda m: f"{m[1]}{parts[m[3]]}{m[4]}",
-        piece,
-    )
-    height = re.search(r'class="plot" data-height="(\d+)"', piece)
-    if height:
+    part = r'(<(\w+)[^>]*\sdata-part="([^"]+)"[^>]*>)(</\2>)'
+    piece = re.sub(part, lambda m: f"{m[1]}{parts[m[3]]}{m[4]}", piece)
+    if height := re.search(r'class="plot" data-height="(\d+)"', piece):
         box = f'class="plot" viewBox="0 0 560 {parts.get("height", height[1])}" data-height='
         piece = piece.replace('class="plot" data-height=', box)
-    piece = re.sub(r'(<div data-pad role="slider")', rf'\1 aria-valuetext="{parts.get("spoken")}"', piece)
-    return re.sub(
-        r'(<input type="range"[^>]*data-in="(\w+)")',
-        lambda m: f'{m[1]} aria-valuetext="{parts[m[2] + " out"]}"',
-        piece,
-    )
+    pad = '<div data-pad role="slider"'
+    piece = piece.replace(pad, f'{pad} aria-valuetext="{parts.get("spoken")}"')
+    slider = r'(<input type="range"[^>]*data-in="(\w+)")'
+    return re.sub(slider, lambda m: f'{m[1]} aria-valuetext="{parts[m[2] + " out"]}"', piece)
 
 
 # ---- The page ------------------------------------------------------------------------------------
@@ -424,11 +381,9 @@ def inlined(path: Path) -> str:
     return f'url(data:font/woff2;base64,{data}) format("woff2")'
 
 
-# A font of KaTeX, and a class in its HTML that needs it
-USES = {"Main-Regular": "katex", "Math-Italic": "mathnormal", "Main-Bold": "mathbf"}
-USES |= {"Caligraphic-Regular": "mathcal", "Main-Italic": "mathit", "Size1-Regular": "size1"}
-USES |= {"Size2-Regular": "size2", "Size3-Regular": "size3", "Size4-Regular": "size4"}
-# Fonts of the page: family, folder, weight, style
+# The fonts of KaTeX that the equations need, and the page's own: family, folder, weight, style
+FONTS = "Main-Regular Main-Bold Main-Italic Math-Italic Caligraphic-Regular"
+FONTS = [*FONTS.split(), *(f"Size{n}-Regular" for n in (1, 2, 3, 4))]
 FACES = [("Source Serif", "source-serif-4", weight, "normal") for weight in (400, 600)]
 FACES += [("Source Serif", "source-serif-4", 400, "italic")]
 FACES += [("Source Sans", "source-sans-3", weight, "normal") for weight in (400, 600)]
@@ -436,47 +391,44 @@ FACES += [("Source Code", "source-code-pro", 400, "normal")]
 RANGES = {"latin": "U+0000-02FF,U+0304,U+2000-22FF", "greek": "U+0370-03FF"}
 
 
-def fonts(page: str) -> str:
-    """KaTeX's style sheet with the fonts that the page uses, and the page's own fonts."""
-    css = (KATEX / "katex.min.css").read_text(encoding="utf-8")
+def fonts() -> str:
+    """KaTeX's style sheet and the fonts, inlined."""
 
     def keep(face: re.Match) -> str:
         name = re.search(r"fonts/KaTeX_([\w-]+)\.woff2", face[0])[1]
-        if USES.get(name, "\x00") not in page:
-            return ""
-        source = inlined(KATEX / f"fonts/KaTeX_{name}.woff2")
-        return re.sub(r"src:[^;}]*", lambda _: f"src:{source}", face[0])
+        source = inlined(KATEX / f"fonts/KaTeX_{name}.woff2") if name in FONTS else ""
+        return source and re.sub(r"src:[^;}]*", lambda _: f"src:{source}", face[0])
 
-    css = "/* KaTeX, MIT licence */\n" + re.sub(r"@font-face\{[^}]*\}", keep, css)
-    for family, folder, weight, style in FACES:
-        for subset, span in RANGES.items():
-            path = MODULES / f"@fontsource/{folder}/files/{folder}-{subset}-{weight}-{style}.woff2"
-            css += f'@font-face{{font-family:"{family}";font-weight:{weight};font-style:{style};'
-            css += f"src:{inlined(path)};unicode-range:{span}}}\n"
+    sheet = (KATEX / "katex.min.css").read_text(encoding="utf-8")
+    css = "/* KaTeX, MIT licence */\n" + re.sub(r"@font-face\{[^}]*\}", keep, sheet)
+    for (family, folder, weight, style), (subset, span) in itertools.product(FACES, RANGES.items()):
+        path = MODULES / f"@fontsource/{folder}/files/{folder}-{subset}-{weight}-{style}.woff2"
+        css += f'@font-face{{font-family:"{family}";font-weight:{weight};font-style:{style};'
+        css += f"src:{inlined(path)};unicode-range:{span}}}\n"
     return css
 
 
 def build() -> str:
-    parts = {p: (DOCS / f"page.{p}").read_text(encoding="utf-8") for p in ("html", "css", "js")}
+    """The page. Raises BuildError for what the template names and no source has."""
+    pending.clear()
+    parts = {kind: read(f"docs/page.{kind}") for kind in ("html", "css", "js")}
     page, found = run_node(fill(parts["html"])), values()
     runs = {
         name: {key: run[key] for key in ("gamma_rms", "step_share")}
         for name, run in found["runs"].items()
     }
-    given = {name: x for name, x in found.items() if name not in ("pictures", "runs", "steps")}
-    given.pop("random_widths")
-    findings = {"steps": found["steps"], "runs": runs}
+    left_out = ("pictures", "runs", "steps", "random_widths")
+    given = {name: x for name, x in found.items() if name not in left_out}
     loss = found["loss"]["pixel"] + 0.1 * found["loss"]["bins"]
     parts |= {
-        "css": fonts(page) + parts["css"],
-        "ladder": ladder(),
+        "css": fonts() + parts["css"],
         "texts": " ".join(f"<span>“{text}”</span>" for text in found["texts"]),
         "tokens": " ".join(map(str, found["tokens"][2][1:-1])),
         "total": f"{loss:.2f}",
         "demo": json.dumps(given, ensure_ascii=False, separators=(",", ":")),
-        "findings": json.dumps(findings, separators=(",", ":")),
+        "findings": json.dumps({"steps": found["steps"], "runs": runs}, separators=(",", ":")),
     }
-    for name in ("ladder", "texts", "tokens", "total", "css", "demo", "findings", "js"):
+    for name in ("texts", "tokens", "total", "css", "demo", "findings", "js"):
         page = page.replace(f"[[{name}]]", parts[name])
     if left := re.search(r"\[\[\w+\]\]|<x-[^>]*>", page):
         raise BuildError(f"docs/page.html has {left[0]}, which nothing fills.")

@@ -14,7 +14,6 @@ page says of the demo in general comes from docs/findings.json, which has three.
     cabins             e_k of Eq. 2, 8
     texts, tokens      e_k as the prompts have them, and their ids from start to end token
     t, v_post, gamma   of Eq. 3: t (8, D) before the image is looked at, v_post (8, D), and γ (D,)
-    attention          (8, 1 + hw), of the last cross-attention, averaged over its heads
     similarity         s of Eq. 4: {"size": [h, w], "values": (8, hw)}
     p                  p at every second row and column, {"size", "data"}: one byte q for each
                        location and bin, bins innermost, and p_k = q_k² / Σ q²; `quantise` says how
@@ -43,7 +42,7 @@ from torch import Tensor
 import cabins
 import data
 from clip_tokenizer import number_tokens
-from extras.ablate import N_DISTANCES, STEPS, angle, attention_weights
+from extras.ablate import N_DISTANCES, STEPS, angle
 
 ROOM, PIXEL, EDGE = 32, (12, 24), (6, 16)
 STEP = 2  # between the rows and the columns whose p is stored
@@ -86,10 +85,8 @@ def digit_angles(model: cabins.CaBins, step: float) -> Tensor:
 @torch.inference_mode()
 def make(model: cabins.CaBins, dataset: data.DepthDataset) -> dict:
     """All that demo.json holds. The computation follows `cabins.CaBins.forward`."""
-    config, sample, seen = model.config, dataset[ROOM], {}
+    config, sample = model.config, dataset[ROOM]
     image, target = sample["image"][None], sample["depth"][None]
-    layer = model.trans_decoder.layers[-1].cross_attn
-    layer.register_forward_pre_hook(lambda _, inputs: seen.update(attention=inputs))
     pyramid, z_bar, z = model.clip.visual(image)
     b = model.bins(z_bar)
     c = cabins.bin_centers(b, config.min_depth, config.max_depth)
@@ -101,7 +98,6 @@ def make(model: cabins.CaBins, dataset: data.DepthDataset) -> dict:
     d = cabins.expected_depth(c, p)
     mask, whole = target > config.min_depth, cabins.resize(d, target.shape[-2:])
     g = (whole.log() - target.log())[mask].double()
-    attention = attention_weights(layer, *seen["attention"])[0].mean(0)  # (K, 1 + hw)
 
     shown_depth = math.ceil(target.max().item())
     coarse = p[0, :, ::STEP, ::STEP]
@@ -137,7 +133,6 @@ def make(model: cabins.CaBins, dataset: data.DepthDataset) -> dict:
         "t": rounded(t[0], 4),
         "v_post": rounded((after - t)[0] / gamma, 4),
         "gamma": rounded(gamma, 7),
-        "attention": rounded(attention, 7),
         "similarity": {"size": list(s.shape[2:]), "values": rounded(s[0].flatten(1), 4)},
         "p": {
             "size": size,

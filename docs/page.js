@@ -79,14 +79,15 @@ const Cabins = {
     return alpha * Math.sqrt(Math.max(variance + (1 - lambda) * mean ** 2, 1e-12));
   },
 
+  nearest(values, query) {
+    const gaps = values.map((value) => Math.abs(value - query));
+    return gaps.indexOf(Math.min(...gaps));
+  },
+
   // Eq. 7 of depths x and centres c: who is whose nearest, both sums, and the gradient at c
   chamfer(x, c) {
-    const nearest = (values, query) => {
-      const gaps = values.map((value) => Math.abs(value - query));
-      return gaps.indexOf(Math.min(...gaps));
-    };
-    const ofDepths = x.map((depth) => nearest(c, depth));
-    const ofCenters = c.map((center) => nearest(x, center));
+    const ofDepths = x.map((depth) => Cabins.nearest(c, depth));
+    const ofCenters = c.map((center) => Cabins.nearest(x, center));
     const toCenters = Cabins.mean(x.map((depth, i) => (depth - c[ofDepths[i]]) ** 2));
     const toDepths = Cabins.mean(c.map((center, j) => (center - x[ofCenters[j]]) ** 2));
     const gradient = c.map((center, j) => (2 / c.length) * (center - x[ofCenters[j]]));
@@ -100,8 +101,8 @@ const Cabins = {
   // p of each location out of demo.json's bytes
   unpack({ size, data }, n) {
     const bytes = Uint8Array.from(atob(data), (char) => char.charCodeAt(0));
-    return Array.from({ length: size[0] * size[1] }, (_, place) => {
-      const squares = Array.from(bytes.subarray(place * n, (place + 1) * n), (q) => q * q);
+    return Array.from({ length: size[0] * size[1] }, (_, i) => {
+      const squares = Array.from(bytes.subarray(i * n, (i + 1) * n), (q) => q * q);
       const total = Cabins.sum(squares);
       return squares.map((square) => square / total);
     });
@@ -123,12 +124,16 @@ function drawings(demo, findings) {
     truth: demo.truth.map((mm) => mm / 1000),
   };
   const startOutputs = [0.6, 1.0, 0.3, 1.2, 0.5, 0.8, 1.6, 2.0];
-  const startCenters = [1.15, 3.4, 7.4, 9.3];
+  const [depths, startCenters] = [[1.5, 1.5, 1.5, 4.2, 6, 8.4], [1.15, 3.4, 7.4, 9.3]];
   const state = {
     row: demo.pixel[0], column: demo.pixel[1], rule: "mean",
     bin: 4, outputs: [...startOutputs], group: 3, unit: 0, widths: "room",
     e: Math.fround(demo.cabins[2]), before: null, gamma: -4, scale: 0.26,
-    centers: [...startCenters], center: 3, beta: 0.1,
+    centers: [...startCenters], choice: 3, beta: 0.1,
+    get output() { return this.outputs[this.bin - 1]; },
+    set output(value) { this.outputs[this.bin - 1] = value; },
+    get center() { return this.centers[this.choice - 1]; },
+    set center(value) { this.centers[this.choice - 1] = value; },
   }; // prettier-ignore
 
   // ---- SVG as text
@@ -146,18 +151,19 @@ function drawings(demo, findings) {
   const group = (term, ...parts) => `<g data-t="${term}">${parts.flat(9).join("")}</g>`;
   const path = (points, kind) => `<path d="M${points.map(([x, y]) => `${r(x)} ${r(y)}`).join("L")}" class="${kind}"/>`; // prettier-ignore
   const stems = (bars, kind) => `<path d="${bars.map(([x, from, to]) => `M${r(x)} ${r(from)}V${r(to)}`).join("")}" class="${kind}"/>`; // prettier-ignore
+  const arrow = (x1, y1, x2, y2) => `<line x1="${r(x1)}" y1="${r(y1)}" x2="${r(x2)}" y2="${r(y2)}" class="arrow" marker-end="url(#arrow)"/>`; // prettier-ignore
   const join = (...parts) => parts.flat(9).join("");
   const scale = (low, high, from, to) => (value) => from + ((value - low) / (high - low)) * (to - from); // prettier-ignore
   const axis = (x, low, high, y, unit) => {
-    const rough = (high - low) / 5;
+    const rough = (high - low) / Math.min(5, (x(high) - x(low)) / (high - low < 0.1 ? 90 : 60));
     const ten = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 5, 10].map((n) => n * ten).find((n) => n >= rough);
-    const first = Math.ceil(low / step - 1e-6);
-    const ticks = Array.from({ length: Math.floor(high / step + 1e-6) - first + 1 }, (_, i) => (first + i) * step); // prettier-ignore
+    const ticks = [];
+    for (let i = Math.ceil(low / step - 1e-6); i * step < high + 1e-6 * step; i++) ticks.push(i * step);
     const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-6));
     return `<g class="axis">${line(x(low), y, x(high), y, "")}${join(ticks.map((tick, i) => [
       line(x(tick), y, x(tick), y + 4, ""),
-      label(x(tick), y + 17, fixed(tick, digits) + (i === ticks.length - 1 ? ` ${unit}` : ""), i === ticks.length - 1 && tick > high - 0.4 * step ? "end" : i ? "mid" : tick > low + 0.4 * step ? "mid" : ""),
+      label(x(tick), y + 17, fixed(tick, digits) + (i === ticks.length - 1 ? ` ${unit}` : ""), tick > high - 0.4 * step ? "end" : tick > low + 0.4 * step ? "mid" : ""),
     ]))}</g>`; // prettier-ignore
   };
 
@@ -173,7 +179,7 @@ function drawings(demo, findings) {
     const [highest, most] = [Math.max(...curve), Math.max(...p)];
     const hill = curve.map((y, i) => [x(i / 10), base - (0.9 * (base - top) * y) / highest]);
     const mark = (value, text, kind, y, other) => {
-      const left = value > 0.6 * demo.max_depth || (value < other && x(value) > 70);
+      const left = value > 0.6 * demo.max_depth || (value < other && x(value) > 45);
       return line(x(value), y - 9, x(value), base, kind) + label(x(value) + (left ? -6 : 6), y, text, `${left ? "end " : ""}${kind}-text`); // prettier-ignore
     };
     const near = 100 * Cabins.sum(p.filter((_, k) => Math.abs(c[k] - mean) < 0.5));
@@ -281,7 +287,7 @@ function drawings(demo, findings) {
       const length = old ? Math.max(now.length, old.length) : 0;
       const same = Array.from({ length }, (_, i) => now[i] === old[i]);
       const n = same.filter((equal) => !equal).length;
-      const kept = same.map((equal, i) => equal && (["start", ...Cabins.numberText(s.e)][i] ?? "")).filter((char) => /^[\d.]$/.test(char || "")); // prettier-ignore
+      const kept = [...Cabins.numberText(s.e)].filter((_, i) => same[i + 1]).join("");
       const texts = [s.before, s.e].map((e) => e !== null && `“${Cabins.numberText(e)}”`);
       const center = Math.round(s.e * 1e4);
       const x = scale((center - 10.5) / 1e4, (center + 10.5) / 1e4, 44, width - 10);
@@ -298,7 +304,7 @@ function drawings(demo, findings) {
           axis(x, (center - 10) / 1e4, (center + 10) / 1e4, 104, "m"),
         ),
         says: !old ? "Nudge <i>e</i>, and see which tokens change."
-          : n ? `From ${texts[0]} to ${texts[1]}, <b>${n === 1 ? "one token changes" : `${n} tokens change or go`}</b>${kept.length === 1 && kept[0] === "." ? ", and the two texts share only the point" : ""}.`
+          : n ? `From ${texts[0]} to ${texts[1]}, <b>${n === 1 ? "one token changes" : `${n} tokens change or go`}</b>${kept === "." ? ", and the two texts share only the point" : ""}.`
           : `<b>No token changes.</b> Nothing behind the digits can notice: the derivative is 0.`,
       }; // prettier-ignore
     },
@@ -370,6 +376,26 @@ function drawings(demo, findings) {
       }; // prettier-ignore
     },
 
+    // the decoder's stages, as boxes that grow; docs/test_page.py knows the sizes of RN101
+    ladder(s, width) {
+      const stages = [["2048", "13 × 17"], ["1024", "26 × 34"], ["512", "52 × 68"], ["256", "104 × 136"], ["256", "208 × 272"]];
+      const skips = ["x₄, s", "x₃", "x₂", "x₁"];
+      const step = width / 5;
+      const side = (i) => Math.min([46, 54, 66, 82, 104][i], step * 0.86);
+      return {
+        plot: join(stages.map(([channels, size], i) => {
+          const x = (i + 0.5) * step;
+          const top = 160 - side(i);
+          return [
+            rect(x - side(i) / 2, top, side(i), side(i), "stage"),
+            label(x, top + side(i) / 2 + 5, channels, "mid strong"), label(x, 178, size, "mid soft"),
+            skips[i] ? [label(x, 16, skips[i], "mid bold"), arrow(x, 24, x, top - 3)] : "",
+            i ? arrow(x - step + side(i - 1) / 2 + 2, 150, x - side(i) / 2 - 3, 150) : "",
+          ];
+        }), label(0, 200, "1 × 1"), label(width / 2, 200, "enlarge, stack, 3 × 3 twice", "mid"), label(width, 200, "3 × 3, 1 × 1", "end"), label(width, 217, "softmax: p", "end")),
+      }; // prettier-ignore
+    },
+
     // Eq. 5: the mean or the likeliest bin
     mean(s, width) {
       const parts = drawP(s, width, s.rule);
@@ -409,7 +435,6 @@ function drawings(demo, findings) {
 
     // Eq. 7: depths and centres pull each other
     chamfer(s, width) {
-      const depths = draw.depths;
       const { ofDepths, ofCenters, toCenters, toDepths, gradient } = Cabins.chamfer(depths, s.centers); // prettier-ignore
       const x = scale(0, 10, 12, width - 12);
       const [top, bottom] = [40, 112];
@@ -421,11 +446,11 @@ function drawings(demo, findings) {
           group("xc", depths.map((depth, i) => line(x(depth) - 2, top, x(s.centers[ofDepths[i]]) - 2, bottom, "pull xc"))),
           group("cx", s.centers.map((center, j) => line(x(center) + 2, bottom, x(depths[ofCenters[j]]) + 2, top, "pull cx"))),
           depths.map((depth, i) => dot(x(depth), height[i], 6, "truth-dot")),
-          s.centers.map((center, j) => dot(x(center), bottom, j === s.center - 1 ? 9 : 7, j === s.center - 1 ? "center on" : "center")),
+          s.centers.map((center, j) => dot(x(center), bottom, j === s.choice - 1 ? 9 : 7, j === s.choice - 1 ? "center on" : "center")),
           axis(x, 0, 10, 150, "m"),
         ),
         says: `<span class="xc">X → c: ${fixed(toCenters, 3)}</span> + <span class="cx">c → X: ${fixed(toDepths, 3)}</span> = <b>${fixed(toCenters + toDepths, 3)} m²</b>.${flat ? toCenters + toDepths > 0.01 ? " The gradient is 0, and the loss is not: a local minimum." : " No centre is pulled any more." : ""}`,
-        "center out": `${fixed(s.centers[s.center - 1], 2)} m`,
+        "center out": `${fixed(s.centers[s.choice - 1], 2)} m`,
       }; // prettier-ignore
     },
 
@@ -448,8 +473,7 @@ function drawings(demo, findings) {
 
     // who learns: γ and TransDecoder's share of a step, over the steps of training
     learns(s, width) {
-      const kinds = { small_epsilon: "blue", paper: "orange", released: "grey" };
-      const names = { small_epsilon: "ε = 10⁻¹⁵", paper: "the paper’s recipe", released: "γ and p not trained" }; // prettier-ignore
+      const kinds = { small_epsilon: ["blue", "ε = 10⁻¹⁵"], paper: ["orange", "the paper’s recipe"], released: ["grey", "γ and p not trained"] }; // prettier-ignore
       const stacked = width < 480;
       const size = stacked ? width : width / 2 - 8;
       const chart = (left, above, title, y, ticks, valueOf) => {
@@ -457,7 +481,7 @@ function drawings(demo, findings) {
         return [
           label(left, above + 14, title, "strong"),
           ticks.map(([value, text]) => line(left + 40, y(value), left + size - 12, y(value), "grid") + label(left + 34, y(value) + 4, text, "end soft")),
-          Object.entries(kinds).map(([run, kind]) => {
+          Object.entries(kinds).map(([run, [kind]]) => {
             const found = findings.steps.map((step) => [x(step), valueOf(findings.runs[run])[step]]);
             return [
               `<polygon points="${[...found.map(([at, n]) => [at, y(n.least)]), ...found.reverse().map(([at, n]) => [at, y(n.greatest)])].map((point) => point.map(r)).join(" ")}" class="range ${kind}"/>`,
@@ -477,7 +501,7 @@ function drawings(demo, findings) {
           chart(stacked ? 0 : width / 2 + 8, low, "TransDecoder’s share of a step", share, [[0, "0"], [0.5, "50 %"], [1, "100 %"]], (run) => run.step_share.TransDecoder),
         ),
         height: low + 200,
-        key: Object.entries(kinds).map(([run, kind]) => `<span><i class="swatch ${kind}"></i>${names[run]}</span>`).join(" "),
+        key: Object.values(kinds).map(([kind, name]) => `<span><i class="swatch ${kind}"></i>${name}</span>`).join(" "),
       }; // prettier-ignore
     },
 
@@ -500,8 +524,7 @@ function drawings(demo, findings) {
       }; // prettier-ignore
     },
   };
-  Object.defineProperty(draw, "depths", { value: [1.5, 1.5, 1.5, 4.2, 6, 8.4] });
-  return { state, draw, rows, columns, startCenters };
+  return { state, draw, rows, columns, depths, startCenters };
 }
 
 if (typeof module !== "undefined") module.exports = { Cabins, drawings };
@@ -511,15 +534,14 @@ else document.addEventListener("DOMContentLoaded", start);
 
 function start() {
   const [demo, findings] = ["demo", "findings"].map((id) => JSON.parse(document.getElementById(id).textContent)); // prettier-ignore
-  const { state, draw, rows, columns, startCenters } = drawings(demo, findings);
+  const { state, draw, rows, columns, depths, startCenters } = drawings(demo, findings);
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
   document.documentElement.classList.add("js");
 
   // ---- Widgets: what is on screen is drawn, once a frame
   let printing = false;
-  const widgets = Object.fromEntries(
-    all("[data-widget]").map((figure) => [figure.dataset.widget, { figure, plot: figure.querySelector("svg.plot"), stale: true, seen: false }]),
-  ); // prettier-ignore
+  const widgets = Object.fromEntries(all("[data-widget]").map((figure) => [figure.dataset.widget,
+    { figure, plot: figure.querySelector("svg.plot"), stale: true, seen: false }])); // prettier-ignore
   const pixels = all("[data-ring]");
   const redraw = (name) => {
     const { figure, plot } = widgets[name];
@@ -539,54 +561,51 @@ function start() {
       const text = figure.querySelector(`[data-part="${input.dataset.in} out"]`)?.textContent;
       if (text) input.setAttribute("aria-valuetext", text);
     }
-    for (const pad of all("[data-pad]", figure)) {
+    for (const pad of all("[data-pad][role]", figure)) {
       pad.setAttribute("aria-valuetext", parts.spoken);
       pad.setAttribute("aria-valuenow", state.row * columns + state.column);
     }
   };
-  let waiting = false;
+  let lit = null; // the term that is lit, and its section
+  const light = () => {
+    all(".lit").forEach((element) => element.classList.remove("lit"));
+    if (lit) all(`[data-t="${lit[0]}"]`, lit[1]).forEach((e) => e.classList.add("lit"));
+  };
+  let [waiting, ringed] = [false, ""];
   const frame = () => {
     waiting = false;
     const at = `translate(${((state.column + 0.25) * 128) / columns} ${((state.row + 0.25) * 96) / rows})`;
-    if (pixels[0].getAttribute("transform") !== at) {
-      pixels.forEach((ring) => ring.setAttribute("transform", at));
-    }
-    Object.keys(widgets).forEach((name) => widgets[name].stale && widgets[name].seen && redraw(name));
+    if (at !== ringed) pixels.forEach((ring) => ring.setAttribute("transform", at));
+    ringed = at;
+    const due = Object.keys(widgets).filter((name) => widgets[name].stale && widgets[name].seen);
+    due.forEach(redraw);
+    if (lit && due.length) light();
   };
   const changed = (...names) => {
     names.forEach((name) => (widgets[name].stale = true));
     if (!waiting) requestAnimationFrame(frame);
     waiting = true;
   };
-  const sight = new IntersectionObserver(
-    (entries) => {
-      for (const { target, isIntersecting } of entries) {
-        widgets[target.dataset.widget].seen = isIntersecting;
-        if (isIntersecting) changed();
-      }
-    },
-    { rootMargin: "150px" },
-  );
-  const sizes = new ResizeObserver((entries) =>
-    changed(...entries.map(({ target }) => target.closest("[data-widget]").dataset.widget)),
-  );
-  for (const { figure, plot } of Object.values(widgets)) {
+  const see = (entries) => {
+    entries.forEach((entry) => (widgets[entry.target.dataset.widget].seen = entry.isIntersecting));
+    changed();
+  };
+  const sight = new IntersectionObserver(see, { rootMargin: "150px" });
+  for (const [name, { figure, plot }] of Object.entries(widgets)) {
     sight.observe(figure);
-    if (plot) sizes.observe(plot);
+    if (plot) new ResizeObserver(() => changed(name)).observe(plot);
   }
-  for (const event of ["beforeprint", "afterprint"]) {
-    addEventListener(event, () => {
-      printing = event === "beforeprint";
-      Object.keys(widgets).forEach(redraw);
-    });
-  }
+  const print = ({ type }) => {
+    printing = type === "beforeprint";
+    Object.keys(widgets).forEach(redraw);
+  };
+  for (const event of ["beforeprint", "afterprint"]) addEventListener(event, print);
 
   // ---- Pixels
   const choose = (row, column) => {
-    row = Math.min(Math.max(row, 0), rows - 1);
-    column = Math.min(Math.max(column, 0), columns - 1);
-    if (row === state.row && column === state.column) return;
-    [state.row, state.column] = [row, column];
+    const [old, clamp] = [[state.row, state.column], (v, n) => Math.min(Math.max(v, 0), n - 1)];
+    [state.row, state.column] = [clamp(row, rows), clamp(column, columns)];
+    if (state.row === old[0] && state.column === old[1]) return;
     changed("room", "maps", "mean", "strip");
   };
   for (const pad of all("[data-pad]")) {
@@ -606,28 +625,16 @@ function start() {
   }
 
   // ---- Sliders, choices and buttons
-  const set = {
-    output: (value) => (state.outputs[state.bin - 1] = value),
-    center: (value) => (state.centers[state.center - 1] = value),
-  };
   const sync = (name) => {
-    for (const input of all("input[type=range]", widgets[name].figure)) {
-      const key = input.dataset.in;
-      if (key === "output") input.value = state.outputs[state.bin - 1];
-      else if (key === "center") input.value = state.centers[state.center - 1];
-      else input.value = state[key];
-    }
+    all("input[type=range]", widgets[name].figure).forEach((e) => (e.value = state[e.dataset.in]));
     changed(name);
   };
   for (const input of all("[data-in]")) {
-    const key = input.dataset.in;
-    const name = input.closest("[data-widget]").dataset.widget;
+    const [key, name] = [input.dataset.in, input.closest("[data-widget]").dataset.widget];
     input.addEventListener("input", () => {
-      const value = input.type === "range" ? Number(input.value) : input.value;
-      set[key] ? set[key](value) : (state[key] = value);
-      if (key === "bin") sync(name);
-      if (key === "rule") all("[data-rule]").forEach((map) => (map.hidden = map.dataset.rule !== value)); // prettier-ignore
-      changed(name);
+      state[key] = input.type === "range" ? Number(input.value) : input.value;
+      if (key === "rule") all("[data-rule]").forEach((map) => (map.hidden = map.dataset.rule !== state.rule)); // prettier-ignore
+      sync(name);
     });
   }
   const acts = {
@@ -636,7 +643,7 @@ function start() {
     example: () => ([state.before, state.e] = [2.9999, 3]),
     back: () => ([state.before, state.e] = [null, Math.fround(demo.cabins[2])]),
     downhill() {
-      const { gradient } = Cabins.chamfer(draw.depths, state.centers);
+      const { gradient } = Cabins.chamfer(depths, state.centers);
       state.centers = state.centers.map((center, j) => center - 0.5 * gradient[j]);
     },
     twice: () => (state.centers = [1.5, 1.5, 33 / 7, 8.4]),
@@ -651,23 +658,19 @@ function start() {
   }
 
   // ---- Things that are dragged: an edge of Eq. 1, a centre of Eq. 7
-  const nearest = (values, value) => {
-    const gaps = values.map((other) => Math.abs(other - value));
-    return gaps.indexOf(Math.min(...gaps));
-  };
   const grips = {
     bins: {
       take(share) {
         const total = Cabins.sum(state.outputs);
         const edges = state.outputs.slice(0, -1).map((_, i) => Cabins.sum(state.outputs.slice(0, i + 1)) / total); // prettier-ignore
-        state.bin = nearest(edges, share) + 1;
+        state.bin = Cabins.nearest(edges, share) + 1;
       },
-      move: (share) => (state.outputs[state.bin - 1] = Cabins.dragged(state.outputs, state.bin - 1, Math.min(share, 0.98))), // prettier-ignore
+      move: (share) => (state.output = Cabins.dragged(state.outputs, state.bin - 1, Math.min(share, 0.98))), // prettier-ignore
       inset: 10,
     },
     chamfer: {
-      take: (share) => (state.center = nearest(state.centers, 10 * share) + 1),
-      move: (share) => (state.centers[state.center - 1] = 10 * Math.min(Math.max(share, 0.02), 0.98)),
+      take: (share) => (state.choice = Cabins.nearest(state.centers, 10 * share) + 1),
+      move: (share) => (state.center = 10 * Math.min(Math.max(share, 0.02), 0.98)),
       inset: 12,
     },
   };
@@ -679,13 +682,10 @@ function start() {
     };
     plot.addEventListener("pointerdown", (event) => {
       plot.setPointerCapture(event.pointerId);
-      grip.take(share(event));
-      sync(name);
+      sync(name, grip.take(share(event)));
     });
     plot.addEventListener("pointermove", (event) => {
-      if (!plot.hasPointerCapture(event.pointerId)) return;
-      grip.move(share(event));
-      sync(name);
+      if (plot.hasPointerCapture(event.pointerId)) sync(name, grip.move(share(event)));
     });
   }
 
@@ -693,26 +693,22 @@ function start() {
   const list = document.querySelector("#strip ol");
   const stations = all("#strip [data-of]");
   const reading = new Set();
-  const sections = new IntersectionObserver(
-    (entries) => {
-      entries.forEach(({ target, isIntersecting }) => reading[isIntersecting ? "add" : "delete"](target.id));
-      const lit = stations.filter((station) => station.dataset.of.split(" ").some((id) => reading.has(id)));
-      stations.forEach((station) => station.toggleAttribute("aria-current", lit.includes(station)));
-      if (lit.length) list.scrollTo({ left: lit[0].parentElement.offsetLeft - 0.3 * list.clientWidth }); // prettier-ignore
-    },
-    { rootMargin: "-30% 0px -69% 0px" },
-  ); // prettier-ignore
+  const follow = (entries) => {
+    entries.forEach(({ target, isIntersecting }) => reading[isIntersecting ? "add" : "delete"](target.id)); // prettier-ignore
+    const on = stations.filter((e) => e.dataset.of.split(" ").some((id) => reading.has(id)));
+    stations.forEach((station) => station.setAttribute("aria-current", on.includes(station)));
+    if (on.length) list.scrollTo({ left: on[0].parentElement.offsetLeft - 0.3 * list.clientWidth });
+  };
+  const sections = new IntersectionObserver(follow, { rootMargin: "-30% 0px -69% 0px" });
   all(".story > section").forEach((section) => sections.observe(section));
 
   // ---- Terms: an equation's part, its code, its name and its mark light up together
-  const light = (target) => {
-    all(".lit").forEach((element) => element.classList.remove("lit"));
+  const point = ({ target }) => {
     const term = target.closest?.("[data-t]");
-    const found = term ? all(`[data-t="${term.dataset.t}"]`, term.closest("section")) : [];
-    found.forEach((element) => element.classList.add("lit"));
+    if (!term && !lit) return;
+    lit = term ? [term.dataset.t, term.closest("section")] : null;
+    light();
   };
-  for (const event of ["pointerover", "focusin", "click"]) {
-    document.addEventListener(event, ({ target }) => light(target));
-  }
-  document.addEventListener("keydown", ({ key }) => key === "Escape" && light(document.body));
+  for (const event of ["pointerover", "focusin", "click"]) document.addEventListener(event, point);
+  document.addEventListener("keydown", ({ key }) => key === "Escape" && point({ target: document }));
 }

@@ -75,6 +75,8 @@ def test_two_steps_of_each_run(rooms, tmp_path, monkeypatch, capsys):
     assert (found["seeds"], found["torch"]) == ([0, 1], torch.__version__)
     assert found["steps"] == [0, 1, 2]
     check_eq2(found["random_widths"])
+    width = found["random_widths"]["10 m"]["nearest"]
+    assert width["least"] < width["greatest"]  # each seed draws its own
     paper, fixed, small = (found["runs"][name] for name in findings.VARIANTS)
     check_layout(paper, PARTS, ["0", "1", "2"])
     check_layout(fixed, PARTS - TEXT, ["0", "1", "2"])
