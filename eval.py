@@ -68,7 +68,7 @@ def evaluate_windows(
             for module, is_training in modes.items():
                 module.training = is_training
     low, high = cabins.Config.min_depth, dataset.recipe.max_depth
-    rows = defaultdict(list)  # for each window, the metrics of each image
+    images = defaultdict(list)  # for each window, the metrics of each image
     n_nan = 0
     windows = {}
     for sample in tqdm(data.load(dataset, None, workers), "evaluating", leave=False, disable=None):
@@ -78,19 +78,19 @@ def evaluate_windows(
         n_nan += int(depth.isnan().sum())
         depth = depth.nan_to_num(low, high, low).clamp(low, high)
         windows = data.evaluation_windows(dataset.name, *sample["size"][0].tolist())
-        for window, area in windows.items():
-            d, d_star = depth[..., *area], target[..., *area]
+        for window, (rows, columns) in windows.items():
+            d, d_star = depth[..., rows, columns], target[..., rows, columns]
             mask = (d_star > low) & (d_star < high)
             if mask.any():
                 metrics = cabins.depth_metrics(d[mask].double(), d_star[mask].double())
-                rows[window].append({name: value.item() for name, value in metrics.items()})
+                images[window].append({name: value.item() for name, value in metrics.items()})
     first = next(iter(windows), "of no image")
-    if not rows[first]:
+    if not images[first]:
         raise InputError(f"no image has depth from {low} to {high} m in the window {first}")
     found = {}
-    for window in filter(rows.get, windows):
-        n = len(rows[window])
-        means = {name: sum(row[name] for row in rows[window]) / n for name in HEADINGS}
+    for window in filter(images.get, windows):
+        n = len(images[window])
+        means = {name: sum(row[name] for row in images[window]) / n for name in HEADINGS}
         found[window] = Measured(means, n, n_nan)
     return found
 
