@@ -68,10 +68,10 @@ const Cabins = {
     return c[p.findIndex((value) => (held += value) >= share)];
   },
 
-  // what smooths p over depth by a Gaussian of 0.25 m, at each tenth of a metre
+  // what smooths p over depth by a Gaussian of 0.1 m, at each twentieth of a metre
   kernel: (c, high) =>
-    Array.from({ length: Math.round(high * 10) + 1 }, (_, i) =>
-      c.map((center) => Math.exp(-((center - i / 10) ** 2) / 0.125)),
+    Array.from({ length: Math.round(high * 20) + 1 }, (_, i) =>
+      c.map((center) => Math.exp(-((center - i / 20) ** 2) / 0.02)),
     ),
 
   // Eq. 6 out of the mean and the variance of g
@@ -124,11 +124,11 @@ function drawings(demo, findings) {
     truth: demo.truth.map((mm) => mm / 1000),
   };
   const startOutputs = [0.6, 1.0, 0.3, 1.2, 0.5, 0.8, 1.6, 2.0];
-  const [depths, startCenters] = [[1.5, 1.5, 1.5, 4.2, 6, 8.4], [1.15, 3.4, 7.4, 9.3]];
+  const [depths, startCenters] = [[1.5, 1.5, 1.5, 4.2, 6, 8.4], [1.15, 3.4, 6.6, 9.3]];
   const state = {
     row: demo.pixel[0], column: demo.pixel[1], rule: "mean",
     bin: 4, outputs: [...startOutputs], group: 3, unit: 0, widths: "room",
-    e: Math.fround(demo.cabins[2]), before: null, gamma: -4, scale: 0.26,
+    e: Math.fround(demo.cabins[2]), before: null, gamma: -4, scale: Math.log(1.3),
     centers: [...startCenters], choice: 3, beta: 0.1,
     get output() { return this.outputs[this.bin - 1]; },
     set output(value) { this.outputs[this.bin - 1] = value; },
@@ -177,13 +177,13 @@ function drawings(demo, findings) {
     const x = scale(0, demo.max_depth, 10, width - 10);
     const curve = kernel.map((row) => Cabins.expectedDepth(row, p));
     const [highest, most] = [Math.max(...curve), Math.max(...p)];
-    const hill = curve.map((y, i) => [x(i / 10), base - (0.9 * (base - top) * y) / highest]);
+    const hill = curve.map((y, i) => [x(i / 20), base - (0.9 * (base - top) * y) / highest]);
     const mark = (value, text, kind, y, other) => {
       const left = value > 0.6 * demo.max_depth || (value < other && x(value) > 45);
       return line(x(value), y - 9, x(value), base, kind) + label(x(value) + (left ? -6 : 6), y, text, `${left ? "end " : ""}${kind}-text`); // prettier-ignore
     };
     const near = 100 * Cabins.sum(p.filter((_, k) => Math.abs(c[k] - mean) < 0.5));
-    const half = low === high ? `At least half of <b>p</b> lies in the bin at ${metres(low)}.` : `The middle half of <b>p</b> lies between ${fixed(low, 2)} and ${metres(high)}.`; // prettier-ignore
+    const half = low === high ? `${fixed(100 * most, 0)}\u00a0% of <b>p</b> lies in the bin at ${metres(low)}.` : `The middle half of <b>p</b> lies between ${fixed(low, 2)} and ${metres(high)}.`; // prettier-ignore
     const told = rule === "likeliest"
       ? `The likeliest bin has its centre at <b>${metres(likeliest)}</b> and holds ${fixed(100 * most, 0)}\u00a0% of <b>p</b>. The mean is ${metres(mean)}.`
       : `${half} Its mean, <b>${metres(mean)}</b>, is the depth; ${fixed(near, 0)}\u00a0% of <b>p</b> lies within half a metre of it.`; // prettier-ignore
@@ -223,7 +223,7 @@ function drawings(demo, findings) {
       const bracket = (from, to, y, text, term) => group(term,
         `<path d="M${r(from)} ${y}v7H${r(to)}v-7" class="bracket"/>`,
         label(Math.min(Math.max((from + to) / 2, 52), width - 44), y + 21, text, "mid")); // prettier-ignore
-      const moved = centers.filter((center, j) => Math.abs(center - first[j]) > 1e-9).length;
+      const moved = centers.filter((center, j) => j !== i && Math.abs(center - first[j]) > 1e-9).length;
       return {
         plot: join(
           b.map((value, j) => rect(x(edges[j]), 34, value * (width - 20), 34, `bin ${j === i ? "on" : ""}`)),
@@ -235,7 +235,7 @@ function drawings(demo, findings) {
           bracket(x(edges[i]), x((edges[i] + edges[i + 1]) / 2), i ? 102 : 76, "half its own", "half"),
           axis(x, 0, high, 132, "m"),
         ),
-        says: `<i>c</i><sub>${i + 1}</sub> = 0.001 + 9.999 · (${fixed(b[i] / 2, 4)} + ${fixed(before, 4)}) = <b>${fixed(centers[i], 3)}\u00a0m</b>. ${moved ? `${moved} of the 8 centres have moved from where they were first (hollow).` : "Now drag an edge, and see which centres move."}`,
+        says: `<i>c</i><sub>${i + 1}</sub> = 0.001 + 9.999 · (${fixed(b[i] / 2, 4)} + ${fixed(before, 4)}) = <b>${fixed(centers[i], 3)}\u00a0m</b>. ${moved ? `${moved} of the 7 other centres have moved from where they were first (hollow).` : "Now drag an edge, and see which centres move."}`,
         "bin out": String(s.bin), "output out": fixed(s.outputs[i], 1),
       }; // prettier-ignore
     },
@@ -297,7 +297,7 @@ function drawings(demo, findings) {
         typed: `<i>e</i> = ${s.e.toFixed(6)} m → ${texts[1]}`,
         ids: (old ? row(s.before, null, "before") : "") + row(s.e, old, ""),
         plot: join(
-          label(0, 12, "id of the fourth decimal; no step: a zero there is not written", "soft"),
+          label(0, 12, "id of the fourth decimal. A gap: it is 0 and not written.", "soft"),
           [[1, 272], [9, 280]].map(([digit, id]) => label(38, y(digit) + 4, id, "end soft")),
           steps.map((k) => line(x((k - 0.5) / 1e4), y(k % 10), x((k + 0.5) / 1e4), y(k % 10), "step")),
           line(x(s.e), 20, x(s.e), 104, "mark e"),
@@ -346,12 +346,12 @@ function drawings(demo, findings) {
           rect(52, Math.min(...digits.map((d) => y(Math.log10(d)))) - 2, width - 66, Math.abs(y(Math.log10(digits[0])) - y(Math.log10(digits[1]))) + 4, "band"),
           label(58, y(Math.log10(digits[0])) - 8, "as far as 0.1 mm, or 1 m, more in the text", "soft"),
           path(curve.map((g) => at(g, turn(g))), "curve"),
-          dot(...at(rms, trained), 6, "truth-dot"), label(at(rms, trained)[0] + 9, at(rms, trained)[1] + 16, "trained γ, at its RMS", "true-text"),
+          dot(...at(rms, trained), 6, "truth-dot"), label(at(rms, trained)[0] - 9, at(rms, trained)[1] - 8, "trained γ, at its RMS", "end true-text"),
           group("gamma", dot(...at(gamma, now), 8, "center on")),
           [-4, -3, -2, -1, 0].map((n) => line(x(n), 196, x(n), 201, "grid") + label(x(n), 215, power(n), n ? "mid soft" : "end soft")),
           label(width / 2, 232, "γ, the same in each channel", "mid soft"),
         ),
-        says: `With γ = ${Number(gamma.toPrecision(2))} in each channel, Eq. 3 turns the texts of this room by <b>${Number(now.toPrecision(2))} rad</b>, ${times < 1 ? `1/${fixed(1 / times, 1 / times < 10 ? 1 : 0)}` : `${fixed(times, 1)} times`} of what 0.1 mm more in the text does.`,
+        says: `With γ = ${Number(gamma.toPrecision(2))} in each channel, Eq. 3 turns the texts of this room by <b>${Number(now.toPrecision(2))} rad</b>, ${times < 1 ? `1/${fixed(1 / times, 1 / times < 10 ? 1 : 0)} of` : `${fixed(times, 1)} times`} what 0.1 mm more in the text does.`,
         "gamma out": String(Number(gamma.toPrecision(2))),
       }; // prettier-ignore
     },
@@ -378,7 +378,7 @@ function drawings(demo, findings) {
 
     // the decoder's stages, as boxes that grow; docs/test_page.py knows the sizes of RN101
     ladder(s, width) {
-      const stages = [["2048", "13 × 17"], ["1024", "26 × 34"], ["512", "52 × 68"], ["256", "104 × 136"], ["256", "208 × 272"]];
+      const stages = [["2048", "15 × 19"], ["1024", "26 × 34"], ["512", "52 × 68"], ["256", "104 × 136"], ["256", "208 × 272"]];
       const skips = ["x₄, s", "x₃", "x₂", "x₁"];
       const step = width / 5;
       const side = (i) => Math.min([46, 54, 66, 82, 104][i], step * 0.86);
@@ -473,7 +473,7 @@ function drawings(demo, findings) {
 
     // who learns: γ and TransDecoder's share of a step, over the steps of training
     learns(s, width) {
-      const kinds = { small_epsilon: ["blue", "ε = 10⁻¹⁵"], paper: ["orange", "the paper’s recipe"], released: ["grey", "γ and p not trained"] }; // prettier-ignore
+      const kinds = { small_epsilon: ["blue", "ε = 10⁻¹⁵"], paper: ["orange", "γ and p trained"], released: ["grey", "γ and p not trained"] }; // prettier-ignore
       const stacked = width < 480;
       const size = stacked ? width : width / 2 - 8;
       const chart = (left, above, title, y, ticks, valueOf) => {
