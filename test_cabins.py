@@ -180,8 +180,6 @@ def test_number_tokens_are_the_tokens_of_the_printed_number():
     ids = clip_tokenizer.number_tokens(depths)
     assert torch.equal(ids, clip_tokenizer.tokenize(texts, 11))
     assert torch.equal(clip_tokenizer.number_tokens(depths[None, :9], 1), ids[None, :9, :8])
-    known = [49406, 276, 271, 269, 274, 49407]  # 50.3, to two decimals of 50.3000
-    assert clip_tokenizer.number_tokens(torch.tensor(50.3), 2).tolist() == [*known, 0, 0, 0]
 
 
 CLIP_IMAGE = {  # of CLIP's own embedding of an image, and of z at row 4, column 2
@@ -672,6 +670,8 @@ def test_nyus_test_pairs_come_from_the_mat(tmp_path, monkeypatch):
         image = (data.denormalize(sample["image"]) * 255).round()
         assert torch.equal(image[frame], torch.tensor(images[2]).mT[frame])
         assert (image > 0).sum() == 3 * 467 * 625  # the border is black
+    with pytest.raises(InputError):
+        data.DepthDataset("nyu", tmp_path, split, train=True)
     split.write_text(write_pair(tmp_path / "bath", "00001"))  # files that are there come first
     assert data.DepthDataset("nyu", tmp_path, split).pairs[0][0].endswith("rgb_00001.jpg")
 
@@ -811,8 +811,6 @@ def test_metrics_are_means_over_images_and_truth_counts_strictly_inside_the_rang
     for truths, name, window in (([outside], "kitti", "nested"), ([flat(10)], "toy", "whole")):
         with pytest.raises(InputError, match=f"in the window {window}"):
             measured(truths[0], *truths, name=name)
-    with pytest.raises(InputError, match="Subset.*pairs"):
-        evaluation.evaluate(None, torch.utils.data.Subset(MadePairs(few), [0]), 0)
 
 
 def test_flip_averaging_is_of_clipped_depths_at_the_decoders_size(monkeypatch):
@@ -912,8 +910,6 @@ def test_checkpoints_hold_the_network_its_settings_and_more(tiny, tmp_path, monk
     loaded = cabins.load_checkpoint("a.pt")
     assert loaded.config == TINY and not loaded.training and not loaded.bins.training
     assert all(torch.equal(x, tiny.state_dict()[n]) for n, x in loaded.state_dict().items())
-    for conv in (loaded.clip.visual.conv2, cabins.CaBins(TINY).depth_decoder.head):
-        assert conv.weight.is_contiguous(memory_format=torch.channels_last)  # faster
     assert cabins.load_checkpoint(tmp_path / "a.pt", "meta").prompts.device.type == "meta"
 
 
@@ -1057,8 +1053,8 @@ def write_data(root: Path, lists: Path, name: str) -> list[str]:
             (folder / f"rgb_{i}.jpg").rename(root / "raw" / "drive" / f"rgb_{i}.png")
     else:
         file = "own_{}.txt"
-        lines = [write_pair(root / "a", i, 64, 160, 1000 + 500 * i) for i in range(2)]
-        lines.append(write_pair(root / "a", 2, 128, 320))  # measured at the size of training
+        lines = [write_pair(root / "a", i, 64, 192, 1000 + 500 * i) for i in range(2)]
+        lines.append(write_pair(root / "a", 2, 128, 384))  # measured at the size of training
         for part in ("train", "test"):  # relative ones, as users type them
             options += [f"--{part}-split", os.path.relpath(lists / file.format(part))]
         options += ["--depth-scale", "500", "--max-depth", "6"]
@@ -1074,7 +1070,7 @@ KNOWN = {
     "toy": ((10, 1000, (96, 128), 0, 0.1), (128, "tiny"), (4, 3, 96, 128), None, (96, 128)),
     "nyu": ((10, 1000, (416, 544), 2.5, 0.25), (640, "RN101"), (1, 3, 427, 565), 9, (480, 640)),
     "kitti": ((80, 256, (352, 704), 1, 0.1), (1216, "RN101"), (1, 3, 352, 1216), 20, (352, 1216)),
-    "list": ((6, 500, None, 2.5, 0.1), (160, "RN101"), (1, 3, 64, 160), 3, (64, 160)),
+    "list": ((6, 500, None, 2.5, 0.1), (192, "RN101"), (1, 3, 64, 192), 3, (64, 192)),
 }
 
 
@@ -1082,7 +1078,7 @@ KNOWN = {
 def test_what_a_command_trains_and_measures(name, short, narrow, tmp_path):
     """Also that eval.py, from elsewhere and without options, measures what the run measured."""
     recipe, (side, backbone), size, deepest, shown = KNOWN[name]
-    crop, is_toy = recipe[2] or (64, 128), name == "toy"  # 7/8, in multiples of 32, at least 64
+    crop, is_toy = recipe[2] or (64, 160), name == "toy"  # 7/8, in multiples of 32, at least 64
     out, options = tmp_path / "out", write_data(tmp_path / "data", narrow, name)
     seen = watched("train.py", *options, "--epochs", 1, "--out", out)
     expected = (backbone, "cabins", 256, 8, 8, 1e-3, recipe[0], side)
@@ -1323,7 +1319,7 @@ def test_a_killed_run_goes_on_exactly_and_auto_begins_where_there_is_nothing(sho
     killed(short, "learn", 99, *EIGHT_STEPS, "--resume", "auto", "--out", whole)  # it is not
     whole = content(whole)
     assert whole[0]["optimizer"]["state"][0]["step"] == whole[0]["step"] == 8
-    for what, at, step in (("learn", 4, 3), ("learn", 7, 4), ("validate", 1, 4)):
+    for what, at, step in (("learn", 4, 3), ("learn", 8, 7), ("validate", 1, 4)):
         out = tmp_path / f"{what}{at}"
         killed(short, what, at, *EIGHT_STEPS, "--out", out)
         assert cabins.read_checkpoint(out / "last.pt")["step"] == step
@@ -1343,7 +1339,9 @@ def test_a_run_names_its_options_and_its_checkpoints_name_no_folder(short, tmp_p
     options = write_data(tmp_path / "data", tmp_path, "list") + ["--backbone", "tiny"]
     killed(short, "validate", 1, *options, "--epochs", 2, "--out", tmp_path / "a")
     about = json.loads((tmp_path / "a" / "args.json").read_text())
-    assert about.keys() == {"options", "torch", "commit"} and about["torch"] == torch.__version__
+    how = {"shell": True, "cwd": Path(train.__file__).parent, "capture_output": True, "text": True}
+    head = subprocess.run("git rev-parse HEAD", check=False, **how).stdout.strip()
+    assert about == {"options": about["options"], "torch": torch.__version__, "commit": head}
     known = {"data": "list", "root": str(tmp_path / "data"), "epochs": 2, "seed": 0, "amp": "off"}
     known |= {"depth_scale": 500, "train_split": str(tmp_path / "own_train.txt"), "clip": "none"}
     assert about["options"].items() >= known.items()
@@ -1425,7 +1423,8 @@ def test_two_processes_average_the_gradients_of_their_shares(short, tmp_path):
     assert cabins.read_checkpoint(tmp_path / "a" / "last.pt")["step"] == 2
 
     short.setattr(train, "MAX_NORM", 1e9)
-    run, means = train.Run(train.parse_args(options)), {}
+    run, means, seeds = train.Run(train.parse_args(options)), {}, []
+    spied(short, data, "augment", lambda *given: seeds.append(given[3].initial_seed()))
     run.n_processes, order = 2, run.order(0)[4:].tolist()
     told = [torch.load(tmp_path / f"step2_{rank}.pt") for rank in (0, 1)]
     for run.rank, (batch, before, gradients, loss) in enumerate(told):
@@ -1433,13 +1432,14 @@ def test_two_processes_average_the_gradients_of_their_shares(short, tmp_path):
         run.model.train().load_state_dict(before)
         run.step = 1
         close(run.learn(batch)[2][0], loss, 1e-4)  # of its own share, with its own random numbers
+        seeds.append(torch.initial_seed())  # of dropout
         parameters = dict(run.model.named_parameters())
         for name in gradients:
             means[name] = means.get(name, 0) + parameters[name].grad / 2
-    for _, before, gradients, _ in told:
+    assert len({*seeds}) == 4
+    for _, _, gradients, _ in told:
         found, expected = (torch.cat([*map(torch.ravel, x.values())]) for x in (gradients, means))
         close(found, expected, 1e-3)
-        assert all(torch.equal(before[name], told[0][1][name]) for name in gradients)
 
 
 def test_each_process_has_its_own_gpu_and_all_share_batchnorms_statistics(short):
@@ -1454,18 +1454,20 @@ def test_each_process_has_its_own_gpu_and_all_share_batchnorms_statistics(short)
     short.setattr(dist, "get_rank", lambda: 1)
     short.setattr(nn.parallel, "DistributedDataParallel", note("parallel"))
     short.setattr(cabins.CaBins, "to", lambda model, *given, **_: note("to")(*given) or model)
-    args = train.parse_args(["--batch-size", "4"])
+    short.setattr(torch, "compile", note("compile"))
+    args = train.parse_args(["--batch-size", "4", "--compile"])
     run = train.Run(args)
     assert (args.device, args.amp, run.device, run.rank) == (None, "bf16", gpu, 1)
-    wanted = [("to",), ("to", gpu), ("parallel", run.model)]
+    wanted = [("to",), ("to", gpu), ("parallel", run.model), ("compile", None)]
     assert calls == [("set_device", gpu), ("init",), *wanted]
     kinds = {type(module) for module in run.model.modules()}
     assert nn.SyncBatchNorm in kinds and nn.BatchNorm2d not in kinds
     assert [len(batch) for batch in run.batches()] == [2] * 6
     with pytest.raises(InputError, match=r"--batch-size 5 .*2 processes"):
         train.Run(train.parse_args(["--batch-size", "5"]))
+    assert train.parse_args(["--device", "cpu"]).amp == "off"
     short.setattr(torch.cuda, "is_bf16_supported", lambda *_: False)
-    assert train.parse_args([]).amp == train.parse_args(["--device", "cpu"]).amp == "off"
+    assert train.parse_args([]).amp == "off"
     assert data.choose_device("cpu").type == "cpu" and data.choose_device().type == "cuda"
 
 
@@ -1483,7 +1485,6 @@ def test_all_of_a_step_is_on_one_device_and_reads_no_value(short):
     assert {x.device.type for x in (*prediction, depth, result)} == {"meta"}
     assert autocast == [("meta", torch.bfloat16, True)]
     assert sum(flags) == 2  # the batch; a temporary's memory would be written anew too early
-    assert data.denormalize(prediction.depth.expand(-1, 3, -1, -1)).device.type == "meta"
 
 
 def test_pictures_and_test_images_go_to_the_networks_device(tiny, short, tmp_path):
@@ -1498,8 +1499,9 @@ def test_pictures_and_test_images_go_to_the_networks_device(tiny, short, tmp_pat
     short.setattr(cabins.CaBins, "forward", forward)
     model = cabins.load_checkpoint(tmp_path / "a.pt", "meta").half()
     cabins.infer(model, np.zeros((90, 120, 3), np.uint8))
+    evaluation.predictor(model)(torch.zeros(1, 3, 96, 128))
     assert run_script("eval.py", tmp_path / "a.pt", "--device", "meta").status == 0
-    assert found == [("meta", torch.half, "meta"), *[("meta", torch.float, "meta")] * 2]
+    assert found == [("meta", x, "meta") for x in 2 * [torch.half] + 2 * [torch.float]]
 
 
 ON_GPU = """
@@ -1540,7 +1542,6 @@ def broken(tmp_path_factory) -> Path:
     depths = ("cut.jpg", "grey.tif", "sync_depth_narrow.png", "gone.png")
     files |= {x: f"a/rgb_1.jpg a/{x}" for x in depths}
     files = {f"{name}.txt": text.encode() for name, text in files.items()}
-    torch.manual_seed(0)
     cabins.save_checkpoint(root / "tiny.pt", cabins.CaBins(TINY))
     whole = (root / "tiny.pt").read_bytes()
     middle = len(whole) // 2
@@ -1574,7 +1575,7 @@ WRONG = {
     " | --init [tiny.pt] --backbone RN50 | --init theirs.pt {python -m extras.convert theirs.pt}"
     " | --clip clip.pt --backbone [RN50] | --clip [none.pt] | --clip [text.pt] | --clip [other.pt]"
     " | --clip [evil.pt]",
-    ("eval.py", 1): "[none.pt] | [cut.pt] | [bit.pt] | [text.pt] | [shapes.pt] | k.pt {7}"
+    ("eval.py", 1): "[none.pt] | [cut.pt] | bit.pt {damaged} | [text.pt] | [shapes.pt] | k.pt {7}"
     " | [evil.pt] | theirs.pt {python -m extras.convert theirs.pt} | tiny.pt {--data}"
     " | tiny.pt --data [nyu] | tiny.pt --data toy --figures [a]"
     " | tiny.pt --data list --root . --split good.txt --depth-scale 1 {wrong --depth-scale}",
