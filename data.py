@@ -39,7 +39,7 @@ class Recipe(NamedTuple):
     crop: tuple[int, int] | None = None  # rows and columns of the random crop; None: 7/8 of each
     rotation: float = 2.5  # degrees, to either side
     brightness: float = 0.1  # the image is multiplied by a factor within 1 ± this
-    longer_side: int | None = None  # of a test image, pixels; None: that of the first pair
+    longer_side: int | None = None  # longer side of the frames, pixels; None: the first pair's
     folders: tuple[str, ...] = ("",)  # below the root, in which the paths of a list may begin
 
 

@@ -281,8 +281,8 @@ def main() -> None:
     args = parser.parse_args()
     model, dataset = open_checkpoint(args)
     out = data.new_folder(args.figures) if args.figures else None
-    if args.csv:
-        Path(args.csv).touch()  # a wrong path ends here, not after the work
+    if args.csv and not Path(args.csv).resolve().parent.is_dir():
+        raise InputError(f"--csv {args.csv} lies in a folder that does not exist: make it first")
     measure(args, predictor(model, not args.no_flip), dataset, model.config.longer_side)
     if out:
         draw_samples(out, model, dataset, 4)

@@ -1578,6 +1578,7 @@ WRONG = {
     ("eval.py", 1): "[none.pt] | [cut.pt] | bit.pt {damaged} | [text.pt] | [shapes.pt] | k.pt {7}"
     " | [evil.pt] | theirs.pt {python -m extras.convert theirs.pt} | tiny.pt {--data}"
     " | tiny.pt --data [nyu] | tiny.pt --data toy --figures [a]"
+    " | tiny.pt --data toy --csv [none/rows.csv]"
     " | tiny.pt --data list --root . --split good.txt --depth-scale 1 {wrong --depth-scale}",
     ("train.py", 2): "--backbone [RN102] | --init tiny.pt [--clip] RN50"
     " | --resume a/last.pt {args.json}",
