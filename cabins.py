@@ -989,4 +989,4 @@ def infer(model: CaBins, picture: str | Path | Image.Image | np.ndarray) -> Infe
     d, c, e, _, p = predict_picture(model, array)
     variance = (p * (c[:, :, None, None] - d).square()).sum(1, keepdim=True)  # Σ p (c - d)²
     d, std = resize(torch.cat([d, variance.sqrt()], dim=1), array.shape[:2])[0]  # (H, W) each
-    return Inference(*(x.float().cpu().numpy() for x in (d, std, c[0], e[0])))
+    return Inference(*(x.cpu().numpy() for x in (d, std, c[0], e[0])))

@@ -60,9 +60,8 @@ class Run:
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
-            dist.init_process_group(
-                timeout=timedelta(days=1)
-            )  # others wait while the first validates
+            # The other processes wait while the first one validates.
+            dist.init_process_group(timeout=timedelta(days=1))
             self.rank = dist.get_rank()
         scales = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
         self.dataset = data.DepthDataset(args.data, args.root, args.train_split, True, **scales)
@@ -101,20 +100,22 @@ class Run:
         longer_side = recipe.longer_side or max(self.dataset.read(0)[1].shape)
         depths = {"max_depth": recipe.max_depth, "longer_side": longer_side}
         config = cabins.Config(args.backbone, args.distance_class, **depths)
-        if not args.init:
-            return cabins.CaBins(
-                config, None if args.clip == "none" else cabins.load_clip(args.clip)
-            )
-        content = cabins.read_checkpoint(args.init)
-        if content["config"]["max_depth"] != config.max_depth:
-            print(f"{args.init} is for {content['config']['max_depth']} m: its depths are scaled")
-        return cabins.load_strictly(cabins.CaBins(config), content["model"], args.init)
+        if args.init:
+            content = cabins.read_checkpoint(args.init)
+            top = content["config"]["max_depth"]
+            if top != config.max_depth:
+                print(f"{args.init} is for {top} m: its depths are scaled")
+            return cabins.load_strictly(cabins.CaBins(config), content["model"], args.init)
+        clip = None if args.clip == "none" else cabins.load_clip(args.clip)
+        return cabins.CaBins(config, clip)
 
     def steps_per_epoch(self) -> int:
+        """How many batches an epoch has."""
         # NOTE(differs): The released code keeps the last, smaller batch. We drop it.
         return len(self.dataset) // self.args.batch_size
 
     def trained_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer gets: all but the text encoder."""
         # NOTE(differs): The released optimizer has the token embedding, but neither p nor γ.
         return [p for p in self.model.parameters() if p.requires_grad]
 
@@ -125,6 +126,7 @@ class Run:
         return torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed))
 
     def loss(self, prediction: cabins.Prediction, depth: Tensor) -> Tensor:
+        """Eq. 8 for this process's share of a batch."""
         return cabins.total_loss(prediction, depth, self.model.config.min_depth)
 
     def batches(self) -> Iterator[list[int]]:
