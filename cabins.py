@@ -223,9 +223,9 @@ def distance_classes(centers: Tensor, n_cabins: int, kind: str = "cabins") -> Te
 
     The weights depend on the unit of depth, because 1 / |c - m| has a unit, and on how far apart
     the centres are. We measured the mean for 256 random widths (uniform on [0.1, 1.1], normalised).
-    Over 10 m, e_k lies 0.35 mm from the centre nearest to m_k, and over 80 m 23 mm, mostly where
-    two centres nearly tie. Over 10 m in centimetres, e_k lies 0.6 mm from m_k itself. With equal
-    widths, the two middle centres tie, and e_k is m_k in any unit.
+    Over 10 m, e_k lies 0.35 mm from the centre nearest to m_k, and over 80 m 23 mm. Over 10 m in
+    centimetres, e_k lies 0.6 mm from m_k itself. With equal widths, the two middle centres tie, and
+    e_k is m_k in any unit.
 
     `kind` is a row of Table 3. "median" and "mean" replace Eq. 2. With "semantic" the texts are
     phrases, and the distances of Eq. 2 are only reported.

@@ -125,9 +125,10 @@ class DepthDataset(Dataset):
         folders = [root / folder for folder in self.recipe.folders if (root / folder).is_dir()]
         pairs = [(find(image, folders, SUFFIXES), find(depth, folders)) for image, depth in names]
         # If the image is missing, `find` may return its depth map, which has another suffix.
-        missing = [
-            n for n, (image, depth) in zip(names, pairs) if not depth or image in (None, depth)
-        ]
+        missing = []
+        for listed, (image, depth) in zip(names, pairs):
+            if depth is None or image in (None, depth):
+                missing.append(listed)
         if not missing:
             return pairs
         mat = root if root.is_file() else root / NYU_MAT

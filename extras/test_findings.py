@@ -279,7 +279,7 @@ def test_what_the_first_page_and_the_docstrings_say_was_measured():
         last = list(turn)[-1]
         assert turn["0"]["greatest"] < 1e-4  # "Eq. 3 is nearly the identity"
         assert rms["0"]["greatest"] < 1e-10  # "far below Adam's ε"
-        assert share["0"]["greatest"] < 0.01  # "The layers hardly move until γ has grown"
+        assert share["0"]["greatest"] < 0.01  # "its layers hardly learn before γ grows"
         assert share[last]["least"] > 10 * share["0"]["greatest"]
     fixed = found[R]  # "There, Eq. 3 stays nearly the identity"
     assert all(n["greatest"] < 1e-4 for n in fixed["turn"].values())
@@ -288,9 +288,7 @@ def test_what_the_first_page_and_the_docstrings_say_was_measured():
 
 def test_the_four_rows_are_equal_as_readme_says():
     found = figures()
-    (most,) = re.findall(
-        r"The four rows differ by less than (0\.\d+) in the demo", read("README.md")
-    )
+    (most,) = re.findall(r"the demo's four rows differ by less than (0\.\d+)", read("README.md"))
     for run in (D, R, E, K):  # and the kitchen's
         whole, *others = (found[run]["ablation"][row] for row in ROWS)
         for row in others:
