@@ -7,20 +7,16 @@ embedding. The text embeddings attend to the image (Eq. 3) and are compared with
 the image (Eq. 4). A decoder turns these similarities and the image features into a probability over
 the bins at each pixel. Depth is the expected bin centre (Eq. 5).
 
-Read this file downwards, with the paper beside it. The method comes first, in the order of Sec. 3.2
-to 4.3. The rest of CLIP follows. Weights, checkpoints and pictures come last.
-
+The method comes first, in the paper's order. The rest of CLIP follows, then weights and pictures.
 What the equations do not say (docs/findings.md has the evidence):
 
-- The text does not train the MLP that predicts the bins. A distance becomes digits, digits become
-  token ids, and no gradient passes through a look-up. The MLP learns from the bin centres alone:
-  through the depth (Eq. 5 and 6) and through the bins loss (Eq. 7).
-- No loss supervises the similarity s directly. The decoder receives s as 8 of the 2,056 channels of
-  its first convolution. The other 2,048 are x4. z comes from x4, and s comes from z and t.
-- γ scales all that Eq. 3 does. γ starts at 1e-4, where Eq. 3 is nearly the identity. The gradient
-  of TransDecoder has the factor γ. From random weights, its layers hardly learn before γ grows.
-- The released code trains neither γ nor the prompts. There, Eq. 3 stays nearly the identity, and
-  the prompts keep their random initial values. We train both.
+- The text does not train the MLP of the bins: a distance becomes digits, and no gradient passes
+  through them. The MLP learns from the bin centres alone, through Eq. 5 with Eq. 6, and Eq. 7.
+- No loss supervises the similarity s directly. The decoder receives s as 8 of 2,056 channels. The
+  other 2,048 are x4, from which z, and so s, is computed.
+- γ scales all that Eq. 3 does. At the start γ is 1e-4, and Eq. 3 is nearly the identity. From
+  random weights, the layers of TransDecoder hardly learn before γ has grown.
+- The released code trains neither γ nor the prompts. Both keep their initial values. We train both.
 - Eq. 2 depends on the unit of depth and on how far apart the centres are. For random widths in
   metres, e_k is almost the bin centre nearest to the mean of its group.
 
@@ -43,8 +39,7 @@ The paper's symbols. A batch adds an axis B in front of all but the prompts, γ 
     z_bar, z     z̄, z       D, D x h x w  embedding of the image, and of each location   3.2.1
     b_prime, b   b′, b      n_bins        bin widths, before and after normalisation     3.2.1
     c            c(b)       n_bins        bin centres, metres                            3.2.1
-    min_depth    d_min      -             start of the depth range: 1e-3 m               3.2.1
-    max_depth    d_max      -             end of the depth range: 10 m, KITTI 80 m       3.2.1
+    min_depth, … d_min, …   -             depth range to d_max: 1e-3 to 10 m (KITTI 80)  3.2.1
     m, w         m_k, w_i   K, K x n_g    means of the groups, and weights inside them   3.2.2
     e            e_k        K             distances (the paper's distance classes), m    3.2.2
     1e-4         ε          -             keeps Eq. 2 from dividing by 0                 3.2.2
@@ -59,11 +54,10 @@ The paper's symbols. A batch adds an axis B in front of all but the prompts, γ 
     g            g_i        1 x H x W     log d - log d*                                 3.3
     LAMBDA, …    λ, α, β    -             constants of Eq. 6 and 8: 0.85, 10 and 0.1     3.3
 
-The public names of c, e, s, p and d are centers, distances, similarity, probability and depth. The
-letter p names the prompts and the probability, as in the paper. `NOTE(differs)` marks a place where
-the paper, the released code (github.com/EunjinSon1/CaBins at 4e9c9a0) and this code disagree.
-`NOTE(paper silent)` marks a choice that the paper leaves open. README has all of them, in the table
-"Paper, released code, and here".
+The public names of c, e, s, p and d are centers, distances, similarity, probability and depth.
+`NOTE(differs)` marks a place where the paper, the released code (github.com/EunjinSon1/CaBins at
+4e9c9a0) and this code disagree, and `NOTE(paper silent)` a choice that the paper leaves open.
+README's table "Paper, released code, and here" has all of them.
 """
 
 from __future__ import annotations
@@ -80,6 +74,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torchvision.models import resnet
+from torchvision.ops import MLP, Conv2dNormActivation
+from torchvision.transforms.v2 import Normalize
 
 from clip_tokenizer import EOT, number_tokens, tokenize
 
@@ -91,7 +88,7 @@ class InputError(ValueError):
 # ---- Configuration -------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of a network, held in its checkpoints. Raises InputError for a wrong setting."""
+    """The settings of a network, which its checkpoints hold. A wrong one raises InputError."""
 
     backbone: str = "RN101"  # a key of BACKBONES
     distance_class: str = "cabins"  # a row of TABLE_3
@@ -101,27 +98,21 @@ class Config:
     min_depth: float = 1e-3  # d_min, metres. NOTE(paper silent): the released code's value
     max_depth: float = 10.0  # d_max, metres; 80 for KITTI
     longer_side: int = 640  # longer side of the training frames, pixels; 1216 for KITTI
-    # NOTE(paper silent): Like the released code, we normalise images with the statistics of
-    # ImageNet, not with those of CLIP's own training. The statistics are constants, not settings.
+    # NOTE(paper silent): As in the released code, these are ImageNet's statistics, not CLIP's.
     image_mean: ClassVar = (0.485, 0.456, 0.406)  # red, green, blue, in [0, 1]
-    image_std: ClassVar = (0.229, 0.224, 0.225)
+    image_std: ClassVar = (0.229, 0.224, 0.225)  # constants, not settings
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # a checkpoint must not hold NumPy's scalars
-            kind = type(field.default)
-            object.__setattr__(self, field.name, kind(getattr(self, field.name)))
+            value = type(field.default)(getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
         if self.backbone not in BACKBONES or self.distance_class not in TABLE_3:
-            found = f"{self.backbone!r} and {self.distance_class!r}"
-            raise InputError(f"{found}: choose one of {[*BACKBONES]} and one of {TABLE_3}")
+            raise InputError(f"{self}: choose one of {[*BACKBONES]} and one of {TABLE_3}")
         if self.n_cabins < 1 or self.n_bins % self.n_cabins:
-            raise InputError(f"n_cabins is {self.n_cabins}; it must divide n_bins, {self.n_bins}")
-        if not 0 < self.min_depth < self.max_depth < math.inf:
-            depths = f"min_depth is {self.min_depth}, max_depth {self.max_depth}"
-            raise InputError(f"{depths}; 0 < min_depth < max_depth must hold")
+            raise InputError(f"{self}: n_cabins must divide n_bins")
 
 
-# ---- Sec. 3.1 and 3.2.1  The last layer of the image encoder -------------------------------------
-# `ResNet`, below the metrics, turns an image into x1, x2, x3 and x4. Its last layer is this one.
+# ---- Sec. 3.1 and 3.2.1  The last layer of the image encoder `ResNet`, which is below the metrics
 def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, n_heads: int, is_causal=False) -> Tensor:
     """Attention of queries (B, Tq, C) to keys and values (B, Tk, C): (B, Tq, C)."""
     q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, n, T, C/n)
@@ -130,24 +121,16 @@ def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, n_heads: int, is_causa
 
 
 def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
-    """Resize the positional embeddings of a global token and a square grid to (1 + hw, C).
-
-    NOTE(paper silent): Interpolates without aligned corners, as the released code does. The
-    decoder's `resize` aligns them.
-    """
+    """Resize the positional embeddings of a global token and a square grid to (1 + hw, C)."""
     side = math.isqrt(len(positions) - 1)
     grid = positions[1:].T.unflatten(1, (side, side))[None]  # (1, C, side, side)
+    # NOTE(paper silent): As in the released code, corners are aligned in `resize`, but not here.
     grid = F.interpolate(grid, size=(h, w), mode="bilinear")  # (1, C, h, w)
     return torch.cat([positions[:1], grid[0].flatten(1).T])  # (1 + hw, C)
 
 
 class AttentionPool(nn.Module):
-    """CLIP's MHA module: z_bar (B, D) and z (B, D, h, w) from x4 (B, C, h, w).
-
-    In CLIP, the global token x̄ (the mean of x4) is the only query. In Sec. 3.2.1 every token is a
-    query, so each location gets an embedding. The output of one query does not depend on the other
-    queries, so z_bar is the same as with x̄ as the only query.
-    """
+    """CLIP's MHA module: z_bar (B, D) and z (B, D, h, w) from x4 (B, C, h, w)."""
 
     def __init__(self, channels: int, embed_dim: int, grid: int):
         super().__init__()
@@ -161,9 +144,10 @@ class AttentionPool(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h, w = x.shape[-2:]
         x = x.flatten(2).mT  # (B, hw, C)
-        x = torch.cat([x.mean(1, keepdim=True), x], dim=1)  # [x̄, x]: (B, 1 + hw, C)
-        x = x + resize_positions(self.positional_embedding, h, w)
+        x = torch.cat([x.mean(1, keepdim=True), x], dim=1)  # [x̄, x], with the global token x̄
+        x = x + resize_positions(self.positional_embedding, h, w)  # (B, 1 + hw, C)
         # CLIP:  z̄ = MHA(q = x̄, kv = [x̄, x]).   Here:  [z̄, z] = MHA(q = kv = [x̄, x])
+        # The output of a query does not depend on the other queries, so z̄ stays CLIP's own.
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         out = self.c_proj(multi_head_attention(q, k, v, self.n_heads))  # [z̄, z]: (B, 1 + hw, D)
         return out[:, 0], out[:, 1:].mT.unflatten(2, (h, w))  # (B, D), (B, D, h, w)
@@ -171,28 +155,19 @@ class AttentionPool(nn.Module):
 
 # ---- Sec. 3.2.1  Bins ----------------------------------------------------------------------------
 def bin_centers(b: Tensor, min_depth: float, max_depth: float) -> Tensor:
-    """Centres (B, n_bins) of adjacent bins that fill the range from d_min to d_max, in metres.
-
-    The widths b (B, n_bins) are shares of this range and sum to 1. Fixed bins would spend centres
-    on depths that an image does not contain. Predicted bins can be narrow where its depths are.
-    """
+    """Centres (B, n_bins), in metres, of bins whose widths b are shares of the range."""
+    # Fixed bins would spend centres on depths that the image does not contain.
     # Eq. 1:  c(b_i) = d_min + (d_max - d_min) (b_i / 2 + Σ_{j<i} b_j)
     return min_depth + (max_depth - min_depth) * (b.cumsum(1) - b / 2)  # cumsum includes b_i
 
 
 class AdaptiveBins(nn.Module):
-    """The MLP of Sec. 3.2.1: bin widths b (B, n_bins), which sum to 1, from z_bar (B, D).
-
-    NOTE(differs): The paper says "MLP with ReLU". We follow the released code: layers of 512, 256
-    and n_bins, LeakyReLU between them, ReLU + 0.1 after the last. The 0.1 keeps every width above
-    0. With ReLU alone, a row without a positive output would be divided by 0.
-
-    All widths are divided by their sum. So when one bin grows, the centres of all other bins move,
-    those before it too.
-    """
+    """The MLP of Sec. 3.2.1: bin widths b (B, n_bins), which sum to 1, from z_bar (B, D)."""
 
     def __init__(self, embed_dim: int, n_bins: int):
         super().__init__()
+        # NOTE(differs): The paper says "MLP with ReLU". We follow the released code: these layers,
+        # LeakyReLU between them, ReLU + 0.1 after the last.
         self.mlp = nn.Sequential(
             nn.Linear(embed_dim, 512),
             nn.LeakyReLU(),
@@ -202,57 +177,15 @@ class AdaptiveBins(nn.Module):
         )
 
     def forward(self, z_bar: Tensor) -> Tensor:
-        # Widths and centres are float32, because bfloat16 has steps of 6 cm near 10 m.
+        # Widths and centres are float32, because bfloat16 has steps of 6 cm near 10 m. With ReLU
+        # alone, a row without a positive output would be divided by 0.
         b_prime = F.relu(self.mlp(z_bar).float()) + 0.1  # b′: (B, n_bins)
-        return b_prime / b_prime.sum(1, keepdim=True)
+        return b_prime / b_prime.sum(1, keepdim=True)  # if one bin grows, all other centres move
 
 
 # ---- Sec. 3.2.2  CaBins --------------------------------------------------------------------------
 TABLE_3 = ("cabins", "median", "mean", "semantic")  # the rows of Table 3; "cabins" is "Ours"
-
-
-def distance_classes(centers: Tensor, n_cabins: int, kind: str = "cabins") -> Tensor:
-    """Condense the bin centres (B, n_bins) to K distances (B, K), in metres (Figure 3, Eq. 2).
-
-        bin centres      c_1 … c_32    c_33 … c_64    …    c_225 … c_256    n_bins = 256
-        8 groups of 32   mean m_1      mean m_2       …    mean m_8
-        8 distances      e_1           e_2            …    e_8              K = 8
-
-    e_k is a weighted mean of group k. The nearer a centre is to m_k, the more it weighs. Without
-    groups, the text encoder would have to encode 256 texts for each image.
-
-    The weights depend on the unit of depth, because 1 / |c - m| has a unit, and on how far apart
-    the centres are. We measured the mean for 256 random widths (uniform on [0.1, 1.1], normalised).
-    Over 10 m, e_k lies 0.35 mm from the centre nearest to m_k, and over 80 m 23 mm. Over 10 m in
-    centimetres, e_k lies 0.6 mm from m_k itself. With equal widths, the two middle centres tie, and
-    e_k is m_k in any unit.
-
-    `kind` is a row of Table 3. "median" and "mean" replace Eq. 2. With "semantic" the texts are
-    phrases, and the distances of Eq. 2 are only reported.
-    NOTE(paper silent): The paper does not say which median. For an even group we take the lower
-    median, so e_k is always one of the bin centres.
-    """
-    groups = centers.unflatten(1, (n_cabins, -1))  # (B, K, n_g)
-    m = groups.mean(2, keepdim=True)  # (B, K, 1)
-    if kind == "mean":
-        return m.squeeze(2)
-    if kind == "median":
-        return groups.median(2).values
-    if kind not in TABLE_3:
-        raise InputError(f"kind is {kind!r}; it must be one of {', '.join(TABLE_3)}")
-    # Eq. 2:  e_k = Σ_i w_i c_k(b_i),   w_i = softmax(1 / (|c_k(b_i) - m_k| + ε)),   ε = 1e-4
-    w = torch.softmax(1 / ((groups - m).abs() + 1e-4), dim=2)  # (B, K, n_g)
-    return (w * groups).sum(2)  # (B, K)
-
-
-# ---- Sec. 3.2.3  Text encoder --------------------------------------------------------------------
-# A distance of 2.498 m becomes the text below. `number_tokens` makes the ids of [SOT], the number
-# and [EOT] (the paper writes [SOS] and [EOS]). `CLIP.encode_text` inserts the prompts p1 … p8.
-#
-#     [SOT]  p1  p2  p3  p4  p5  p6  p7  p8  "2"  "."  "4"  "9"  "8"  [EOT]
-#
-# Close distances need not have similar texts: "2.9999" and "3.0" share only the point.
-SEMANTIC_BINS = [  # the phrases of Sec. 4.6, in place of the numbers
+SEMANTIC_BINS = [  # in the texts of "semantic" (Sec. 4.6); its distances are only reported
     "giant",
     "extremely close",
     "close",
@@ -264,11 +197,42 @@ SEMANTIC_BINS = [  # the phrases of Sec. 4.6, in place of the numbers
 ]
 
 
-class TransDecoderAttention(nn.Module):
-    """DenseCLIP's attention of x (B, Tq, C) to the tokens of `memory` (B, Tk, C): (B, Tq, C).
+def distance_classes(centers: Tensor, n_cabins: int, kind: str = "cabins") -> Tensor:
+    """Condense the bin centres (B, n_bins) to K distances (B, K), in metres (Figure 3, Eq. 2).
 
-    Unlike in CLIP, the projections to queries, keys and values have no bias.
+        bin centres      c_1 … c_32    c_33 … c_64    …    c_225 … c_256    n_bins = 256
+        8 groups of 32   mean m_1      mean m_2       …    mean m_8
+        8 distances      e_1           e_2            …    e_8              K = 8
+
+    e_k is a weighted mean of group k, in which the centres nearest to m_k weigh most. Without
+    groups, the text encoder would have to encode 256 texts for each image. The weights depend on
+    the unit of depth, because 1 / |c - m| has a unit, and on how far apart the centres are. We
+    measured the mean for 256 random widths (uniform on [0.1, 1.1], normalised). Over 10 m, e_k lies
+    0.35 mm from the centre nearest to m_k, and over 80 m 23 mm. Over 10 m in centimetres, e_k lies
+    0.6 mm from m_k itself. With equal widths, two centres tie, and e_k is m_k in any unit.
     """
+    groups = centers.unflatten(1, (n_cabins, -1))  # (B, K, n_g)
+    m = groups.mean(2, keepdim=True)  # (B, K, 1)
+    if kind == "mean":
+        return m.squeeze(2)
+    if kind == "median":
+        return groups.median(2).values  # NOTE(paper silent): the lower median, always a bin centre
+    if kind not in TABLE_3:
+        raise InputError(f"kind is {kind!r}; it must be one of {', '.join(TABLE_3)}")
+    # Eq. 2:  e_k = Σ_i w_i c_k(b_i),   w_i = softmax(1 / (|c_k(b_i) - m_k| + ε)),   ε = 1e-4
+    w = torch.softmax(1 / ((groups - m).abs() + 1e-4), dim=2)  # (B, K, n_g)
+    return (w * groups).sum(2)  # (B, K)
+
+
+# ---- Sec. 3.2.3  Text encoder --------------------------------------------------------------------
+# A distance of 2.498 m becomes the text below. `number_tokens` makes the ids of [SOT], the number
+# and [EOT] (the paper writes [SOS] and [EOS]). `CLIP.encode_text` inserts the prompts p1 … p8.
+# Close distances need not have similar texts: "2.9999" and "3.0" share only the point.
+# NOTE(paper silent): Like the released code, we write e_k as a number with up to 4 decimals, and
+# leave out DepthCLIP's "This object is".
+#     [SOT]  p1  p2  p3  p4  p5  p6  p7  p8  "2"  "."  "4"  "9"  "8"  [EOT]
+class TransDecoderAttention(nn.Module):
+    """Attention of x (B, Tq, C) to `memory` (B, Tk, C), without CLIP's biases of q, k and v."""
 
     def __init__(self, width: int, n_heads: int, dropout: float):
         super().__init__()
@@ -285,11 +249,7 @@ class TransDecoderAttention(nn.Module):
 
 
 class TransDecoderLayer(nn.Module):
-    """A layer, from the texts x (B, K, C) and the image `memory` (B, 1 + hw, C) to (B, K, C).
-
-    Self-attention among the texts comes first. Cross-attention from the texts to the image and an
-    MLP follow. A LayerNorm stands before each of the three.
-    """
+    """A pre-norm layer, from the texts x (B, K, C) and the image (B, 1 + hw, C) to (B, K, C)."""
 
     def __init__(self, width: int, n_heads: int, dropout: float = 0.1):
         super().__init__()
@@ -298,35 +258,21 @@ class TransDecoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.cross_attn = TransDecoderAttention(width, n_heads, dropout)
         self.norm3 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(4 * width, width),
-        )
-        self.dropout = nn.Dropout(dropout)
+        self.mlp = MLP(width, [4 * width, width], activation_layer=nn.GELU, dropout=dropout)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         y = self.norm1(x)
-        x = x + self.self_attn(y, y)
-        x = x + self.cross_attn(self.norm2(x), memory)
-        return x + self.dropout(self.mlp(self.norm3(x)))
+        x = x + self.self_attn(y, y)  # among the texts
+        x = x + self.cross_attn(self.norm2(x), memory)  # from the texts to the image
+        return x + self.mlp(self.norm3(x))
 
 
 class TransDecoder(nn.Module):
-    """Update the text embeddings t (B, K, D) by attention to the image: z_bar (B, D) and z.
-
-    The same distance looks different in two rooms. Eq. 3 adapts its text embedding to the room.
-    γ starts at 1e-4. Eq. 3 is then nearly the identity, and training starts from CLIP's own text
-    embeddings. The gradient of the layers has the factor γ: they hardly learn until γ has grown.
-
-    NOTE(paper silent): The paper does not give the layers. The sizes and the initialisation are
-    DenseCLIP's, as in the released code.
-    NOTE(differs): The released optimizer has neither γ nor the prompts. There, γ stays 1e-4.
-    """
+    """Update the text embeddings t (B, K, D) by attention to the image: z_bar (B, D) and z."""
 
     def __init__(self, embed_dim: int, width: int, n_layers: int, n_heads: int = 4):
         super().__init__()
+        # NOTE(paper silent): Layers and initialisation are DenseCLIP's, as in the released code.
         self.text_proj = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width))
         self.memory_proj = nn.Sequential(
             nn.LayerNorm(embed_dim), nn.Linear(embed_dim, width), nn.LayerNorm(width)
@@ -338,9 +284,13 @@ class TransDecoder(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 2:  # a weight of a linear layer
                 nn.init.trunc_normal_(parameter, std=0.02)
+        # With a small γ, training starts almost from CLIP's own text embeddings. The gradient of
+        # the layers has the factor γ.
+        # NOTE(differs): The released optimizer has neither γ nor the prompts. There, γ stays 1e-4.
         self.gamma = nn.Parameter(torch.full((embed_dim,), 1e-4))
 
     def forward(self, t: Tensor, z_bar: Tensor, z: Tensor) -> Tensor:
+        # A distance looks different in two rooms. Eq. 3 adapts its text embedding to the room.
         memory = torch.cat([z_bar[:, :, None], z.flatten(2)], dim=2).mT  # [z̄, z]: (B, 1 + hw, D)
         memory = self.memory_proj(memory)  # (B, 1 + hw, width)
         x = self.text_proj(t)  # (B, K, width)
@@ -353,11 +303,8 @@ class TransDecoder(nn.Module):
 
 # ---- Sec. 3.2.4  Depth prediction ----------------------------------------------------------------
 def cosine_similarity(z: Tensor, t: Tensor) -> Tensor:
-    """Cosine of each location z (B, D, h, w) and each text t (B, K, D): s (B, K, h, w).
-
-    Without normalisation, s would depend on the lengths of z and t as well as on their directions.
-    CLIP multiplies its cosines by a learned factor, exp(`logit_scale`). Eq. 4 has no such factor.
-    """
+    """Cosine of each location z (B, D, h, w) and each text t (B, K, D): s (B, K, h, w)."""
+    # CLIP multiplies its cosines by exp(`logit_scale`). Eq. 4 has no such factor.
     # Eq. 4:  s = ẑ · t̂,   where ẑ and t̂ are z and t of length 1
     return torch.einsum("bdhw,bkd->bkhw", F.normalize(z, dim=1), F.normalize(t, dim=2))
 
@@ -368,29 +315,24 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class DepthDecoder(nn.Module):
-    """Probability p (B, n_bins, H/2, W/2) over the bins, from the pyramid and s (B, K, h, w).
-
-    NOTE(paper silent): The convolutions and their channels are the released code's. `fuse` is a
-    1 x 1 convolution that pads [x4, s] by one location on each side. This shifts x4 by 28 to 31
-    image pixels against the skip connections near the border. We keep the padding, so that the
-    authors' checkpoints give the same depth.
-    NOTE(differs): `head` has n_bins channels in the paper and here, 256 in the released code.
-    """
+    """Probability p (B, n_bins, H/2, W/2) over the bins, from the pyramid and s (B, K, h, w)."""
 
     def __init__(self, channels: tuple[int, ...], n_cabins: int, n_bins: int):
         super().__init__()
         *skips, width = channels  # of x1, x2 and x3, and of x4
+        # NOTE(paper silent): The convolutions are the released code's. This one is 1 x 1, but pads
+        # [x4, s] by one location. Near the border, this shifts x4 by 28 to 31 image pixels against
+        # the skip connections. We keep it, so that the authors' checkpoints give the same depth.
         self.fuse = nn.Conv2d(width + n_cabins, width, 1, padding=1)
         self.up = nn.ModuleList()
         for skip in reversed(skips):  # x3, x2, x1
-            layers = []
-            for inputs in (width + skip, width // 2):
-                layers.append(nn.Conv2d(inputs, width // 2, 3, padding=1))
-                layers.append(nn.BatchNorm2d(width // 2))
-                layers.append(nn.LeakyReLU(inplace=True))
-            self.up.append(nn.Sequential(*layers))
+            up = nn.Sequential()  # 3 x 3 convolution, BatchNorm and LeakyReLU, twice
+            for n in (width + skip, width // 2):  # input channels
+                up += Conv2dNormActivation(n, width // 2, bias=True, activation_layer=nn.LeakyReLU)
+            self.up.append(up)
             width = width // 2
         # No activation stands between these two, so together they equal one 3 x 3 convolution.
+        # NOTE(differs): `head` has n_bins channels in the paper and here, 256 in the released code.
         self.head = nn.Conv2d(width, n_bins, 3, padding=1)
         self.classifier = nn.Conv2d(n_bins, n_bins, 1)
 
@@ -407,10 +349,8 @@ class DepthDecoder(nn.Module):
 
 
 def expected_depth(centers: Tensor, p: Tensor) -> Tensor:
-    """Depth (B, 1, H/2, W/2) in metres: the mean of the centres (B, n_bins) under p.
-
-    The argmax would jump from bin to bin. The mean is smooth, and never leaves [c_1, c_n_bins].
-    """
+    """Depth (B, 1, H/2, W/2) in metres: the mean of the centres (B, n_bins) under p."""
+    # The argmax would jump from bin to bin. The mean never leaves [c_1, c_n_bins].
     # Eq. 5:  d_i = Σ_k c(b_k) p_ik
     return (centers[:, :, None, None] * p).sum(1, keepdim=True)
 
@@ -431,69 +371,52 @@ class CaBins(nn.Module):
 
     def __init__(self, config: Config, clip: CLIP | None = None):
         super().__init__()
-        architecture = BACKBONES[config.backbone]
-        embed_dim = architecture.embed_dim
+        sizes = BACKBONES[config.backbone]
+        embed_dim = sizes.embed_dim
         self.config = config
         self.integer_digits = len(f"{config.max_depth:.0f}")  # of the largest distance
-        self.clip = clip or CLIP(architecture)
-        if self.clip.architecture != architecture:
+        self.clip = clip or CLIP(sizes)
+        if self.clip.sizes != sizes:
             raise InputError(f"the CLIP that was given is not {config.backbone}: name its backbone")
-        self.reassemble = dpt_reassembly(architecture) if architecture.is_vit else None
+        self.reassemble = dpt_reassembly(sizes) if sizes.is_vit else None
         self.bins = AdaptiveBins(embed_dim, config.n_bins)
         # NOTE(differs): The standard deviation is CoOp's, 0.02. The released code takes 1.
-        self.prompts = nn.Parameter(torch.empty(config.n_prompts, architecture.text_width))
+        self.prompts = nn.Parameter(torch.empty(config.n_prompts, sizes.text_width))
         nn.init.trunc_normal_(self.prompts, std=0.02)
-        self.trans_decoder = TransDecoder(
-            embed_dim, architecture.decoder_width, architecture.decoder_layers
-        )
-        self.depth_decoder = DepthDecoder(architecture.channels, config.n_cabins, config.n_bins)
-        if config.distance_class == "semantic":
-            phrases = tokenize(SEMANTIC_BINS, length=5)  # at most 3 tokens, [SOT] and [EOT]
-            self.register_buffer("phrases", phrases, persistent=False)
+        self.trans_decoder = TransDecoder(embed_dim, sizes.decoder_width, sizes.decoder_layers)
+        self.depth_decoder = DepthDecoder(sizes.channels, config.n_cabins, config.n_bins)
+        if config.distance_class == "semantic":  # a phrase has at most 3 tokens, [SOT] and [EOT]
+            self.phrases = nn.Buffer(tokenize(SEMANTIC_BINS, length=5), persistent=False)
         self.to(memory_format=torch.channels_last)  # makes convolutions faster: docs/speed.md
 
     def encode_distances(self, e: Tensor) -> Tensor:
-        """Text embeddings t (B, K, D) of the distances e (B, K), or of the phrases of Sec. 4.6.
-
-        No gradient passes from t to e, since e becomes digits. Gradients of the text reach the
-        prompts, γ, TransDecoder and, through Eq. 3 and 4, the image encoder.
-
-        NOTE(paper silent): The paper does not say how e_k is written. Like the released code, we
-        write the number with up to 4 decimals, and leave out DepthCLIP's "This object is".
-        """
+        """Text embeddings t (B, K, D) of the distances e (B, K), or of the phrases of Sec. 4.6."""
         if self.config.distance_class == "semantic":
             t = self.clip.encode_text(self.phrases, self.prompts)  # (K, D)
             return t.expand(e.shape[0], -1, -1)  # (B, K, D): the same for every image
+        # No gradient passes from t to e, which becomes digits. The text trains the prompts, γ,
+        # TransDecoder and, through Eq. 3 and 4, the image encoder.
         ids = number_tokens(e, self.integer_digits)  # (B, K, T), with T = 9 for 10 m and for 80 m
         t = self.clip.encode_text(ids.flatten(0, 1), self.prompts)  # (BK, D)
         return t.view(*e.shape, -1)  # (B, K, D)
 
     def forward(self, image: Tensor, upsample: bool = True) -> Prediction:
-        """Figure 2, for normalised images (B, 3, H, W) of at least 64 x 64 pixels.
-
-        In a smaller image x4 may have a single location, and BatchNorm cannot train on one such
-        image alone. With upsample=False, depth stays at H/2 x W/2. `eval.py` averages the depths of
-        an image and of its mirror image at this size.
-        """
+        """Figure 2, for normalised images (B, 3, H, W) of at least 64 x 64 pixels."""
+        # In a smaller image x4 may be one location, which BatchNorm cannot train on.
         if image.ndim != 4 or image.shape[1] != 3 or min(image.shape[2:]) < 64:
-            shape = tuple(image.shape)
-            raise InputError(f"image is {shape}; it must be (B, 3, H, W), H and W at least 64")
+            raise InputError(f"image is {tuple(image.shape)}, not (B, 3, H >= 64, W >= 64)")
         config = self.config
-        # Sec. 3.2.1: the image encoder, and the bins of this image
-        pyramid, z_bar, z = self.clip.visual(image)
+        pyramid, z_bar, z = self.clip.visual(image)  # Sec. 3.2.1: the image encoder
         if self.reassemble:  # ViT's four feature maps all have stride 16
             pyramid = [stage(x) for stage, x in zip(self.reassemble, pyramid)]
         c = bin_centers(self.bins(z_bar), config.min_depth, config.max_depth)  # (B, n_bins)
-        # Sec. 3.2.2: CaBins
-        e = distance_classes(c, config.n_cabins, config.distance_class)  # (B, K)
-        # Sec. 3.2.3: the text encoder, and the update of its embeddings with the image
-        t = self.encode_distances(e)  # (B, K, D)
-        t = self.trans_decoder(t, z_bar, z)  # (B, K, D)
-        # Sec. 3.2.4: similarity, probability, depth
-        s = cosine_similarity(z, t)  # (B, K, h, w)
+        e = distance_classes(c, config.n_cabins, config.distance_class)  # Sec. 3.2.2: (B, K)
+        t = self.encode_distances(e)  # Sec. 3.2.3: (B, K, D)
+        t = self.trans_decoder(t, z_bar, z)  # updated with the image: (B, K, D)
+        s = cosine_similarity(z, t)  # Sec. 3.2.4: (B, K, h, w)
         p = self.depth_decoder(pyramid, s)  # (B, n_bins, H/2, W/2)
         d = expected_depth(c, p)  # (B, 1, H/2, W/2)
-        if upsample:
+        if upsample:  # else d stays at H/2 x W/2, where eval.py averages an image and its mirror
             d = resize(d, image.shape[-2:])  # (B, 1, H, W)
         return Prediction(d, c, e, s.float(), p)
 
@@ -505,18 +428,14 @@ LAMBDA, ALPHA, BETA = 0.85, 10.0, 0.1  # λ, α, β
 def silog_loss(depth: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Scale-invariant logarithmic loss over the valid pixels of the batch (Eq. 6).
 
-    depth, target and mask have the same shape. Without a valid pixel the loss is 1e-5.
-
     The term under the root is Var(g) + (1 - λ) mean(g)². So λ = 0.85 forgives 85 % of the squared
     mean. With λ = 1, a depth that is wrong by one factor everywhere would cost nothing.
-
     NOTE(paper silent): As in the released code, the sums run over the batch, not over each image.
     NOTE(differs): The variance in Eq. 6 is the biased one. The released code has the unbiased one.
     """
     if not depth.shape == target.shape == mask.shape:  # or they would broadcast
-        shapes = [tuple(x.shape) for x in (depth, target, mask)]
-        raise ValueError(f"depth, target and mask are {shapes}; they must have the same shape")
-    n = mask.sum().clamp(min=1)
+        raise ValueError("depth, target and mask must have the same shape")
+    n = mask.sum().clamp(min=1)  # without a valid pixel, the loss is 1e-5
     g = torch.where(mask, depth, 1).log() - torch.where(mask, target, 1).log()  # 0 outside mask
     # Eq. 6:  L_pixel = α √( 1/n Σ g_i² - λ/n² (Σ g_i)² )
     square = g.square().sum() / n - LAMBDA * (g.sum() / n).square()
@@ -524,7 +443,7 @@ def silog_loss(depth: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def nearest(values: Tensor, queries: Tensor) -> Tensor:
-    """For each query (B, Q), the nearest of the values (B, V), which are in increasing order."""
+    """For each query (B, Q), the nearest of the increasing values (B, V)."""
     midpoints = (values[:, 1:] + values[:, :-1]) / 2  # (B, V - 1)
     index = torch.searchsorted(midpoints, queries)  # (B, Q): how many midpoints lie below a query
     return values.gather(1, index)
@@ -535,13 +454,10 @@ def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
     Each true depth pulls the nearest centre, and each centre is pulled to the nearest true depth.
     Eq. 6 constrains only the mean of the centres under p, and Eq. 7 places the centres themselves.
-    An image without ground truth adds 0.
-
-    NOTE(paper silent): The paper does not define chamfer(·, ·). Like the released code, we take the
-    squared distance to the nearest element of the second set, averaged over the first set. A depth
-    counts once for each pixel that has it. The losses of the images are averaged.
+    NOTE(paper silent): Like the released code, we take chamfer(·, ·) as the squared distance to the
+    nearest element of the second set, averaged over the first set, and then over the images.
     """
-    c = centers  # (B, n_bins)
+    c = centers
     valid = mask.flatten(1)  # (B, HW)
     X = target.flatten(1).masked_fill(~valid, 0)  # (B, HW)
     # Pixels without ground truth get the largest true depth, which adds no new value to X.
@@ -549,15 +465,13 @@ def chamfer_loss(centers: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     # Eq. 7:  L_bins = chamfer(X, c(b)) + chamfer(c(b), X)
     X_to_c = (X - nearest(c, X)).square() * valid  # (B, HW)
     c_to_X = (c - nearest(X.sort(1).values, c)).square() * valid.any(1, keepdim=True)  # (B, n_bins)
-    loss = X_to_c.sum(1) / valid.sum(1).clamp(min=1) + c_to_X.mean(1)  # (B,)
+    loss = X_to_c.sum(1) / valid.sum(1).clamp(min=1) + c_to_X.mean(1)  # (B,); 0 without truth
     return loss.mean()
 
 
 def total_loss(prediction: Prediction, target: Tensor, min_depth: float) -> Tensor:
-    """The training loss. The ground truth (B, 1, H, W), in metres, is valid above min_depth.
-
-    L_pixel has no unit, but L_bins has. In centimetres, L_bins would be 10,000 times as large.
-    """
+    """The training loss. The ground truth (B, 1, H, W), in metres, is valid above min_depth."""
+    # In centimetres, L_bins would be 10,000 times as large, and L_pixel the same.
     mask = target > min_depth
     d = resize(prediction.depth, target.shape[-2:])  # a no-op, unless depth is at H/2 x W/2
     # Eq. 8:  L_total = L_pixel + β L_bins
@@ -566,14 +480,7 @@ def total_loss(prediction: Prediction, target: Tensor, min_depth: float) -> Tens
 
 # ---- Sec. 4.3  Evaluation metrics ----------------------------------------------------------------
 def depth_metrics(depth: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """The metrics of one image, from the predicted and the true depths (n,) of its valid pixels.
-
-    Depths are in metres. `eval.evaluate` averages each metric over the images. Raises ValueError if
-    there are no depths, or if the shapes differ.
-    """
-    if depth.shape != target.shape or depth.ndim != 1 or not len(depth):
-        shapes = f"{tuple(depth.shape)} and {tuple(target.shape)}"
-        raise ValueError(f"depths of shapes {shapes}; they must be equal, 1-D and not empty")
+    """The metrics of one image, from the predicted and true depths (n,) in metres."""
     error = depth - target  # d - d*
     log_error = depth.log() - target.log()
     delta = torch.maximum(depth / target, target / depth)  # δ = max(d / d*, d* / d)
@@ -589,10 +496,7 @@ def depth_metrics(depth: Tensor, target: Tensor) -> dict[str, Tensor]:
     }
 
 
-# ==== CLIP (Sec. 3.1) =============================================================================
-# Parameters are named as in OpenAI's files.
-
-
+# ==== CLIP (Sec. 3.1): parameters are named as in OpenAI's files ==================================
 class Architecture(NamedTuple):
     """The sizes of one CLIP."""
 
@@ -608,33 +512,23 @@ class Architecture(NamedTuple):
     decoder_layers: int = 6
 
 
-BACKBONES = {  # the sizes in the order above
+BACKBONES = {  # the sizes in the order above; "tiny" is for the demo and the tests
     "RN50": Architecture(1024, (256, 512, 1024, 2048), (3, 4, 6, 3), 64, 7, 512, 12),
     "RN101": Architecture(512, (256, 512, 1024, 2048), (3, 4, 23, 3), 64, 7, 512, 12),
     "ViT-B/16": Architecture(512, (96, 192, 384, 768), (12,), 768, 14, 512, 12, is_vit=True),
-    # for the demo and the tests
-    "tiny": Architecture(
-        64, (40, 80, 160, 320), (1, 1, 1, 1), 10, 4, 64, 2, decoder_width=64, decoder_layers=2
-    ),
+    "tiny": Architecture(64, (40, 80, 160, 320), (1, 1, 1, 1), 10, 4, 64, 2, False, 64, 2),
 }
 
 
-class Bottleneck(nn.Module):
-    """CLIP's residual block. An average pool makes the stride, not a convolution."""
+class Bottleneck(resnet.Bottleneck):
+    """CLIP's residual block: the usual three convolutions, but an average pool for the stride."""
 
     def __init__(self, in_channels: int, width: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * width)
+        super().__init__(in_channels, width)  # conv1, bn1, conv2, bn2, conv3 and bn3
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.downsample = nn.Identity()
         if in_channels != 4 * width:
-            conv = nn.Conv2d(in_channels, 4 * width, 1, bias=False)
-            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(4 * width))
+            self.downsample = Conv2dNormActivation(in_channels, 4 * width, 1, activation_layer=None)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu_(self.bn1(self.conv1(x)))
@@ -644,28 +538,24 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """CLIP's modified ResNet: image (B, 3, H, W) to pyramid, z_bar (B, D) and z (B, D, h, w).
+    """CLIP's modified ResNet: image (B, 3, H, W) to pyramid, z_bar (B, D) and z (B, D, h, w)."""
 
-    CLIP uses only x4. The paper takes all four stages, for the depth decoder (Sec. 3.2.1).
-    """
-
-    def __init__(self, architecture: Architecture):
+    def __init__(self, sizes: Architecture):
         super().__init__()
-        width = architecture.width
-        # The stem has three convolutions and an average pool, not one convolution and a max pool.
-        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        width = sizes.width
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)  # the stem
         self.bn1 = nn.BatchNorm2d(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width // 2)
         self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(width)
         channels = width
-        for i, n_blocks in enumerate(architecture.layers):
+        for i, n_blocks in enumerate(sizes.layers):
             stage = [Bottleneck(channels, width * 2**i, stride=1 if i == 0 else 2)]
             channels = 4 * width * 2**i
             stage += [Bottleneck(channels, width * 2**i, stride=1) for _ in range(n_blocks - 1)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
-        self.attnpool = AttentionPool(channels, architecture.embed_dim, architecture.grid)
+        self.attnpool = AttentionPool(channels, sizes.embed_dim, sizes.grid)
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         x = F.relu_(self.bn1(self.conv1(image)))  # (B, width / 2, H/2, W/2)
@@ -676,8 +566,7 @@ class ResNet(nn.Module):
         x2 = self.layer2(x1)  # (B, 8 width, H/8, W/8)
         x3 = self.layer3(x2)  # (B, 16 width, H/16, W/16)
         x4 = self.layer4(x3)  # (B, 32 width, H/32, W/32)
-        z_bar, z = self.attnpool(x4)
-        return [x1, x2, x3, x4], z_bar, z
+        return [x1, x2, x3, x4], *self.attnpool(x4)  # CLIP uses only x4
 
 
 class TransformerBlock(nn.Module):
@@ -686,7 +575,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, width: int, is_causal: bool):
         super().__init__()
         self.n_heads = width // 64
-        self.is_causal = is_causal
+        self.is_causal = is_causal  # whether a token attends only to itself and to earlier ones
         self.ln_1 = nn.LayerNorm(width)
         self.attn = nn.Module()  # a name in OpenAI's files; one matrix projects to q, k and v
         self.attn.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) / width**0.5)
@@ -699,47 +588,35 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)  # 3 width
-        x = x + self.attn.out_proj(
-            multi_head_attention(*qkv.chunk(3, dim=-1), self.n_heads, self.is_causal)
-        )
+        y = multi_head_attention(*qkv.chunk(3, dim=-1), self.n_heads, self.is_causal)
+        x = x + self.attn.out_proj(y)
         y = self.mlp.c_fc(self.ln_2(x))
         return x + self.mlp.c_proj(y * torch.sigmoid(1.702 * y))  # QuickGELU, CLIP's GELU
-
-
-def transformer(width: int, n_layers: int, is_causal: bool) -> nn.ModuleDict:
-    """CLIP's blocks. With is_causal, a token attends only to itself and to earlier ones."""
-    blocks = [TransformerBlock(width, is_causal) for _ in range(n_layers)]
-    return nn.ModuleDict({"resblocks": nn.Sequential(*blocks)})
 
 
 class CLIP(nn.Module):
     """Both encoders of CLIP: `visual`, which is trained, and the text encoder, which is frozen."""
 
-    def __init__(self, architecture: Architecture):
+    def __init__(self, sizes: Architecture):
         super().__init__()
-        self.architecture = architecture
-        width = architecture.text_width
-        image_encoder = VisionTransformer if architecture.is_vit else ResNet
-        self.visual = image_encoder(architecture)
-        # Without OpenAI's weights (demo, tests), tokens keep torch's standard deviation of 1.
-        self.token_embedding = nn.Embedding(EOT + 1, width)
+        self.sizes = sizes
+        width = sizes.text_width
+        self.visual = VisionTransformer(sizes) if sizes.is_vit else ResNet(sizes)
+        self.token_embedding = nn.Embedding(EOT + 1, width)  # std 1 without OpenAI's weights
         self.positional_embedding = nn.Parameter(torch.randn(77, width) * 0.01)
-        self.transformer = transformer(width, architecture.text_layers, is_causal=True)
+        blocks = [TransformerBlock(width, is_causal=True) for _ in range(sizes.text_layers)]
+        self.transformer = nn.ModuleDict({"resblocks": nn.Sequential(*blocks)})
         self.ln_final = nn.LayerNorm(width)
-        projection = torch.randn(width, architecture.embed_dim) / width**0.5
-        self.text_projection = nn.Parameter(projection)
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's own; Eq. 4 has none
+        self.text_projection = nn.Parameter(torch.randn(width, sizes.embed_dim) / width**0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # which Eq. 4 does not use
         # NOTE(differs): We freeze the whole text encoder. The released code trains its tokens.
         self.requires_grad_(False)
         self.visual.requires_grad_(True)
 
     def encode_text(self, ids: Tensor, prompts: Tensor | None = None) -> Tensor:
-        """Text embeddings (L, D) of token ids (L, T), each text from [SOT] to [EOT].
-
-        The prompts (N, text_width) stand after [SOT]. Gradients reach them through the encoder.
-        NOTE(differs): Sec. 3.1 encodes 77 positions, the released code 30. We encode 17, because
-        the encoder is causal, and positions after [EOT] change nothing.
-        """
+        """Text embeddings (L, D) of token ids (L, T). The prompts (N, text_width) follow [SOT]."""
+        # NOTE(differs): Sec. 3.1 encodes 77 positions, the released code 30. We encode 17, because
+        # the encoder is causal, and positions after [EOT] change nothing.
         x = self.token_embedding(ids)  # (L, T, text_width)
         end = ids.argmax(-1)  # (L,): [EOT] has the highest id
         if prompts is not None:
@@ -753,59 +630,47 @@ class CLIP(nn.Module):
 
 # ---- Sec. 4.6  ViT-B/16 --------------------------------------------------------------------------
 class VisionTransformer(nn.Module):
-    """CLIP's ViT: image (B, 3, H, W) to four feature maps, z_bar (B, D) and z (B, D, h, w).
+    """CLIP's ViT: image (B, 3, H, W) to four feature maps, z_bar (B, D) and z (B, D, h, w)."""
 
-    The feature maps and z have stride 16. The class token takes the role of x̄ and gives z_bar.
-
-    NOTE(differs): Like DPT, which the paper follows, we take the tokens after blocks 3, 6, 9 and
-    12. We drop DPT's readout of the class token. The released ViT does not return [z̄, z], which
-    the released network needs.
-    """
-
-    def __init__(self, architecture: Architecture):
+    def __init__(self, sizes: Architecture):
         super().__init__()
-        width = architecture.width
-        n_positions = architecture.grid**2 + 1
-        n_blocks = architecture.layers[0]
+        width = sizes.width
         self.conv1 = nn.Conv2d(3, width, 16, stride=16, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) / width**0.5)
-        self.positional_embedding = nn.Parameter(torch.randn(n_positions, width) / width**0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(sizes.grid**2 + 1, width) / width**0.5)
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = transformer(width, n_blocks, is_causal=False)
+        blocks = [TransformerBlock(width, is_causal=False) for _ in range(sizes.layers[0])]
+        self.transformer = nn.ModuleDict({"resblocks": nn.Sequential(*blocks)})
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(torch.randn(width, architecture.embed_dim) / width**0.5)
-        self.taps = [n_blocks * i // 4 for i in (1, 2, 3, 4)]  # 3, 6, 9, 12
+        self.proj = nn.Parameter(torch.randn(width, sizes.embed_dim) / width**0.5)
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        h, w = (math.ceil(size / 16) for size in image.shape[-2:])
-        image = resize(image, (16 * h, 16 * w))  # whole patches
-        x = self.conv1(image).flatten(2).mT  # (B, hw, width)
-        class_token = self.class_embedding.expand(x.shape[0], 1, -1)
-        x = torch.cat([class_token, x], dim=1)  # (B, 1 + hw, width)
+        h, w = (math.ceil(size / 16) for size in image.shape[-2:])  # of z and all feature maps
+        x = self.conv1(resize(image, (16 * h, 16 * w)))  # whole patches: (B, width, h, w)
+        class_token = self.class_embedding.expand(x.shape[0], 1, -1)  # in the role of x̄
+        x = torch.cat([class_token, x.flatten(2).mT], dim=1)  # (B, 1 + hw, width)
         x = self.ln_pre(x + resize_positions(self.positional_embedding, h, w))
+        # NOTE(differs): Like DPT, which the paper follows, we take the tokens after blocks 3, 6, 9
+        # and 12. We drop DPT's readout of the class token. The released ViT lacks [z̄, z] and fails.
         features = []
-        for i, block in enumerate(self.transformer.resblocks, 1):
-            x = block(x)
-            if i in self.taps:
-                features.append(x[:, 1:].mT.unflatten(2, (h, w)))  # (B, width, h, w)
+        step = len(self.transformer.resblocks) // 4  # 3
+        for i in range(0, 4 * step, step):
+            x = self.transformer.resblocks[i : i + step](x)
+            features.append(x[:, 1:].mT.unflatten(2, (h, w)))  # (B, width, h, w)
         out = self.ln_post(x) @ self.proj  # [z̄, z]: (B, 1 + hw, D)
         return features, out[:, 0], out[:, 1:].mT.unflatten(2, (h, w))  # …, (B, D), (B, D, h, w)
 
 
-def dpt_reassembly(architecture: Architecture) -> nn.ModuleList:
-    """DPT's stages, which bring ViT's four feature maps from stride 16 to 4, 8, 16 and 32.
-
-    NOTE(paper silent): The channels are those of DPT for ViT-B: 96, 192, 384 and 768.
-    """
-    width = architecture.width
-    c1, c2, c3, c4 = architecture.channels
-    stages = [
-        nn.Sequential(nn.Conv2d(width, c1, 1), nn.ConvTranspose2d(c1, c1, 4, stride=4)),
-        nn.Sequential(nn.Conv2d(width, c2, 1), nn.ConvTranspose2d(c2, c2, 2, stride=2)),
-        nn.Conv2d(width, c3, 1),
-        nn.Sequential(nn.Conv2d(width, c4, 1), nn.Conv2d(c4, c4, 3, stride=2, padding=1)),
-    ]
-    return nn.ModuleList(stages)
+def dpt_reassembly(sizes: Architecture) -> nn.ModuleList:
+    """DPT's stages, which bring ViT's four feature maps from stride 16 to 4, 8, 16 and 32."""
+    # NOTE(paper silent): The channels are those of DPT for ViT-B: 96, 192, 384 and 768.
+    width = sizes.width
+    c1, c2, c3, c4 = sizes.channels
+    x1 = nn.Sequential(nn.Conv2d(width, c1, 1), nn.ConvTranspose2d(c1, c1, 4, stride=4))
+    x2 = nn.Sequential(nn.Conv2d(width, c2, 1), nn.ConvTranspose2d(c2, c2, 2, stride=2))
+    x3 = nn.Conv2d(width, c3, 1)
+    x4 = nn.Sequential(nn.Conv2d(width, c4, 1), nn.Conv2d(c4, c4, 3, stride=2, padding=1))
+    return nn.ModuleList([x1, x2, x3, x4])
 
 
 # ==== The paper ends here. Below: weights, checkpoints, pictures ==================================
@@ -815,6 +680,7 @@ CLIP_SHA256 = {
     "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
     "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
 }
+normalize = Normalize(Config.image_mean, Config.image_std)  # of colours (…, 3, H, W) in [0, 1]
 
 
 def download(url: str, file: str, sha256: str) -> Path:
@@ -825,16 +691,12 @@ def download(url: str, file: str, sha256: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), sha256)
         except (OSError, RuntimeError) as error:
-            remedy = f"run it again, or put the file at {path}"
-            raise InputError(f"{url} was not fetched ({error}): {remedy}") from error
+            raise InputError(f"{url} was not fetched ({error}): put it at {path}") from error
     return path
 
 
 def load_clip(name_or_path: str | Path) -> CLIP:
-    """CLIP with OpenAI's weights, in float32: "RN50", "RN101", "ViT-B/16", or a file.
-
-    A name is downloaded once. A file is an archive of OpenAI's, or a state dict of its tensors.
-    """
+    """CLIP with OpenAI's weights: a key of CLIP_SHA256, or a file, an archive or a state dict."""
     path = Path(name_or_path)
     if name_or_path in CLIP_SHA256:
         sha256 = CLIP_SHA256[name_or_path]
@@ -843,16 +705,15 @@ def load_clip(name_or_path: str | Path) -> CLIP:
     state = read_tensors(path, f"{', '.join(CLIP_SHA256)}, or a file of OpenAI's weights")
     for name in ("input_resolution", "context_length", "vocab_size"):  # not weights
         state.pop(name, None)
-    shape = getattr(state.get("text_projection"), "shape", None)
-    for architecture in BACKBONES.values():
-        sizes = architecture.text_width, architecture.embed_dim
-        if shape == sizes and architecture.is_vit == ("visual.proj" in state):
-            return load_strictly(CLIP(architecture), state, path)
+    found = state.get("text_projection", torch.empty(0)).shape, "visual.proj" in state
+    for sizes in BACKBONES.values():
+        if found == ((sizes.text_width, sizes.embed_dim), sizes.is_vit):
+            return load_strictly(CLIP(sizes), state, path)
     raise InputError(f"{path} is none of the CLIPs {', '.join(CLIP_SHA256)}")
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], source: object) -> nn.Module:
-    """Load tensors, which must have the module's names and shapes. Returns the module."""
+    """The module with these tensors, which must have its names and shapes."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:  # torch lists all that is missing, unknown or of another shape
@@ -943,27 +804,18 @@ def open_picture(path: str | Path, expected: str = "a picture such as JPEG or PN
         raise InputError(f"{path} cannot be read: {reason}") from error
 
 
-def read_picture(picture: str | Path | Image.Image | np.ndarray, name="the picture") -> np.ndarray:
-    """The picture as uint8 (H, W, 3), turned upright as its EXIF data say. `name` is for errors."""
-    if isinstance(picture, (str, Path)):
-        return read_picture(open_picture(picture), picture)
-    if isinstance(picture, Image.Image):
-        if picture.mode[0] in "IF":
-            raise InputError(f"{name} has mode {picture.mode}; convert it to 8 bits per channel")
-        picture = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    if getattr(picture, "dtype", None) != np.uint8 or picture.shape[2:] != (3,) or not picture.size:
-        raise InputError(f"{name} must be a path, a PIL image or a uint8 array (H, W, 3)")
-    return np.ascontiguousarray(picture)  # torch takes no negative strides
-
-
-def normalize(image: Tensor) -> Tensor:
-    """The input of the network from colours (…, 3, H, W) in [0, 1]."""
-    mean, std = torch.tensor([Config.image_mean, Config.image_std], device=image.device)
-    return (image - mean[:, None, None]) / std[:, None, None]
+def read_picture(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+    """The picture as uint8 (H, W, 3), turned upright as its EXIF data say."""
+    image = open_picture(picture) if isinstance(picture, (str, Path)) else picture
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    if image.mode[0] in "IF":
+        raise InputError(f"the picture {picture} has mode {image.mode}; convert it to 8 bits")
+    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def to_training_size(image: Tensor, longer_side: int) -> Tensor:
-    """Resize (B, 3, H, W) to this longer side, in pixels. The shorter side is at least 64."""
+    """Resize (B, 3, H, W) to the longer side of the training frames; the other is at least 64."""
     factor = longer_side / max(image.shape[-2:])
     size = [max(64, round(side * factor)) for side in image.shape[-2:]]
     return F.interpolate(image, size, mode="bilinear", antialias=True)
@@ -971,7 +823,7 @@ def to_training_size(image: Tensor, longer_side: int) -> Tensor:
 
 @torch.inference_mode()
 def predict_picture(model: CaBins, picture: np.ndarray) -> Prediction:
-    """The network's prediction, at H/2 x W/2, for a picture that `read_picture` has read."""
+    """The network's prediction for a picture (H, W, 3) that `read_picture` has read."""
     if model.training:  # BatchNorm would learn from the picture
         raise InputError("the network is in training mode: call model.eval() first")
     image = torch.tensor(picture, device=model.prompts.device).permute(2, 0, 1)[None] / 255
@@ -980,11 +832,7 @@ def predict_picture(model: CaBins, picture: np.ndarray) -> Prediction:
 
 
 def infer(model: CaBins, picture: str | Path | Image.Image | np.ndarray) -> Inference:
-    """Depth of a picture of any size: a path, a PIL image, or a uint8 array (H, W, 3).
-
-    The network sees the picture at the longer side of its training frames, not of the training
-    crops. Raises InputError for any other input.
-    """
+    """Depth of a picture of any size: a path, a PIL image, or a uint8 array (H, W, 3)."""
     array = read_picture(picture)
     d, c, e, _, p = predict_picture(model, array)
     variance = (p * (c[:, :, None, None] - d).square()).sum(1, keepdim=True)  # Σ p (c - d)²

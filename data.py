@@ -2,17 +2,14 @@
 
 A sample is an RGB image with its depth in metres, where 0 means that nothing was measured. A
 loader's worker decodes a pair and cuts the fixed crop out of it. `augment` does everything random,
-on the whole batch and on the training device. The last part is what all scripts share.
-
-`python data.py NAME --root DIR` checks a data set. `python -m extras.fetch` gets NYU and KITTI.
+on the whole batch and on the training device. `python data.py NAME --root DIR` checks a data set.
+`python -m extras.fetch` gets NYU and KITTI.
 """
 
 import argparse
 import csv
-import math
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -29,10 +25,7 @@ from cabins import Config, InputError, download, normalize, open_picture, read_p
 
 
 class Recipe(NamedTuple):
-    """What differs between data sets.
-
-    NOTE(paper silent): Crop, rotation and brightness are the released code's.
-    """
+    """What differs between data sets."""
 
     max_depth: float = 10.0  # metres; min_depth is 1e-3 for all
     depth_scale: float = 1000.0  # the value that stands for 1 m in a depth PNG
@@ -46,16 +39,14 @@ class Recipe(NamedTuple):
 NYU_FOLDERS = ("", "sync", "official_splits/test")
 ANNOTATED = "data_depth_annotated"  # KITTI's depth
 KITTI_FOLDERS = ("", "raw", f"{ANNOTATED}/train", f"{ANNOTATED}/val", "gts", "gt_depth")
-DATASETS = {
+DATASETS = {  # NOTE(paper silent): crop, rotation and brightness are the released code's
     "nyu": Recipe(crop=(416, 544), brightness=0.25, longer_side=640, folders=NYU_FOLDERS),
     "kitti": Recipe(80.0, 256.0, (352, 704), 1.0, longer_side=1216, folders=KITTI_FOLDERS),
     "toy": Recipe(crop=(96, 128), rotation=0.0, longer_side=128),  # rooms drawn on the fly
     "list": Recipe(),  # your own pairs
 }
-LIST_URL = (
-    "https://raw.githubusercontent.com/EunjinSon1/CaBins/"
-    "4e9c9a03d16da42e65c67f5bb7911397726ade6c/train_test_inputs/{file}"
-)
+RELEASED = "https://raw.githubusercontent.com/EunjinSon1/CaBins"  # the authors' code
+LIST_URL = f"{RELEASED}/4e9c9a03d16da42e65c67f5bb7911397726ade6c/train_test_inputs/"
 LIST_FILES = {"nyu": "nyudepthv2_{}_files_with_gt.txt", "kitti": "kitti_eigen_{}_files_with_gt.txt"}
 LIST_SHA256 = {  # the comments give the lines; 45 of KITTI's test lines have no ground truth
     "nyu_train": "66e2beb718a58c5c946c169f6e70cc6ae166ddd19f5618266fff52ff7443e0e9",  # 24,231
@@ -65,46 +56,42 @@ LIST_SHA256 = {  # the comments give the lines; 45 of KITTI's test lines have no
 }
 NYU_MAT = "nyu_depth_v2_labeled.mat"
 TOY_ROOMS = {"train": range(640), "test": range(1_000_000, 1_000_064)}
-OWN_PAIRS = "see docs/data.md, Your own pairs"
+SUFFIXES = (".png", ".jpg", ".jpeg")  # KITTI's lists say .jpg, and KITTI's images are .png
 
 
-def fixed_crop(name: str, height: int, width: int, train: bool) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right of the part of a frame that is used."""
+def fixed_crop(name: str, height: int, width: int, train: bool) -> tuple[slice, slice]:
+    """Rows and columns of a frame that are used."""
     if name == "nyu" and train:
-        return 45, 472, 43, 608  # without the white border
+        return np.s_[45:472, 43:608]  # without the white border
     if name == "kitti":  # the "KB" crop: the lower, middle part of the frame
-        top, left = height - 352, (width - 1216) // 2
-        return top, top + 352, left, left + 1216
-    return 0, height, 0, width
+        return np.s_[height - 352 : height, (width - 1216) // 2 : (width + 1216) // 2]
+    return np.s_[0:height, 0:width]
 
 
 def evaluation_windows(name: str, height: int, width: int) -> dict[str, tuple[slice, slice]]:
     """Measured rows and columns of a test sample, the paper's first, by the size of its frame."""
-    if name == "nyu":
-        return {"eigen": (slice(45, 471), slice(41, 601))}
     if name != "kitti":
-        return {"whole": (slice(0, height), slice(0, width))}
+        eigen = {"eigen": np.s_[45:471, 41:601]}
+        return eigen if name == "nyu" else {"whole": np.s_[0:height, 0:width]}
     # NOTE(differs): the authors take Garg's fractions of the cropped 352 x 1216, BTS of the frame.
-    top, _, left, _ = fixed_crop(name, height, width, train=False)
+    top, left = (part.start for part in fixed_crop(name, height, width, train=False))
     rows = slice(int(0.40810811 * height) - top, int(0.99189189 * height) - top)
     columns = slice(int(0.03594771 * width) - left, int(0.96405229 * width) - left)
-    return {"nested": (slice(143, 349), slice(43, 1172)), "full": (rows, columns)}
+    return {"nested": np.s_[143:349, 43:1172], "full": (rows, columns)}
 
 
 class DepthDataset(Dataset):
-    """The pairs below the folder `root` that the file `split` lists. `name` is a key of DATASETS.
+    """The pairs below the folder `root` that the file `split`, or else the authors' list, names.
 
-    Without `split`, the authors' list is downloaded. NYU's test pairs can also come from its .mat,
-    in `root` or as `root`. `changes` replace fields of the recipe, such as max_depth, if not None.
-    [i] is {"image": (3, h, w), "depth": (1, h, w) in metres, "path": str, "size": the frame's rows
-    and columns}. The image is normalised, or uint8 with `train`. Raises InputError.
+    NYU's test pairs can also come from its .mat, in or as `root`. `changes` replace fields of the
+    recipe, if not None. [i] is {"image": (3, h, w), normalised or, with `train`, uint8, "depth":
+    (1, h, w) in metres, "path": str, "size": the frame's rows and columns}. Raises InputError.
     """
 
     def __init__(self, name: str, root=None, split=None, train: bool = False, **changes: float):
-        changes = {field: value for field, value in changes.items() if value is not None}
         self.name = name
         self.train = train
-        self.recipe = DATASETS[name]._replace(**changes)
+        self.recipe = DATASETS[name]._replace(**{k: v for k, v in changes.items() if v is not None})
         part = "train" if train else "test"
         if name == "toy":
             if root or split:
@@ -115,49 +102,35 @@ class DepthDataset(Dataset):
                 raise InputError(f"--root is {root}; it must be the folder of {name}'s data")
             lines = read_list(name, part, split)
             self.pairs = self.find_pairs(Path(root), [x[:2] for x in lines if x[1] != "None"])
-            if not self.pairs:
-                raise InputError(f"the {part} list of {name} names no pair with depth")
         self.n_left_out = len(lines) - len(self.pairs)  # without ground truth
         self.frame_size = self.read(0)[1].shape if name == "list" and train else None
 
     def find_pairs(self, root: Path, names: list[list[str]]) -> list[tuple]:
         """Both files of each pair or, if any is missing, NYU's .mat and the pair's number in it."""
-        folders = [root / folder for folder in self.recipe.folders if (root / folder).is_dir()]
+        folders = [root / folder for folder in self.recipe.folders]
         pairs = [(find(image, folders, SUFFIXES), find(depth, folders)) for image, depth in names]
-        # If the image is missing, `find` may return its depth map, which has another suffix.
-        missing = []
-        for listed, (image, depth) in zip(names, pairs):
-            if depth is None or image in (None, depth):
-                missing.append(listed)
+        missing = [listed for listed, found in zip(names, pairs) if None in found]
         if not missing:
             return pairs
         mat = root if root.is_file() else root / NYU_MAT
-        numbers = [re.sub(r"\D", "", Path(image).stem) for image, _ in names]  # they start at 0
-        if self.name == "nyu" and not self.train and mat.is_file() and all(numbers):
-            return [(mat, int(number)) for number in numbers]
+        if self.name == "nyu" and not self.train and mat.is_file():
+            return [(mat, int(re.sub(r"\D", "", Path(x).stem))) for x, _ in names]  # from 0
         n = f"{len(missing)} of the {len(names)} listed pairs"
         raise InputError(f"{' or '.join(missing[0])} is not below {root} ({n}); see docs/data.md")
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray, str]:
         """Image (H, W, 3) uint8 and depth (H, W) in metres of the whole frame, and its path."""
         path, depth_path = self.pairs[i]
-        if path == "room":
-            return *draw_room(depth_path), f"room {depth_path}"
-        if isinstance(depth_path, int):  # the pair's number in NYU's .mat
-            return *read_labelled(path, depth_path), f"{path} {depth_path}"
+        if isinstance(depth_path, int):  # a toy room, or a pair in NYU's .mat
+            pair = draw_room(depth_path) if path == "room" else read_labelled(path, depth_path)
+            return *pair, f"{path} {depth_path}"
         image, depth = open_picture(path), open_picture(depth_path, "a 16-bit grey PNG")
-        if not depth.mode.startswith("I"):
-            found = f"{depth_path} has mode {depth.mode}"
-            raise InputError(f"{found}; convert it to a 16-bit grey PNG: {OWN_PAIRS}")
-        if depth.size == image.size:  # what turns the image upright turns its depth, too
-            tag = ExifTags.Base.Orientation
-            depth.getexif()[tag] = image.getexif().get(tag, 1)
-        depth = np.divide(ImageOps.exif_transpose(depth), self.recipe.depth_scale, dtype=np.float32)
-        image = read_picture(image, path)
-        if image.shape[:2] != depth.shape:
-            found = f"{path} has {image.shape[:2]} rows and columns, {depth_path} has {depth.shape}"
-            raise InputError(f"{found}; resize one of them: {OWN_PAIRS}")
-        return image, depth, path
+        turned = any(x.getexif().get(0x0112, 1) not in (0, 1) for x in (image, depth))  # EXIF
+        if turned or image.size != depth.size or image.mode[0] in "IF" or depth.mode[0] != "I":
+            found = f"{image.mode} {image.size[::-1]} and {depth.mode} {depth.size[::-1]}"
+            need = "a picture without EXIF rotation and a 16-bit grey PNG of its size"
+            raise InputError(f"{path}, {depth_path} are {found}; needed: {need}, see docs/data.md")
+        return read_picture(image), np.asarray(depth, np.float32) / self.recipe.depth_scale, path
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -170,52 +143,39 @@ class DepthDataset(Dataset):
             raise InputError(f"{path} has {size} rows and columns; it must have at least {least}")
         if size != (self.frame_size or size):
             raise InputError(f"{path} has {size} rows and columns; resize it to {self.frame_size}")
-        top, bottom, left, right = fixed_crop(self.name, *size, self.train)
-        image = torch.tensor(image[top:bottom, left:right]).permute(2, 0, 1)  # (3, h, w)
-        depth = torch.tensor(depth[top:bottom, left:right])[None]  # (1, h, w)
+        used = fixed_crop(self.name, *size, self.train)
+        image = torch.tensor(image[used]).permute(2, 0, 1)  # (3, h, w)
+        depth = torch.tensor(depth[used])[None]  # (1, h, w)
         if self.name == "list":  # values above the range, and 65535, often stand for none
             depth[depth > min(self.recipe.max_depth, 65534 / self.recipe.depth_scale)] = 0
-        if not self.train:
-            image = normalize(image / 255)
+        image = image if self.train else normalize(image / 255)
         return {"image": image, "depth": depth, "path": path, "size": torch.tensor(size)}
 
 
 def read_list(name: str, part: str, split: str | Path | None) -> list[list[str]]:
-    """The fields `image depth [focal]` of each line of `split`, or else of the authors' list.
-
-    Fields are separated by tabs, if a line has any, or else by spaces. `#` begins a comment line.
-    """
-    if split is None:
-        if name == "list":
-            raise InputError(f"your own pairs need --{part}-split, a list of the {part} pairs")
+    """The fields `image depth [focal]` of each line of `split`, or else of the authors' list."""
+    if split is None and name != "list":
         file = LIST_FILES[name].format(part)
-        split = download(LIST_URL.format(file=file), file, LIST_SHA256[f"{name}_{part}"])
-    try:
-        text = Path(split).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{split} is not a list of pairs: {error}") from error
-    lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not line.startswith("#")]
-    fields = [re.split(r"\s*\t\s*" if "\t" in line else r"\s+", line) for line in lines]
-    for line, found in zip(lines, fields):
-        if len(found) not in (2, 3):
-            raise InputError(f"{split}: {line!r} is not 'image depth [focal]'; {OWN_PAIRS}")
+        split = download(LIST_URL + file, file, LIST_SHA256[f"{name}_{part}"])
+    if not os.path.isfile(split or ""):
+        raise InputError(f"--{part}-split is {split}; it must be a list of the {part} pairs")
+    text = Path(split).read_text(encoding="utf-8-sig", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if not line.lstrip().startswith("#")]
+    # Where a line has a tab, only tabs separate its fields, so that names may hold spaces.
+    fields = [re.split(r"\s*\t\s*" if "\t" in line else r"\s+", line) for line in lines if line]
+    wrong = [found for found in fields if len(found) not in (2, 3)]
+    if wrong or all(found[1] == "None" for found in fields):
+        found = f"the {part} list {split} has {wrong[0] if wrong else 'no pair with depth'}"
+        raise InputError(f"{found}; a line is 'image depth [focal]': see docs/data.md")
     return fields
-
-
-SUFFIXES = (".png", ".jpg", ".jpeg")  # KITTI's lists say .jpg, and KITTI's images are .png
 
 
 def find(name: str, folders: list[Path], suffixes: tuple[str, ...] = ()) -> str | None:
     """The file of that name, absolute or below a folder, or else one with another suffix."""
-    for candidate in (name, *(os.path.splitext(name)[0] + suffix for suffix in suffixes)):
-        if os.path.isabs(candidate) and os.path.isfile(candidate):
-            return candidate
-        for folder in folders:
-            path = os.path.join(folder, candidate.lstrip("/"))
-            if os.path.isfile(path):
-                return path
-    return None
+    names = [name, *(os.path.splitext(name)[0] + suffix for suffix in suffixes)]
+    names = [x for name in names for x in (name, name.lstrip("/"))]  # NYU's list has /a/b.jpg
+    paths = (os.path.join(folder, x) for x in names for folder in folders)  # x if it is absolute
+    return next(filter(os.path.isfile, paths), None)
 
 
 def read_labelled(mat: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -227,9 +187,7 @@ def read_labelled(mat: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
             image, depth = file["images"][number].T, file["rawDepths"][number].T
     except (ImportError, OSError, KeyError, IndexError, ValueError) as error:
         raise InputError(f"pair {number} of {mat} cannot be read: {error}") from error
-    image[:7] = image[474:] = 0  # the authors' test images, too, have a black border
-    image[:, :7] = image[:, 632:] = 0
-    return image, depth
+    return np.pad(image[7:474, 7:632], ((7, 6), (7, 8), (0, 0))), depth  # black border, as theirs
 
 
 def draw_room(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -268,22 +226,22 @@ def draw_room(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def describe(dataset: DepthDataset) -> str:
-    """One line about the depth in eight of the pairs. It shows whether scale and range fit."""
+    """One line about the depth in up to eight pairs. It shows whether scale and range fit."""
     n = len(dataset)
     scale = dataset.recipe.depth_scale
     top = dataset.recipe.max_depth
-    depth = np.concatenate([dataset.read(i)[1].ravel() for i in range(0, n, math.ceil(n / 8))])
-    known = depth[(depth > 0) & (depth < 65535 / scale)]  # 65535 often stands for none
-    if not ((known > Config.min_depth) & (known < top)).any():
-        what = f"{dataset.read(0)[2]} and others have no depth below {top:g} m"
-        raise InputError(f"{what}: wrong --depth-scale or --max-depth?")
-    share = len(known) / len(depth)
+    depth = np.concatenate([dataset.read(i)[1].ravel() for i in range(0, n, 1 + n // 8)])
+    known = depth[(depth > Config.min_depth) & (depth < 65535 / scale)]  # 65535: often no depth
+    doubt = "wrong --depth-scale or --max-depth?"
+    if not (known < top).any():
+        raise InputError(f"{dataset.read(0)[2]} and others have no depth below {top:g} m: {doubt}")
     median = np.median(known)
-    odd = "" if 0.05 * top < median < 0.9 * top else "; wrong --depth-scale or --max-depth?"
+    doubt = "" if 0.05 * top < median < 0.9 * top else f"; {doubt}"
     return (
-        f"{n} pairs ({dataset.n_left_out} without ground truth left out); {share:.0%} of their "
-        f"pixels have a depth, in units of 1/{scale:g} m; median {median:.2f} m, deepest "
-        f"{known.max():.2f} m, {(known > top).mean():.1%} beyond {top:g} m{odd}"
+        f"{n} pairs ({dataset.n_left_out} without ground truth left out); "
+        f"{len(known) / len(depth):.0%} of their pixels have a depth, in units of 1/{scale:g} m; "
+        f"median {median:.2f} m, deepest {known.max():.2f} m, {(known > top).mean():.1%} beyond "
+        f"{top:g} m{doubt}"
     )
 
 
@@ -300,15 +258,11 @@ def augment(
 
     image uint8 (B, 3, h, w), depth (B, 1, h, w) in metres -> image normalised (B, 3, H, W), depth
     (B, 1, H, W). H x W is the recipe's crop, or 7/8 of each side in multiples of 32, at least 64.
-    The generator is on the CPU.
     """
-    if image.dtype != torch.uint8:
-        raise ValueError(f"image is {image.dtype}; augment takes uint8, and normalises it")
     recipe = DATASETS[recipe] if isinstance(recipe, str) else recipe
     n, _, h, w = image.shape
     rows, columns = recipe.crop or [max(64, side * 7 // 8 // 32 * 32) for side in (h, w)]
-    draws = torch.rand(n, 10, generator=generator).to(image.device)  # uniform on [0, 1)
-    draws = draws[..., None, None]  # (B, 10, 1, 1)
+    draws = torch.rand(n, 10, 1, 1, generator=generator).to(image.device)  # [0, 1), made on the CPU
     angle, top, left, flip, recolour = draws[:, :5].unbind(1)  # (B, 1, 1) each
 
     # The location in the input of each output pixel: undo the flip, the crop, then the rotation.
@@ -319,7 +273,7 @@ def augment(
     x = torch.where(flip < 0.5, columns - 1 - x, x)  # (B, 1, W)
     x = x + (left * (w - columns + 1)).floor() - (w - 1) / 2  # (B, 1, W), 0 at the centre
     y = y + (top * (h - rows + 1)).floor() - (h - 1) / 2  # (B, H, 1)
-    angle = math.radians(recipe.rotation) * (2 * angle - 1)
+    angle = recipe.rotation * (torch.pi / 180) * (2 * angle - 1)  # radians
     source_x = angle.cos() * x - angle.sin() * y  # (B, H, W)
     source_y = angle.sin() * x + angle.cos() * y
     grid = torch.stack([source_x * 2 / (w - 1), source_y * 2 / (h - 1)], dim=-1)  # (B, H, W, 2)
@@ -347,13 +301,11 @@ def use_tf32(enabled: bool) -> None:
 
 def load(dataset: Dataset, device=None, workers: int | None = None, **options) -> DataLoader:
     """Batches of a data set for a device, read by `workers` processes; by default, up to 8."""
-    if workers is None:
-        has_affinity = hasattr(os, "sched_getaffinity")  # Linux: the cores that we may use
-        n_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    if workers is None:  # one core, of those that we may use, is left for training
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun, on this machine
-        workers = min(8, max(n_cores // n_processes - 1, 0))
-    pin_memory = device is not None and device.type == "cuda"
-    return DataLoader(dataset, num_workers=workers, pin_memory=pin_memory, **options)
+        workers = min(8, max(cores // n_processes - 1, 0))
+    return DataLoader(dataset, num_workers=workers, pin_memory="cuda" in str(device), **options)
 
 
 def append_row(path: str | Path, row: dict) -> None:
@@ -363,36 +315,24 @@ def append_row(path: str | Path, row: dict) -> None:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
-def new_folder(path: str | Path) -> Path:
-    """Make a folder to write to. It must be new or empty, so that no file is overwritten."""
-    path = Path(path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise InputError(f"{path} exists and is not empty: choose another folder")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where a data set is and how it stores depth."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where a data set is, how it is read, and where a network runs."""
     add = parser.add_argument
     add("--root", type=os.path.abspath, metavar="DIR", help=f"folder of the data set, or {NYU_MAT}")
     add("--depth-scale", type=float, metavar="X", help="value of 1 m in a depth PNG")
     add("--max-depth", type=float, metavar="M", help="end of the depth range in metres")
-
-
-def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where a network runs, and how its data are loaded."""
-    add = parser.add_argument
     add("--device", help="cuda, cpu or mps (untested); default: cuda where there is one, else cpu")
     add("--workers", type=int, metavar="N", help="loading processes; default: up to 8")
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Run a script's `main`. An InputError becomes one sentence on standard error, and status 1."""
+    """Run a script's `main`. A wrong file or setting becomes one sentence, with exit status 1."""
     try:
         main()
+    except FileExistsError as error:  # by mkdir: a folder to write to must be new
+        raise SystemExit(f"error: {error.filename} exists: choose another folder") from None
     except InputError as error:  # a loader's worker puts its traceback before the sentence
-        sys.exit(f"error: {str(error).rpartition('InputError: ')[2].strip()}")
+        raise SystemExit(f"error: {str(error).rpartition('InputError: ')[2].strip()}") from None
 
 
 def main() -> None:
@@ -400,12 +340,10 @@ def main() -> None:
     parser.add_argument("data", choices=DATASETS)
     parser.add_argument("--train-split", metavar="FILE", help="list of training pairs")
     parser.add_argument("--test-split", metavar="FILE", help="list of test pairs")
-    add_data_options(parser)
-    add_device_options(parser)
+    add_options(parser)
     args = parser.parse_args()
     scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
-    only_test = str(args.root).endswith(".mat")
-    for part in ("test",) if only_test else ("train", "test"):
+    for part in ("test",) if str(args.root).endswith(".mat") else ("train", "test"):
         split = getattr(args, f"{part}_split")
         dataset = DepthDataset(args.data, args.root, split, part == "train", **scale)
         print(f"{part}: {describe(dataset)}")

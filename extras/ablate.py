@@ -224,9 +224,8 @@ def main() -> None:
     predict = evaluation.predictor(model, not args.no_flip)
     found = silenced_rows(model, predict, dataset, args.workers)
     side, flip = model.config.longer_side, "off" if args.no_flip else "on"
-    for window, measured in found["whole"].items():
-        how = f"longer side {side} pixels, flip averaging {flip}, fp32"
-        print(evaluation.protocol(dataset, window, measured, how))
+    for measured in found["whole"].values():
+        print(f"{measured.protocol}; longer side {side} pixels, flip averaging {flip}, fp32")
     rows = {
         f"{Path(args.checkpoint).name if name == 'whole' else name}, {window}": measured.metrics
         for name, windows in found.items()

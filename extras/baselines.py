@@ -44,7 +44,7 @@ def main() -> None:
     add("--data", choices=data.DATASETS, default="toy", help="default: toy")
     add("--train-split", metavar="FILE", help="list of training pairs")
     add("--test-split", metavar="FILE", help="list of test pairs")
-    data.add_data_options(parser)
+    data.add_options(parser)
     args = parser.parse_args()
     scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
     dataset = data.DepthDataset(args.data, args.root, args.train_split, True, **scale)
@@ -55,7 +55,10 @@ def main() -> None:
         f"best constant, {constant:.2f} m": torch.full((1, 1, 1, 1), constant),
         "mean of training depths": mean_depth(dataset),
     }
-    rows = {name: evaluate(constantly(depth), test_set) for name, depth in maps.items()}
+    device = data.choose_device(args.device)
+    rows = {}
+    for name, depth in maps.items():
+        rows[name] = evaluate(constantly(depth.to(device)), test_set, args.workers)
     print(format_table(test_set, rows))
 
 

@@ -76,7 +76,6 @@ def make_step(args, size: tuple[int, int], n: int, setting: Setting) -> Callable
     options += ["--compile"] if args.compile and not setting.is_plain else []
     run = train.Run(train.parse_args(options))
     run.dataset.recipe = data.Recipe(crop=size)
-    run.model.train()
     if setting.is_plain:
         run.model.to(memory_format=torch.contiguous_format)
         for group in run.optimizer.param_groups:

@@ -9,7 +9,7 @@ from torchvision.transforms.v2.functional import normalize
 import cabins
 import data
 from clip_tokenizer import tokenize
-from eval import Predict, evaluate_windows, format_table, protocol
+from eval import Predict, evaluate_windows, format_table
 
 
 def depthclip(clip: cabins.CLIP) -> Predict:
@@ -43,8 +43,7 @@ def main() -> None:
     add = parser.add_argument
     add("--data", choices=("nyu", "toy", "list"), default="nyu", help="default: nyu")
     add("--split", metavar="FILE", help="list of test pairs; default: the authors'")
-    data.add_data_options(parser)
-    data.add_device_options(parser)
+    data.add_options(parser)
     add("--clip", metavar="NAME|FILE", default="RN50", help="CLIP's weights; default: RN50")
     args = parser.parse_args()
     scale = {"depth_scale": args.depth_scale, "max_depth": args.max_depth}
@@ -52,8 +51,8 @@ def main() -> None:
     data.use_tf32(False)
     predict = depthclip(cabins.load_clip(args.clip).to(data.choose_device(args.device)))
     windows = evaluate_windows(predict, dataset, args.workers)
-    for window, found in windows.items():
-        print(protocol(dataset, window, found, f"zero-shot with CLIP {args.clip}, fp32"))
+    for found in windows.values():
+        print(f"{found.protocol}; zero-shot with CLIP {args.clip}, fp32")
     rows = {f"DepthCLIP, {window}": found.metrics for window, found in windows.items()}
     print(format_table(dataset, rows))
 

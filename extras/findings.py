@@ -13,6 +13,7 @@ the runs that have finished stand in OUT.partial, from which an interrupted comm
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def measure_text(run: train.Run) -> dict:
 def measure_gradients(run: train.Run) -> dict[str, float]:
     """The RMS of the clipped gradients of each part so far."""
     names = {id(p): name for name, p in run.model.named_parameters()}
-    names = [names[id(p)] for p in run.parameters]
+    names = [names[id(p)] for p in run.trained_parameters()]
     sizes = ablate.gradient_sizes(names, run.optimizer.state_dict())
     return {part: rms for part, (_, rms) in sizes.items()}
 
@@ -77,7 +78,7 @@ def train_and_measure(run: train.Run) -> dict:
     """Train to the end. Returns the figures of one run, in the layout of --out."""
     text, gradients = {"0": measure_text(run)}, {}
     data.use_tf32(True)
-    order = run.batches()
+    order = itertools.chain.from_iterable(map(run.order, range(run.args.epochs)))
     loader = data.load(run.dataset, run.device, run.args.workers, batch_sampler=order)
     for batch in tqdm(loader, "training", run.n_steps, leave=False, disable=None):
         run.learn(batch)
@@ -173,7 +174,8 @@ def main() -> None:
     add("--list", nargs=3, metavar=files, help="folder of your own pairs, and the two lists")
     add("--epochs", type=int, metavar="N", help="default: 3; with --list: 4")
     add("--out", type=Path, metavar="FILE", help="default: docs/findings.json")
-    data.add_device_options(parser)
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--workers", type=int, metavar="N", help="loading processes; default: up to 8")
     args = parser.parse_args()
     if args.list and not args.out:
         parser.error("--list needs --out, because docs/findings.json holds the demo's figures")

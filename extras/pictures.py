@@ -1,7 +1,7 @@
 """Depth of your own pictures: python -m extras.pictures CKPT PICTURE … --out DIR
 
 PICTURE is a file, a folder with all pictures below it, or a pattern such as 'photos/**/*.jpg'. DIR
-is new or empty. Below DIR, files lie as the pictures do below the folder that all of them share.
+is new. Below DIR, files lie as the pictures do below the folder that all of them share.
 """
 
 import argparse
@@ -60,7 +60,8 @@ def for_each_picture(args: argparse.Namespace, write: Callable[[cabins.CaBins, P
     data.use_tf32(False)  # GPUs, too, compute in float32
     model = cabins.load_checkpoint(args.checkpoint, data.choose_device(args.device))
     paths, n_failed = find_pictures(args.pictures), 0
-    out = data.new_folder(args.out)
+    out = Path(args.out)
+    out.mkdir(parents=True)
     for path, name in zip(tqdm(paths, unit="picture", disable=None), names_below(paths)):
         start = out / name
         try:
@@ -78,7 +79,7 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", help="best.pt or last.pt of train.py")
     add("pictures", nargs="+", metavar="PICTURE", help="files, folders or patterns")
-    add("--out", metavar="DIR", required=True, help="a folder to write to, new or empty")
+    add("--out", metavar="DIR", required=True, help="a new folder to write to")
     add("--device", help="default: cuda where there is one, else cpu")
 
 

@@ -52,11 +52,12 @@ def main() -> None:
         prog="python -m extras.predictions", description=__doc__, formatter_class=raw
     )
     evaluation.add_options(parser)
-    about = "a folder to write to, new or empty"
+    about = "a new folder to write to"
     parser.add_argument("--out", metavar="DIR", required=True, help=about)
     args = parser.parse_args()
     model, dataset = evaluation.open_checkpoint(args)
-    out = data.new_folder(args.out)
+    out = Path(args.out)
+    out.mkdir(parents=True)
     predict = evaluation.predictor(model, not args.no_flip)
     predict = keeping(predict, out, file_names(dataset.pairs), dataset.recipe)
     args.csv = out / "results.csv"

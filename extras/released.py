@@ -7,7 +7,6 @@ train.py does otherwise. README's table says what is not followed.
 """
 
 import math
-import sys
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +54,7 @@ class ReleasedRun(train.Run):
         fixed = {id(self.model.prompts), id(self.model.trans_decoder.gamma)}
         return [p for p in super().trained_parameters() if id(p) not in fixed]
 
-    def order(self, epoch: int) -> Tensor:
+    def order(self, epoch: int) -> list[list[int]]:
         """The order of the pairs is the same in every epoch."""
         return super().order(0)
 
@@ -68,8 +67,7 @@ class ReleasedRun(train.Run):
 
 
 def main() -> None:
-    args = train.parse_args(sys.argv[1:], script="extras.released", amp="off")
-    ReleasedRun(args).train()
+    ReleasedRun(train.parse_args(script="extras.released", amp="off")).train()
 
 
 if __name__ == "__main__":

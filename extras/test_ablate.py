@@ -166,7 +166,7 @@ def test_gradient_sizes_are_those_that_adam_saw(kind, rooms):
     names = {id(p): name for name, p in run.model.named_parameters()}
     for group in run.optimizer.param_groups:
         group["lr"] = 0.0
-    for parameter in run.parameters:
+    for parameter in run.trained_parameters():
         is_decoder = names[id(parameter)].startswith("trans_decoder")
         sign = 1 - 2 * (torch.arange(parameter.numel()) % 2).view_as(parameter)
         parameter.grad = (1e-9 if is_decoder else 3e-5) * sign
@@ -174,9 +174,9 @@ def test_gradient_sizes_are_those_that_adam_saw(kind, rooms):
         run.optimizer.step()
     saved = run.optimizer.state_dict()
     trained = ablate.trained_names(run.model, saved)
-    assert trained == [names[id(p)] for p in run.parameters]
+    assert trained == [names[id(p)] for p in run.trained_parameters()]
     sizes = ablate.gradient_sizes(trained, saved)
-    assert sum(n for n, _ in sizes.values()) == sum(p.numel() for p in run.parameters)
+    assert sum(n for n, _ in sizes.values()) == sum(p.numel() for p in run.trained_parameters())
     own = {"gamma", "prompts"} if kind is train.Run else {"token embedding"}
     others = {"image encoder", "bins", "depth decoder", "TransDecoder"}
     assert sizes.keys() == own | others

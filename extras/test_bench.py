@@ -71,9 +71,12 @@ def test_plain_steps_have_torchs_defaults_and_the_others_are_those_of_training(m
     class Run(train.Run):
         def learn(self, batch):
             flags = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-            prediction, depth, result = super().learn(batch)
-            steps.setdefault(self, []).append((*flags, tuple(depth.shape)))
-            return prediction, depth, result
+            steps.setdefault(self, []).append(flags)
+            return super().learn(batch)
+
+        def loss(self, prediction, depth):
+            steps[self][-1] += (tuple(depth.shape),)
+            return super().loss(prediction, depth)
 
     monkeypatch.setattr(train, "Run", Run)
     run(monkeypatch, "train", *TINY)

@@ -98,7 +98,7 @@ def test_two_steps_of_each_run(rooms, tmp_path, monkeypatch, capsys):
     for seed in ("0", "1"):
         run = train.Run(train.parse_args([*options, "--seed", seed]))
         run.model.train()
-        for batch in data.load(run.dataset, workers=0, batch_sampler=run.batches()):
+        for batch in data.load(run.dataset, workers=0, batch_sampler=run.order(0)):
             run.learn(batch)
             if run.step == 1:
                 weights = [p.grad for n, p in run.model.named_parameters() if n.startswith("bins.")]

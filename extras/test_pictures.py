@@ -151,9 +151,10 @@ def test_nothing_is_overwritten_and_a_wrong_command_leaves_no_folder(
     out = tmp_path / "out"
     shutil.copytree(album, out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    for picture in (album / "L.png", out / "L.png"):
+        with pytest.raises(FileExistsError, match="out"):
+            run(monkeypatch, checkpoint, picture, "--out", out)
     for wrong, message in (
-        ((checkpoint, album / "L.png", "--out", out), "out.*not empty"),
-        ((checkpoint, out / "L.png", "--out", out), "out.*not empty"),
         ((tmp_path / "none.pt", album, "--out", tmp_path / "new"), "none.pt"),
         ((checkpoint, tmp_path / "none.jpg", "--out", tmp_path / "new"), "no picture.*none.jpg"),
     ):

@@ -12,7 +12,6 @@ from PIL import Image
 import cabins
 import data
 import eval as evaluation
-from cabins import InputError
 from extras import predictions
 
 TINY = cabins.Config(backbone="tiny", longer_side=128)
@@ -72,7 +71,7 @@ def test_kept_predictions_give_the_row_that_eval_prints(model, pairs, monkeypatc
         monkeypatch.setattr(sys, "argv", [*map(str, evals)])
         evaluation.main()
         assert capsys.readouterr().out == printed
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(FileExistsError):
         run(monkeypatch, checkpoint, *data_set, "--out", out)
 
 
