@@ -131,7 +131,7 @@ class Run:
             self.open_folder()
         info = {"data": {"name": self.args.data, "depth_scale": self.dataset.recipe.depth_scale}}
         next_save = time.monotonic() + SAVE_EVERY
-        # A run that was saved at the end of an epoch has no batch left in it, and validates it.
+        # A run that was saved at the end of an epoch begins with the validation of that epoch.
         for epoch in range(max(self.step - 1, 0) // self.per_epoch, self.args.epochs):
             data.use_tf32(True)
             batches = self.order(epoch)[self.step - epoch * self.per_epoch :]

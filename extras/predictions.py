@@ -1,7 +1,7 @@
 """Measure a network and keep its predictions: python -m extras.predictions CKPT --out DIR
 
-This takes eval.py's options of network and data, and prints what eval.py prints. DIR is new or
-empty. It gets results.csv, with the rows and their protocol, and a 16-bit PNG for each prediction,
+This takes eval.py's options of network and data, and prints what eval.py prints. DIR is a new
+folder. It gets results.csv, with the rows and their protocol, and a 16-bit PNG for each prediction,
 in the scale of the data set's PNGs and clipped to the range, as it is measured. Folders below DIR
 are those of the images. KITTI's predictions are the crops of 352 x 1216 pixels that are measured,
 the size of the test images of KITTI's own benchmark.
