@@ -2,9 +2,8 @@
 
 The tests follow the paper: Sec. 3.1, 3.2.1, 3.2.2, 3.2.3, 3.2.4, 3.3, 4.1, 4.2 and 4.3. Checkpoints
 and pictures come next, then what a command trains, what a command measures, what a run's folder
-promises, and several processes and GPUs. Wrong commands, odd files, figures and a real GPU are in
-extras/test_commands.py. Known answers of the released network and of CLIP were computed by the
-authors' code and by CLIP's own, with made weights (`made_tensor`).
+promises, and several processes. Wrong commands, odd files, figures and a real GPU are in
+extras/test_commands.py. Known answers were computed by the authors' and CLIP's code (`made_tensor`).
 """
 
 import contextlib
@@ -621,26 +620,32 @@ def test_the_listed_file_in_the_documented_folders_comes_first(place, tmp_path):
             data.DepthDataset(name, root, split)
 
 
-def test_nyus_test_pairs_come_from_the_mat(tmp_path, monkeypatch):
-    images = np.random.default_rng(0).integers(1, 256, (3, 3, 640, 480), np.uint8)
-    depths = np.random.default_rng(1).random((3, 640, 480), np.float32) + 1
-    mat, split = tmp_path / data.NYU_MAT, tmp_path / "list.txt"
-    mat.touch()  # h5py is optional
-    arrays = {"images": images, "rawDepths": depths}
-    h5py = SimpleNamespace(File=lambda path: contextlib.nullcontext(arrays))
-    monkeypatch.setitem(sys.modules, "h5py", h5py)
-    split.write_text("bath/rgb_00002.jpg bath/sync_depth_00002.png 518.8579\n")
-    frame = np.s_[..., 7:474, 7:632]
-    for root in (tmp_path, mat):
-        sample = data.DepthDataset("nyu", root, split)[0]
-        assert torch.equal(sample["depth"][0], torch.from_numpy(depths[2].T))
-        image = (data.denormalize(sample["image"]) * 255).round()
-        assert torch.equal(image[frame], torch.tensor(images[2]).mT[frame])
-        assert (image > 0).sum() == 3 * 467 * 625  # the border is black
-    with pytest.raises(InputError):
-        data.DepthDataset("nyu", tmp_path, split, train=True)
-    split.write_text(write_pair(tmp_path / "bath", "00001"))  # files that are there come first
-    assert data.DepthDataset("nyu", tmp_path, split).pairs[0][0].endswith("rgb_00001.jpg")
+KB = np.s_[23:375, 13:1229]
+CROPS = {  # folder, rows, columns, value of depth, metres; what is cut out for training and testing
+    "nyu": ("sync/den", 480, 640, 12_000, 12, np.s_[45:472, 43:608], np.s_[:480, :640]),
+    "kitti": ("raw/den", 375, 1242, 25_600, 100, KB, KB),  # truth beyond the range counts
+    "list": ("den", 64, 100, 9000, 9, np.s_[:64, :100], np.s_[:64, :100]),
+}
+
+
+@pytest.mark.parametrize("name", CROPS)
+def test_recipes_fixed_crops_and_windows_are_the_papers(name, tmp_path):
+    folder, rows, columns, value, metres, *crops = CROPS[name]
+    split, folder = tmp_path / "list.txt", tmp_path / folder
+    split.write_text("/" + write_pair(folder, 1, rows, columns, value))
+    pixels = torch.tensor(cabins.read_picture(folder / "rgb_1.jpg"))
+    for is_train, crop in zip((True, False), crops):
+        pair = data.DepthDataset(name, tmp_path, split, is_train)[0]
+        image = pair["image"] if is_train else data.denormalize(pair["image"]) * 255
+        assert torch.equal(image.round().permute(1, 2, 0), pixels[crop])
+        assert pair["depth"].shape[1:] == image.shape[1:] and (pair["depth"] == metres).all()
+        assert pair["size"].tolist() == [rows, columns] and pair["path"].endswith("den/rgb_1.jpg")
+    assert data.DATASETS["list"][:5] == (10, 1000, None, 2.5, 0.1)
+    windows = data.evaluation_windows("kitti", 376, 1241)
+    nested = ("nested", (slice(143, 349), slice(43, 1172)))  # the paper's comes first
+    assert [*windows.items()] == [nested, ("full", (slice(129, 348), slice(32, 1184)))]
+    assert data.evaluation_windows("nyu", 480, 640) == {"eigen": (slice(45, 471), slice(41, 601))}
+    assert data.evaluation_windows("toy", 96, 128) == {"whole": (slice(0, 96), slice(0, 128))}
 
 
 def test_own_pairs_have_a_scale_a_range_and_one_size(tmp_path):

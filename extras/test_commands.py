@@ -3,6 +3,7 @@
 What commands train and measure is in test_cabins.py.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +28,28 @@ __all__ = ["short", "tiny"]  # fixtures
 
 
 # ---- Pairs ---------------------------------------------------------------------------------------
+def test_nyus_test_pairs_come_from_the_mat(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(1, 256, (3, 3, 640, 480), np.uint8)
+    depths = np.random.default_rng(1).random((3, 640, 480), np.float32) + 1
+    mat, split = tmp_path / data.NYU_MAT, tmp_path / "list.txt"
+    mat.touch()  # h5py is optional
+    arrays = {"images": images, "rawDepths": depths}
+    h5py = SimpleNamespace(File=lambda path: contextlib.nullcontext(arrays))
+    monkeypatch.setitem(sys.modules, "h5py", h5py)
+    split.write_text("bath/rgb_00002.jpg bath/sync_depth_00002.png 518.8579\n")
+    frame = np.s_[..., 7:474, 7:632]
+    for root in (tmp_path, mat):
+        sample = data.DepthDataset("nyu", root, split)[0]
+        assert torch.equal(sample["depth"][0], torch.from_numpy(depths[2].T))
+        image = (data.denormalize(sample["image"]) * 255).round()
+        assert torch.equal(image[frame], torch.tensor(images[2]).mT[frame])
+        assert (image > 0).sum() == 3 * 467 * 625  # the border is black
+    with pytest.raises(InputError):
+        data.DepthDataset("nyu", tmp_path, split, train=True)
+    split.write_text(write_pair(tmp_path / "bath", "00001"))  # files that are there come first
+    assert data.DepthDataset("nyu", tmp_path, split).pairs[0][0].endswith("rgb_00001.jpg")
+
+
 def test_a_data_set_is_described_with_a_doubt_about_its_scale(tmp_path):
     split, values = tmp_path / "list.txt", (65535, 1500, 2000, 2500)  # the first stands for none
     lines = [write_pair(tmp_path / "a", i, 96, 128, x) for i, x in enumerate(values)]
